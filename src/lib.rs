@@ -1,0 +1,62 @@
+//! lanlet: a little LAN in one process.
+//!
+//! ```text
+//!  qemu -netdev tap,fd=N     namespace guest
+//!       |  virtio + vnet_hdr    |  tap netdev
+//!   vm tap ~ switch tap         |
+//!   (mirred wire, in a          |
+//!   private user+net ns)        |
+//!       | tap fd                | tap fd
+//!  =====+=======================+=================  ports (I/O edge)
+//!                worker: epoll, batches, run to completion
+//!         admit -> switch (learn, look up) -> fit -> send
+//!                          |
+//!                     gateway port  (the LAN's .1)
+//!             ARP  DHCPv4  DNS  ICMP echo   then   NAT
+//!                          |
+//!       TCP: smoltcp per flow   UDP: socket per mapping   ICMP: ping sockets
+//!                     host sockets
+//! ```
+//!
+//! # A packet's walk
+//! A [`worker`] reads a batch of frames from a [`port`]. Each frame's virtio-net header is parsed and
+//! checked once ([`offload::admit`]); from there the frame is plain bytes plus [`offload::Offload`].
+//! The [`switch`] learns the source, looks the destination up and answers with a verdict. On the way
+//! out [`offload::fit`] passes the frame whole, completes its checksum or segments it, as the egress
+//! port's capabilities demand. Frames for the gateway's MAC go to the [`gateway`]: its services claim
+//! them in registry order, the [`nat`] takes the rest. What the gateway answers re-enters the switch
+//! as ingress of [`frame::PortId::GATEWAY`], so learning, counters and guards see it like any other
+//! traffic.
+//!
+//! # Layers
+//! A module imports only from its own layer and from those above it in this list
+//! (`tests/layering.rs` checks it from the sources).
+//!
+//! | layer | modules |
+//! |---|---|
+//! | bytes | [`frame`], [`offload`], [`wire`], [`stats`] |
+//! | logic | [`switch`], [`gateway`], [`dhcp`], [`nat`] |
+//! | I/O | [`sys`], [`tap`], [`port`], [`uplink`] |
+//! | assembly | [`worker`], [`network`], [`control`], [`config`], [`cli`] |
+//!
+//! The logic layers name no fd, no socket, no thread and no clock: `now`, randomness and the host's
+//! sockets are passed in, so that they run in tests under a virtual clock.
+//!
+//! # Invariants
+//! 1. Frames in = frames out + drops by reason (a flood counts its copies).
+//! 2. Nothing leaves by the port it came in on.
+//! 3. Order holds per (ingress, egress) pair of ports.
+//! 4. A group or gateway source MAC is never learned; 01-80-C2-00-00-0x is not forwarded.
+//! 5. Tables, flows, leases and queues never pass their limit.
+//! 6. Every frame that leaves without offload has right checksums.
+//! 7. One address, one lease, across restarts.
+//! 8. After all timeouts no flow and no host socket is left.
+//! 9. Same seed, same trace.
+
+pub mod frame;
+pub mod gateway;
+pub mod nat;
+pub mod offload;
+pub mod port;
+pub mod stats;
+pub mod wire;

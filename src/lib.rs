@@ -53,9 +53,11 @@
 //! 8. After all timeouts no flow and no host socket is left.
 //! 9. Same seed, same trace.
 
+pub mod config;
 pub mod frame;
 pub mod gateway;
 pub mod nat;
+pub mod network;
 pub mod offload;
 pub mod port;
 pub mod stats;

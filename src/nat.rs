@@ -1,5 +1,8 @@
 //! NAT onto host sockets.
 
+#[doc(hidden)]
+pub mod testing;
+
 use std::net::{Ipv4Addr, SocketAddrV4};
 
 pub use crate::frame::{Duration, Instant};
@@ -85,6 +88,8 @@ pub struct Datagram<'a> {
     pub payload: &'a [u8],
     /// Set if the kernel coalesced (UDP_GRO).
     pub segment: Option<u16>,
+    /// IP TTL it arrived with; 0 = the kernel did not say.
+    pub ttl: u8,
 }
 
 /// How a datagram leaves.

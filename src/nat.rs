@@ -23,6 +23,9 @@ pub mod tcp;
 pub mod testing;
 pub mod udp;
 
+#[doc(hidden)]
+pub mod testing;
+
 use std::net::{Ipv4Addr, SocketAddrV4};
 
 use crate::gateway::{LanConfig, Outbox};
@@ -113,6 +116,8 @@ pub struct Datagram<'a> {
     pub payload: &'a [u8],
     /// Set if the kernel coalesced (UDP_GRO).
     pub segment: Option<u16>,
+    /// IP TTL it arrived with; 0 = the kernel did not say.
+    pub ttl: u8,
 }
 
 /// How a datagram leaves.

@@ -19,8 +19,6 @@
 pub mod flow_table;
 pub mod icmp;
 pub mod tcp;
-#[doc(hidden)]
-pub mod testing;
 pub mod udp;
 
 #[doc(hidden)]
@@ -29,7 +27,6 @@ pub mod testing;
 use std::net::{Ipv4Addr, SocketAddrV4};
 
 use crate::gateway::{LanConfig, Outbox};
-use crate::offload::Offload;
 use crate::stats::DropReason;
 use crate::wire::{Body, Ipv4, Packet, Transport};
 
@@ -172,7 +169,13 @@ pub trait Uplink {
     fn ping_open(&mut self, owner: SockOwner) -> Result<SockId, HostError>;
 
     /// Sends a datagram: a UDP payload, or a whole ICMP echo message on a ping socket.
-    fn send_to(&mut self, socket: SockId, to: SocketAddrV4, payload: &[u8], options: SendOptions) -> Io;
+    fn send_to(
+        &mut self,
+        socket: SockId,
+        to: SocketAddrV4,
+        payload: &[u8],
+        options: SendOptions,
+    ) -> Io;
 
     /// Receives all that waits, at most one batch, and hands each datagram to `sink`. Returns whether
     /// more may be waiting.
@@ -215,7 +218,11 @@ pub struct Nat {
 impl Nat {
     /// No flows yet.
     pub fn new(config: NatConfig, now: Instant) -> Self {
-        let NatConfig { lan, flows_max, host_access } = config;
+        let NatConfig {
+            lan,
+            flows_max,
+            host_access,
+        } = config;
         Self {
             tcp: tcp::TcpNat::new(lan.clone(), flows_max, now),
             udp: udp::UdpNat::new(lan.clone(), flows_max, now),
@@ -241,7 +248,9 @@ impl Nat {
         now: Instant,
         (up, out): (&mut U, &mut O),
     ) -> Result<(), DropReason> {
-        let Body::Ipv4(ip) = &packet.body else { return Err(DropReason::Unclaimed) };
+        let Body::Ipv4(ip) = &packet.body else {
+            return Err(DropReason::Unclaimed);
+        };
         if packet.destination.is_group() {
             return Err(DropReason::Unclaimed);
         }
@@ -255,26 +264,30 @@ impl Nat {
             return Err(DropReason::Fragment);
         }
         if ip.ttl <= 1 {
-            self.icmp.send_error(packet, ip, icmp::IcmpError::TimeExceeded, now, out);
+            self.icmp
+                .send_error(packet, ip, icmp::IcmpError::TimeExceeded, now, out);
             return Err(DropReason::TtlExceeded);
         }
         let forbidden = is_never_outside(ip.destination)
             || self.lan.contains(ip.destination)
             || (!self.host_access && self.opens_flow(ip) && up.is_host_address(ip.destination));
         if forbidden {
-            self.icmp.send_error(packet, ip, icmp::IcmpError::Prohibited, now, out);
+            self.icmp
+                .send_error(packet, ip, icmp::IcmpError::Prohibited, now, out);
             return Err(DropReason::ForbiddenDestination);
         }
         match &ip.transport {
             Transport::Tcp(tcp) => {
                 let to = SocketAddrV4::new(ip.destination, tcp.destination_port);
-                self.tcp.handle_packet(packet, (ip, tcp), to, now, (up, out))
+                self.tcp
+                    .handle_packet(packet, (ip, tcp), to, now, (up, out))
             }
             Transport::Udp(udp) => self.udp.handle_packet(packet, ip, udp, now, up, out),
             Transport::Icmp(message) => self.icmp.handle_packet(packet, ip, message, now, up, out),
             Transport::Fragment => Err(DropReason::Fragment),
             Transport::Other(_) => {
-                self.icmp.send_error(packet, ip, icmp::IcmpError::ProtocolUnreachable, now, out);
+                self.icmp
+                    .send_error(packet, ip, icmp::IcmpError::ProtocolUnreachable, now, out);
                 Err(DropReason::Protocol)
             }
         }
@@ -289,15 +302,16 @@ impl Nat {
         (up, out): (&mut U, &mut O),
     ) -> Result<(), DropReason> {
         match (&ip.transport, self.dns) {
-            (Transport::Tcp(tcp), Some(dns)) if tcp.destination_port == DNS_PORT => {
-                self.tcp.handle_packet(packet, (ip, tcp), dns, now, (up, out))
-            }
+            (Transport::Tcp(tcp), Some(dns)) if tcp.destination_port == DNS_PORT => self
+                .tcp
+                .handle_packet(packet, (ip, tcp), dns, now, (up, out)),
             (Transport::Tcp(tcp), _) => {
                 self.tcp.refuse(packet, ip, tcp, now, out);
                 Err(DropReason::Unclaimed)
             }
             (Transport::Udp(_), _) => {
-                self.icmp.send_error(packet, ip, icmp::IcmpError::PortUnreachable, now, out);
+                self.icmp
+                    .send_error(packet, ip, icmp::IcmpError::PortUnreachable, now, out);
                 Err(DropReason::Unclaimed)
             }
             (Transport::Fragment, _) => Err(DropReason::Fragment),
@@ -331,7 +345,12 @@ impl Nat {
     }
 
     /// Ends a batch: moves TCP's bytes and sends its ACKs.
-    pub fn flush<U: Uplink + ?Sized, O: Outbox + ?Sized>(&mut self, now: Instant, up: &mut U, out: &mut O) {
+    pub fn flush<U: Uplink + ?Sized, O: Outbox + ?Sized>(
+        &mut self,
+        now: Instant,
+        up: &mut U,
+        out: &mut O,
+    ) {
         self.tcp.flush(now, up, out);
     }
 
@@ -342,11 +361,23 @@ impl Nat {
 
     /// When [`Nat::handle_timeout`] next has something to do.
     pub fn poll_timeout(&self) -> Option<Instant> {
-        [self.tcp.poll_timeout(), self.udp.poll_timeout(), self.icmp.poll_timeout()].into_iter().flatten().min()
+        [
+            self.tcp.poll_timeout(),
+            self.udp.poll_timeout(),
+            self.icmp.poll_timeout(),
+        ]
+        .into_iter()
+        .flatten()
+        .min()
     }
 
     /// Runs the timers that are due.
-    pub fn handle_timeout<U: Uplink + ?Sized, O: Outbox + ?Sized>(&mut self, now: Instant, up: &mut U, out: &mut O) {
+    pub fn handle_timeout<U: Uplink + ?Sized, O: Outbox + ?Sized>(
+        &mut self,
+        now: Instant,
+        up: &mut U,
+        out: &mut O,
+    ) {
         self.tcp.handle_timeout(now, up, out);
         self.udp.handle_timeout(now, up);
         self.icmp.handle_timeout(now, up);

@@ -21,7 +21,11 @@ struct Slot<T> {
 impl<T> FlowTable<T> {
     /// A table for at most `limit` entries.
     pub fn new(limit: usize) -> Self {
-        Self { slots: Vec::new(), free: Vec::new(), limit }
+        Self {
+            slots: Vec::new(),
+            free: Vec::new(),
+            limit,
+        }
     }
 
     /// Number of entries.
@@ -38,7 +42,11 @@ impl<T> FlowTable<T> {
     ///
     /// # Errors
     /// `None` at the limit, or if `make` gives nothing; then nothing changed.
-    pub fn insert_with<E>(&mut self, full: E, make: impl FnOnce(FlowId) -> Result<T, E>) -> Result<FlowId, E> {
+    pub fn insert_with<E>(
+        &mut self,
+        full: E,
+        make: impl FnOnce(FlowId) -> Result<T, E>,
+    ) -> Result<FlowId, E> {
         let reused = self.free.last().copied();
         if reused.is_none() && self.slots.len() >= self.limit {
             return Err(full);
@@ -57,7 +65,9 @@ impl<T> FlowTable<T> {
     /// The entry of `id`, if it still exists.
     pub fn get_mut(&mut self, id: FlowId) -> Option<&mut T> {
         let slot = self.slots.get_mut(id.slot as usize)?;
-        slot.entry.as_mut().filter(|_| slot.generation == id.generation)
+        slot.entry
+            .as_mut()
+            .filter(|_| slot.generation == id.generation)
     }
 
     /// Removes the entry of `id`.
@@ -75,10 +85,14 @@ impl<T> FlowTable<T> {
 
     /// The ids of all entries, by slot.
     pub fn ids(&self) -> impl Iterator<Item = FlowId> + '_ {
-        self.slots.iter().enumerate().filter(|(_, slot)| slot.entry.is_some()).map(|(index, slot)| FlowId {
-            slot: index as u32,
-            generation: slot.generation,
-        })
+        self.slots
+            .iter()
+            .enumerate()
+            .filter(|(_, slot)| slot.entry.is_some())
+            .map(|(index, slot)| FlowId {
+                slot: index as u32,
+                generation: slot.generation,
+            })
     }
 }
 
@@ -99,7 +113,11 @@ pub struct TimerWheel {
 impl TimerWheel {
     /// An empty wheel that starts at `now`.
     pub fn new(now: Instant) -> Self {
-        Self { slots: vec![Vec::new(); WHEEL_SLOTS], tick: tick_of(now), len: 0 }
+        Self {
+            slots: vec![Vec::new(); WHEEL_SLOTS],
+            tick: tick_of(now),
+            len: 0,
+        }
     }
 
     /// Calls for `id` at `deadline`, rounded up to a tick. Returns when the entry will really come
@@ -170,7 +188,10 @@ mod tests {
 
     #[test]
     fn timers_come_due_once_never_early_and_long_ones_return() {
-        let id = |slot| FlowId { slot, generation: 0 };
+        let id = |slot| FlowId {
+            slot,
+            generation: 0,
+        };
         let at = |ms| Instant::from_millis(ms);
         let mut wheel = TimerWheel::new(at(1_000));
         wheel.arm(id(1), at(1_500));

@@ -37,14 +37,18 @@
 //! and counted. It can't exceed its rings, can't reach another guest's flow (the key has its address,
 //! the switch guards that) and, should it make the engine panic, loses that flow only.
 
+mod device;
 mod engine;
+mod syn;
 
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::SocketAddrV4;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use hashbrown::HashMap;
 
-use self::engine::{Peer, Phase, SavedSyn, SmolEngine, TcpEngine};
+use self::device::reset;
+use self::engine::{Phase, SmolEngine, TcpEngine};
+use self::syn::{Peer, SavedSyn};
 use super::flow_table::{FlowTable, TimerWheel};
 use super::icmp::{self, IcmpError};
 use super::{FlowId, HostError, Io, Ready, SockId, SockOwner, Uplink};
@@ -211,7 +215,9 @@ impl TcpNat {
         let Some(&id) = self.keys.get(&key) else {
             return self.handle_stray(packet, (ip, tcp), key, connect_to, now, (up, out));
         };
-        let Some(flow) = self.flows.get_mut(id) else { return Err(DropReason::NoFlow) };
+        let Some(flow) = self.flows.get_mut(id) else {
+            return Err(DropReason::NoFlow);
+        };
         flow.active_at = now;
         flow.peer.guest = packet.source;
         if flow.port != packet.ingress {
@@ -230,8 +236,9 @@ impl TcpNat {
             State::Open(engine) => {
                 flow.touched |= !tcp.payload.is_empty();
                 let peer = &flow.peer;
-                let handled =
-                    catch_unwind(AssertUnwindSafe(|| engine.handle_segment(ip, tcp, now, peer, out)));
+                let handled = catch_unwind(AssertUnwindSafe(|| {
+                    engine.handle_segment(ip, tcp, now, peer, out)
+                }));
                 if handled.is_err() {
                     self.fault(id, up);
                     return Err(DropReason::FlowFault);
@@ -257,17 +264,19 @@ impl TcpNat {
         let syn = SavedSyn::new(ip, tcp).filter(|_| opens);
         let Some(syn) = syn else {
             if tcp.flags & Tcp::RST == 0 {
-                engine::reset(ip.packet, &peer, now, out);
+                reset(ip.packet, &peer, now, out);
             }
             return Err(DropReason::NoFlow);
         };
         if self.connecting >= CONNECTING_MAX {
             self.counters.limited += 1;
-            engine::reset(syn.packet(), &peer, now, out);
+            reset(syn.packet(), &peer, now, out);
             return Err(DropReason::Limit);
         }
         let opened = self.flows.insert_with(None, |id| {
-            let host = up.tcp_connect(connect_to, SockOwner::Tcp(id)).map_err(Some)?;
+            let host = up
+                .tcp_connect(connect_to, SockOwner::Tcp(id))
+                .map_err(Some)?;
             Ok(Flow {
                 key,
                 port: packet.ingress,
@@ -294,7 +303,7 @@ impl TcpNat {
             }
             Err(None) => {
                 self.counters.limited += 1;
-                engine::reset(syn.packet(), &peer, now, out);
+                reset(syn.packet(), &peer, now, out);
                 Err(DropReason::Limit)
             }
             Err(Some(error)) => {
@@ -306,10 +315,17 @@ impl TcpNat {
     }
 
     /// Refuses a SYN, or resets a stray segment, without looking for a flow.
-    pub fn refuse<O: Outbox + ?Sized>(&self, packet: &Packet<'_>, ip: &Ipv4<'_>, tcp: &Tcp<'_>, now: Instant, out: &mut O) {
+    pub fn refuse<O: Outbox + ?Sized>(
+        &self,
+        packet: &Packet<'_>,
+        ip: &Ipv4<'_>,
+        tcp: &Tcp<'_>,
+        now: Instant,
+        out: &mut O,
+    ) {
         if tcp.flags & Tcp::RST == 0 {
             let peer = Peer::from_syn(self.lan.mac, packet.source, tcp, self.lan.mtu);
-            engine::reset(ip.packet, &peer, now, out);
+            reset(ip.packet, &peer, now, out);
         }
     }
 
@@ -321,7 +337,9 @@ impl TcpNat {
         now: Instant,
         (up, out): (&mut U, &mut O),
     ) {
-        let Some(flow) = self.flows.get_mut(id) else { return };
+        let Some(flow) = self.flows.get_mut(id) else {
+            return;
+        };
         flow.host_readable |= ready.readable | ready.error;
         flow.host_writable |= ready.writable;
         if let State::Connecting(syn) = &flow.state {
@@ -330,7 +348,7 @@ impl TcpNat {
                 Ok(true) => {
                     let Some(socket) = self.arena.socket() else {
                         self.counters.limited += 1;
-                        engine::reset(syn.packet(), &flow.peer, now, out);
+                        reset(syn.packet(), &flow.peer, now, out);
                         self.remove(id, up, true);
                         return;
                     };
@@ -355,13 +373,20 @@ impl TcpNat {
     }
 
     /// Moves bytes and answers the guests, for every flow that something happened to.
-    pub fn flush<U: Uplink + ?Sized, O: Outbox + ?Sized>(&mut self, now: Instant, up: &mut U, out: &mut O) {
+    pub fn flush<U: Uplink + ?Sized, O: Outbox + ?Sized>(
+        &mut self,
+        now: Instant,
+        up: &mut U,
+        out: &mut O,
+    ) {
         if self.dirty.is_empty() {
             return;
         }
         let mut batch = std::mem::replace(&mut self.dirty, std::mem::take(&mut self.spare));
         for id in batch.drain(..) {
-            let Some(flow) = self.flows.get_mut(id) else { continue };
+            let Some(flow) = self.flows.get_mut(id) else {
+                continue;
+            };
             flow.dirty = false;
             self.flush_one(id, now, up, out);
         }
@@ -373,8 +398,16 @@ impl TcpNat {
         !self.dirty.is_empty()
     }
 
-    fn flush_one<U: Uplink + ?Sized, O: Outbox + ?Sized>(&mut self, id: FlowId, now: Instant, up: &mut U, out: &mut O) {
-        let Some(flow) = self.flows.get_mut(id) else { return };
+    fn flush_one<U: Uplink + ?Sized, O: Outbox + ?Sized>(
+        &mut self,
+        id: FlowId,
+        now: Instant,
+        up: &mut U,
+        out: &mut O,
+    ) {
+        let Some(flow) = self.flows.get_mut(id) else {
+            return;
+        };
         let port = usize::from(flow.port.0);
         if self.busy.len() <= port {
             self.busy.resize(port + 1, 0);
@@ -407,11 +440,18 @@ impl TcpNat {
     }
 
     /// Runs the timers that are due.
-    pub fn handle_timeout<U: Uplink + ?Sized, O: Outbox + ?Sized>(&mut self, now: Instant, up: &mut U, out: &mut O) {
+    pub fn handle_timeout<U: Uplink + ?Sized, O: Outbox + ?Sized>(
+        &mut self,
+        now: Instant,
+        up: &mut U,
+        out: &mut O,
+    ) {
         let mut due = std::mem::take(&mut self.spare);
         self.wheel.expire(now, &mut due);
         for id in due.drain(..) {
-            let Some(flow) = self.flows.get_mut(id) else { continue };
+            let Some(flow) = self.flows.get_mut(id) else {
+                continue;
+            };
             flow.armed = None;
             if now >= flow.active_at + flow.idle_limit() {
                 self.counters.idled_out += 1;
@@ -440,11 +480,17 @@ impl TcpNat {
     }
 
     /// Ends a flow with RST on both sides.
-    fn abort<U: Uplink + ?Sized, O: Outbox + ?Sized>(&mut self, id: FlowId, now: Instant, up: &mut U, out: &mut O) {
+    fn abort<U: Uplink + ?Sized, O: Outbox + ?Sized>(
+        &mut self,
+        id: FlowId,
+        now: Instant,
+        up: &mut U,
+        out: &mut O,
+    ) {
         if let Some(flow) = self.flows.get_mut(id) {
             let peer = &flow.peer;
             match &mut flow.state {
-                State::Connecting(syn) => engine::reset(syn.packet(), peer, now, out),
+                State::Connecting(syn) => reset(syn.packet(), peer, now, out),
                 State::Open(engine) => {
                     engine.abort();
                     let _ = catch_unwind(AssertUnwindSafe(|| engine.poll_egress(now, peer, out)));
@@ -463,7 +509,9 @@ impl TcpNat {
     }
 
     fn remove<U: Uplink + ?Sized>(&mut self, id: FlowId, up: &mut U, abort: bool) {
-        let Some(flow) = self.flows.remove(id) else { return };
+        let Some(flow) = self.flows.remove(id) else {
+            return;
+        };
         self.keys.remove(&flow.key);
         if flow.busy {
             self.busy[usize::from(flow.port.0)] -= 1;
@@ -501,8 +549,16 @@ impl TcpNat {
 }
 
 impl Flow {
-    fn flush<U: Uplink + ?Sized, O: Outbox + ?Sized>(&mut self, share: usize, now: Instant, up: &mut U, out: &mut O) -> Rest {
-        let State::Open(engine) = &mut self.state else { return Rest::Idle };
+    fn flush<U: Uplink + ?Sized, O: Outbox + ?Sized>(
+        &mut self,
+        share: usize,
+        now: Instant,
+        up: &mut U,
+        out: &mut O,
+    ) -> Rest {
+        let State::Open(engine) = &mut self.state else {
+            return Rest::Idle;
+        };
         let mut broken = false;
 
         // Guest to host.
@@ -531,7 +587,10 @@ impl Flow {
         // Host to guest.
         let mut budget = DOWN_BYTES_PER_FLUSH;
         loop {
-            let room = engine.room().min(share.saturating_sub(engine.unacknowledged())).min(DOWN_READ_BYTES);
+            let room = engine
+                .room()
+                .min(share.saturating_sub(engine.unacknowledged()))
+                .min(DOWN_READ_BYTES);
             if broken || !self.host_readable || self.host_finished || room == 0 || budget == 0 {
                 break;
             }
@@ -615,8 +674,12 @@ fn answer_failure<O: Outbox + ?Sized>(
         HostError::HostUnreachable | HostError::TimedOut => IcmpError::HostUnreachable,
         HostError::NetUnreachable => IcmpError::NetUnreachable,
         HostError::Prohibited => IcmpError::Prohibited,
-        HostError::Refused | HostError::Reset | HostError::TooBig | HostError::Exhausted | HostError::Other(_) => {
-            engine::reset(syn.packet(), peer, now, out);
+        HostError::Refused
+        | HostError::Reset
+        | HostError::TooBig
+        | HostError::Exhausted
+        | HostError::Other(_) => {
+            reset(syn.packet(), peer, now, out);
             return;
         }
     };
@@ -625,3 +688,5 @@ fn answer_failure<O: Outbox + ?Sized>(
     }
 }
 
+#[cfg(test)]
+mod tests;

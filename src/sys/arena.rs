@@ -69,7 +69,12 @@ impl Drop for Chunk {
 impl Arena {
     /// An arena for at most `slots_max` sockets at a time.
     pub fn new(slots_max: usize) -> Self {
-        Self(Arc::new(Mutex::new(Slots { chunks: Vec::new(), hot: Vec::new(), cold: Vec::new(), slots_max })))
+        Self(Arc::new(Mutex::new(Slots {
+            chunks: Vec::new(),
+            hot: Vec::new(),
+            cold: Vec::new(),
+            slots_max,
+        })))
     }
 
     /// A closed TCP socket on rings of its own; `None` at the limit or when the system gives no
@@ -78,8 +83,16 @@ impl Arena {
         let slot = self.lock().take()?;
         let (rx, tx) = ring_slices(slot);
         let mut set = SocketSet::new(Vec::with_capacity(1));
-        let handle = set.add(tcp::Socket::new(tcp::SocketBuffer::new(rx), tcp::SocketBuffer::new(tx)));
-        Some(TcpSocket { set, handle, slot, arena: self.clone() })
+        let handle = set.add(tcp::Socket::new(
+            tcp::SocketBuffer::new(rx),
+            tcp::SocketBuffer::new(tx),
+        ));
+        Some(TcpSocket {
+            set,
+            handle,
+            slot,
+            arena: self.clone(),
+        })
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Slots> {
@@ -122,7 +135,13 @@ impl Slots {
         // nothing. Its NonNull pointer and length are recorded in `chunks`, which unmaps it once.
         let base = unsafe {
             let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
-            let base = mmap_anonymous(std::ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, flags).ok()?;
+            let base = mmap_anonymous(
+                std::ptr::null_mut(),
+                len,
+                ProtFlags::READ | ProtFlags::WRITE,
+                flags,
+            )
+            .ok()?;
             // Huge pages would make one byte in a ring cost 2 MiB. Refusal (no THP built in) is fine.
             let _ = madvise(base, len, Advice::LinuxNoHugepage);
             NonNull::new(base.cast::<u8>())?
@@ -130,7 +149,8 @@ impl Slots {
         self.chunks.push(Chunk(base));
         for index in (0..CHUNK_SLOTS).rev() {
             // SAFETY: index * SLOT_BYTES lies within the mapping made above.
-            self.cold.push(Slot(unsafe { base.add(index * SLOT_BYTES) }));
+            self.cold
+                .push(Slot(unsafe { base.add(index * SLOT_BYTES) }));
         }
         Some(())
     }

@@ -61,4 +61,5 @@ pub mod network;
 pub mod offload;
 pub mod port;
 pub mod stats;
+pub mod switch;
 pub mod wire;

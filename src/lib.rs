@@ -61,6 +61,7 @@ pub mod network;
 pub mod offload;
 pub mod port;
 pub mod stats;
+pub mod switch;
 pub mod sys;
 pub mod uplink;
 pub mod wire;

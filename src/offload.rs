@@ -1,10 +1,27 @@
 //! Offload metadata: what a frame's sender left for the device to do.
 //!
+//! ```text
+//!  port rx -> admit -> Frame { bytes, offload } -> switch, gateway, NAT -> fit -> encode -> port tx
+//! ```
+//!
 //! It travels beside the bytes from [`admit`], the one place where a guest's virtio-net header is
-//! believed or refused, to [`fit`], the one place where it is adapted to the egress port.
+//! believed or refused, to [`fit`], the one place where it is adapted to the egress port. Nothing
+//! here holds state; a stage that merges frames (GRO) would sit between the switch and [`fit`] and
+//! yield the same [`Offload`] that [`admit`] does.
+//!
+//! What a hostile guest can try: a checksum position inside a MAC, a VLAN tag, an IP address or a
+//! port number, so that completing the sum rewrites a header after the switch decided on it; a
+//! segment size that turns one frame into 65,000; headers that are not there. All are refused as
+//! [`DropReason::BadOffload`](crate::stats::DropReason::BadOffload). A malformed IP packet in a
+//! frame without claims is none of a switch's business and passes.
 
-/// Bytes of `struct virtio_net_hdr_v1` (linux/virtio_net.h), the header of all our tap ports.
-pub const VNET_HEADER_LEN: usize = 12;
+mod fit;
+mod layout;
+mod segment;
+mod vnet;
+
+pub use fit::fit;
+pub use vnet::{SEGMENTS_MAX, VNET_HEADER_LEN, admit, admit_plain, encode};
 
 /// State of the transport checksum.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -44,7 +61,7 @@ pub enum Gso {
 pub struct Offload {
     /// Transport checksum.
     pub csum: Csum,
-    /// Segmentation.
+    /// Segmentation. Anything but [`Gso::None`] goes with [`Csum::Partial`] at the transport header.
     pub gso: Gso,
     /// The TCP super-frame has CWR set (VIRTIO_NET_HDR_GSO_ECN).
     pub ecn: bool,
@@ -55,8 +72,21 @@ pub struct Offload {
 pub struct Caps {
     /// Frames with [`Csum::Partial`].
     pub csum: bool,
-    /// [`Gso::Tcp4`] and [`Gso::Tcp6`].
+    /// [`Gso::Tcp4`] and [`Gso::Tcp6`]; means nothing without `csum`.
     pub tso: bool,
-    /// [`Gso::Udp`].
+    /// [`Gso::Udp`]; means nothing without `csum`.
     pub uso: bool,
+}
+
+impl Caps {
+    /// Whether the port takes a frame with this much left to do. A super-frame always has its
+    /// checksums to do as well, so segmentation without `csum` takes nothing.
+    pub fn take(self, offload: Offload) -> bool {
+        let csum = self.csum || !matches!(offload.csum, Csum::Partial { .. });
+        csum && match offload.gso {
+            Gso::None => true,
+            Gso::Tcp4(_) | Gso::Tcp6(_) => self.csum && self.tso,
+            Gso::Udp(_) => self.csum && self.uso,
+        }
+    }
 }

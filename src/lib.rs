@@ -54,6 +54,8 @@
 //! 9. Same seed, same trace.
 
 pub mod config;
+pub mod control;
+pub mod dhcp;
 pub mod frame;
 pub mod gateway;
 pub mod nat;

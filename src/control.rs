@@ -1,0 +1,4 @@
+//! The control plane.
+
+pub mod lease_file;
+pub mod resolver;

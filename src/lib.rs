@@ -65,5 +65,6 @@ pub mod port;
 pub mod stats;
 pub mod switch;
 pub mod sys;
+pub mod tap;
 pub mod uplink;
 pub mod wire;

@@ -1,6 +1,16 @@
-//! System calls that no safe crate covers. All `unsafe` of lanlet is in here, each block with the
-//! reasons why it is sound; what leaves these modules is safe to use.
+//! System calls that need care: everything `unsafe` of the crate lives under this module, each block
+//! with the reasons why it is sound.
+//!
+//! Each submodule wraps one kernel interface and takes and returns owned or borrowed fds; what is
+//! built from them reads like ordinary code.
 
 pub mod arena;
+pub mod fd_pass;
 pub mod mmsg;
+pub mod namespace;
+pub mod netlink;
+pub mod option;
+pub mod packet_ring;
+pub mod rtnl;
 pub mod socket;
+pub mod tun;

@@ -54,6 +54,7 @@
 //! 9. Same seed, same trace.
 
 pub mod config;
+pub mod control;
 pub mod frame;
 pub mod gateway;
 pub mod nat;
@@ -61,4 +62,5 @@ pub mod network;
 pub mod offload;
 pub mod port;
 pub mod stats;
+pub mod sys;
 pub mod wire;

@@ -69,9 +69,8 @@ impl SignalFd {
             return Err(io::Error::last_os_error());
         }
         // SAFETY: a descriptor that the kernel just made and nobody else owns.
-        Ok(Self {
-            fd: unsafe { OwnedFd::from_raw_fd(fd) },
-        })
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        Ok(Self { fd })
     }
 
     /// The next signal, `None` if none is waiting.

@@ -275,6 +275,11 @@ impl RuntimeDir {
         })
     }
 
+    /// Whether a process holds the network's name.
+    pub fn is_claimed(&self, name: &str) -> bool {
+        self.holder(name).is_some()
+    }
+
     /// Who runs the network, by its lock: `None` if nobody holds it.
     pub(crate) fn holder(&self, name: &str) -> Option<Option<u32>> {
         let mut lock = OpenOptions::new()

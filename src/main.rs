@@ -1,1 +1,5 @@
-fn main() {}
+//! The `lanlet` program: see [`lanlet::cli`].
+
+fn main() -> std::process::ExitCode {
+    lanlet::cli::main()
+}

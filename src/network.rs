@@ -36,6 +36,16 @@ pub struct VmmPort {
     pub mac: Mac,
 }
 
+/// A tap whose netdev side is a guest's.
+#[derive(Debug)]
+pub struct GuestTap {
+    /// The tap.
+    pub tap: OwnedFd,
+    /// A netlink socket of the guest's namespace, to read what the tap's own queue dropped; without
+    /// it those drops stay unknown.
+    pub netlink: Option<OwnedFd>,
+}
+
 /// A lease that lives as long as the port it was made for.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct GuestAddress {
@@ -162,7 +172,7 @@ impl Network {
     /// The fd is no tap of the right kind, or no address is free.
     pub fn attach_tap(
         &self,
-        _fd: OwnedFd,
+        _tap: GuestTap,
         _options: PortOptions,
     ) -> Result<(PortId, Option<GuestAddress>), NetworkError> {
         Err(NetworkError::Other("not joined yet".to_owned()))
@@ -181,7 +191,12 @@ impl Network {
         Status::default()
     }
 
-    /// Blocks until the worker has ended because of a failure; its reason.
+    /// Ends the worker and whatever else runs for the network. Ports are gone, [`Network::failed`]
+    /// returns. Twice is once.
+    pub fn stop(&self) {}
+
+    /// Blocks until the worker has ended: its reason where that was a failure, `None` after
+    /// [`Network::stop`].
     pub fn failed(&self) -> Option<NetworkError> {
         None
     }

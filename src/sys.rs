@@ -1,5 +1,4 @@
-//! System calls that nothing safer covers. All `unsafe` of the crate is here and below.
+//! System calls that need care: everything `unsafe` of the crate lives under this module.
 
-#![allow(unsafe_code)]
-
+pub mod inherited;
 pub mod signal;

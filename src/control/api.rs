@@ -104,7 +104,8 @@ pub enum Request {
     Status {},
     /// A tap for a VMM. Its descriptor comes with the reply.
     AttachVmm(PortRequest),
-    /// Attaches the tap whose descriptor comes with the request.
+    /// Attaches the tap whose descriptor comes with the request; a second descriptor is a netlink
+    /// socket of the guest's namespace.
     AttachTap(PortRequest),
     /// Removes a port.
     Detach {
@@ -116,8 +117,8 @@ pub enum Request {
 }
 
 impl Request {
-    /// Whether a descriptor belongs to the request.
-    pub fn takes_fd(&self) -> bool {
+    /// Whether descriptors belong to the request.
+    pub fn takes_fds(&self) -> bool {
         matches!(self, Request::AttachTap(_))
     }
 }

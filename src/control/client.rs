@@ -11,7 +11,7 @@ use super::api::{Hello, PROTOCOL, REPLY_BYTES_MAX, Reply, Request};
 use super::message::{LineReader, Read, send_some, to_line};
 use super::{ControlError, RuntimeDir, peer_is_trusted};
 use crate::frame::PortId;
-use crate::network::{GuestAddress, PortOptions, Status, VmmPort};
+use crate::network::{GuestAddress, GuestTap, PortOptions, Status, VmmPort};
 
 /// How long a network may take from its lock to its socket.
 const START_TIME_MAX: Duration = Duration::from_secs(3);
@@ -102,7 +102,7 @@ impl Client {
     /// # Errors
     /// The connection failed.
     pub fn status(&mut self) -> Result<Status, ControlError> {
-        match self.ask(&Request::Status {}, None)? {
+        match self.ask(&Request::Status {}, &[])? {
             Reply::Status(status) => Ok(*status),
             _ => Err(self.confused()),
         }
@@ -114,7 +114,7 @@ impl Client {
     /// The network refused, or the connection failed.
     pub fn attach_vmm(&mut self, options: &PortOptions) -> Result<VmmPort, ControlError> {
         let Reply::VmmPort { port, ifname, mac } =
-            self.ask(&Request::AttachVmm(options.into()), None)?
+            self.ask(&Request::AttachVmm(options.into()), &[])?
         else {
             return Err(self.confused());
         };
@@ -134,10 +134,12 @@ impl Client {
     /// The network refused, or the connection failed.
     pub fn attach_tap(
         &mut self,
-        fd: BorrowedFd<'_>,
+        tap: &GuestTap,
         options: &PortOptions,
     ) -> Result<(PortId, Option<GuestAddress>), ControlError> {
-        match self.ask(&Request::AttachTap(options.into()), Some(fd))? {
+        let mut fds = vec![tap.tap.as_fd()];
+        fds.extend(tap.netlink.as_ref().map(AsFd::as_fd));
+        match self.ask(&Request::AttachTap(options.into()), &fds)? {
             Reply::TapPort { port, address } => Ok((PortId(port), address)),
             _ => Err(self.confused()),
         }
@@ -148,7 +150,7 @@ impl Client {
     /// # Errors
     /// It is the gateway, or the connection failed.
     pub fn detach(&mut self, port: PortId) -> Result<(), ControlError> {
-        self.ask(&Request::Detach { port: port.0 }, None).map(drop)
+        self.ask(&Request::Detach { port: port.0 }, &[]).map(drop)
     }
 
     /// Ends the network.
@@ -156,7 +158,7 @@ impl Client {
     /// # Errors
     /// The connection failed.
     pub fn stop(&mut self) -> Result<(), ControlError> {
-        self.ask(&Request::Stop {}, None).map(drop)
+        self.ask(&Request::Stop {}, &[]).map(drop)
     }
 
     fn greet(&mut self) -> Result<(), ControlError> {
@@ -187,18 +189,14 @@ impl Client {
         Ok(())
     }
 
-    fn ask(
-        &mut self,
-        request: &Request,
-        fd: Option<BorrowedFd<'_>>,
-    ) -> Result<Reply, ControlError> {
+    fn ask(&mut self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<Reply, ControlError> {
         self.reader.drop_fds();
         let line = to_line(request).map_err(|error| self.failed(&error))?;
-        let (mut rest, mut fd) = (line.as_slice(), fd);
+        let (mut rest, mut fds) = (line.as_slice(), fds);
         while !rest.is_empty() {
-            let sent = send_some(&self.stream, rest, fd).map_err(|error| self.failed(&error))?;
+            let sent = send_some(&self.stream, rest, fds).map_err(|error| self.failed(&error))?;
             rest = &rest[sent..];
-            fd = None;
+            fds = &[];
         }
         let line = self.read_line()?;
         match self.decode(&line)? {

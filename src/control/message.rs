@@ -12,11 +12,12 @@ use rustix::net::{
 
 /// Bytes read at a time.
 const READ_BYTES: usize = 4096;
-/// Descriptors held for lines that are not complete yet. A request takes one; what comes beyond is
-/// closed at once, so that a client can't fill the process's table.
-const FDS_HELD_MAX: usize = 2;
-/// Room for the descriptors of one `recvmsg`; the kernel closes what does not fit.
-const FDS_PER_READ: usize = 2;
+/// Descriptors of one message at most: a guest's tap and its netlink socket. The kernel closes what
+/// comes beyond.
+const FDS_PER_MESSAGE: usize = 2;
+/// Descriptors held for lines that are not complete yet; what comes beyond is closed at once, so that
+/// a client can't fill the process's table.
+const FDS_HELD_MAX: usize = FDS_PER_MESSAGE;
 
 /// Puts lines together, and keeps the descriptors that came along.
 #[derive(Debug)]
@@ -53,7 +54,7 @@ impl LineReader {
     /// Of `recvmsg`, `WouldBlock` included.
     pub fn read_from(&mut self, socket: impl AsFd) -> io::Result<Read> {
         let mut bytes = [0; READ_BYTES];
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_PER_READ))];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_PER_MESSAGE))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let received = rustix::net::recvmsg(
             socket,
@@ -120,19 +121,15 @@ impl LineReader {
     }
 }
 
-/// Sends as many of the bytes as the socket takes, the descriptor with the first of them.
+/// Sends as many of the bytes as the socket takes, the descriptors with the first of them.
 ///
 /// # Errors
 /// Of `sendmsg`, `WouldBlock` included.
-pub fn send_some(socket: impl AsFd, bytes: &[u8], fd: Option<BorrowedFd<'_>>) -> io::Result<usize> {
-    let fds: &[BorrowedFd<'_>] = match &fd {
-        Some(fd) => std::slice::from_ref(fd),
-        None => &[],
-    };
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+pub fn send_some(socket: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<usize> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_PER_MESSAGE))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    if !fds.is_empty() {
-        ancillary.push(SendAncillaryMessage::ScmRights(fds));
+    if !fds.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(fds)) {
+        return Err(io::ErrorKind::InvalidInput.into());
     }
     let sent = rustix::net::sendmsg(
         socket,
@@ -190,7 +187,7 @@ mod tests {
         let (probe, kept) = UnixStream::pair().unwrap();
         let mut reader = LineReader::new(100);
         for _ in 0..10 {
-            send_some(&a, b"x\n", Some(kept.as_fd())).unwrap();
+            send_some(&a, b"x\n", &[kept.as_fd()]).unwrap();
             reader.read_from(&b).unwrap();
         }
         drop(kept);

@@ -19,7 +19,7 @@ use super::api::{CLIENTS_MAX, Hello, PROTOCOL, REQUEST_BYTES_MAX, Reply, Request
 use super::message::{LineReader, Read, send_some, to_line};
 use super::{Claim, peer_is_trusted};
 use crate::frame::PortId;
-use crate::network::{GuestAddress, Network, PortOptions, Status, VmmPort};
+use crate::network::{GuestAddress, GuestTap, Network, PortOptions, Status, VmmPort};
 
 /// Threads that wait for the kernel on behalf of clients. Attaching takes milliseconds.
 const BLOCKING_THREADS: usize = 2;
@@ -43,7 +43,7 @@ pub trait Target: Send + Sync + 'static {
     /// Why not, with the remedy.
     fn attach_tap(
         &self,
-        fd: OwnedFd,
+        tap: GuestTap,
         options: PortOptions,
     ) -> Result<(PortId, Option<GuestAddress>), String>;
 
@@ -62,10 +62,10 @@ impl Target for Network {
 
     fn attach_tap(
         &self,
-        fd: OwnedFd,
+        tap: GuestTap,
         options: PortOptions,
     ) -> Result<(PortId, Option<GuestAddress>), String> {
-        Network::attach_tap(self, fd, options).map_err(|error| error.to_string())
+        Network::attach_tap(self, tap, options).map_err(|error| error.to_string())
     }
 
     fn detach(&self, port: PortId) {
@@ -224,12 +224,12 @@ async fn serve(stream: &UnixStream, shared: &Shared) -> io::Result<()> {
             }
         };
         let stop = request == Request::Stop {};
-        let fd = if request.takes_fd() {
-            reader.take_fd()
-        } else {
-            None
-        };
-        let (reply, fd) = answer(&mut owned, request, fd).await;
+        let tap = request.takes_fds().then(|| reader.take_fd()).flatten();
+        let tap = tap.map(|tap| GuestTap {
+            tap,
+            netlink: reader.take_fd(),
+        });
+        let (reply, fd) = answer(&mut owned, request, tap).await;
         write(stream, &to_line(&reply)?, fd).await?;
         if stop {
             log::info!("asked to stop");
@@ -242,10 +242,10 @@ async fn serve(stream: &UnixStream, shared: &Shared) -> io::Result<()> {
 async fn answer(
     owned: &mut OwnedPorts,
     request: Request,
-    fd: Option<OwnedFd>,
+    tap: Option<GuestTap>,
 ) -> (Reply, Option<OwnedFd>) {
     let target = Arc::clone(&owned.target);
-    let done = tokio::task::spawn_blocking(move || perform(&*target, request, fd)).await;
+    let done = tokio::task::spawn_blocking(move || perform(&*target, request, tap)).await;
     let (reply, fd) = match done {
         Ok(Ok(done)) => done,
         Ok(Err(message)) => (Reply::Error { message }, None),
@@ -265,7 +265,7 @@ async fn answer(
 fn perform(
     target: &dyn Target,
     request: Request,
-    fd: Option<OwnedFd>,
+    tap: Option<GuestTap>,
 ) -> Result<(Reply, Option<OwnedFd>), String> {
     Ok(match request {
         Request::Status {} => (Reply::Status(Box::new(target.status())), None),
@@ -279,8 +279,8 @@ fn perform(
             (reply, Some(port.fd))
         }
         Request::AttachTap(port) => {
-            let fd = fd.ok_or("the tap's descriptor did not come with the request")?;
-            let (id, address) = target.attach_tap(fd, port.options()?)?;
+            let tap = tap.ok_or("the tap's descriptor did not come with the request")?;
+            let (id, address) = target.attach_tap(tap, port.options()?)?;
             (
                 Reply::TapPort {
                     port: id.0,
@@ -304,7 +304,8 @@ async fn write(stream: &UnixStream, mut bytes: &[u8], mut fd: Option<OwnedFd>) -
     while !bytes.is_empty() {
         stream.writable().await?;
         let sent = stream.try_io(Interest::WRITABLE, || {
-            send_some(stream.as_fd(), bytes, fd.as_ref().map(AsFd::as_fd))
+            let fd = fd.as_ref().map(AsFd::as_fd);
+            send_some(stream.as_fd(), bytes, fd.as_slice())
         });
         match sent {
             Ok(sent) => {
@@ -361,7 +362,7 @@ mod tests {
 
         fn attach_tap(
             &self,
-            fd: OwnedFd,
+            tap: GuestTap,
             options: PortOptions,
         ) -> Result<(PortId, Option<GuestAddress>), String> {
             std::fs::File::from(fd)
@@ -418,8 +419,15 @@ mod tests {
         assert_eq!(text, "vmm");
 
         let (tap, mut peer) = std::os::unix::net::UnixStream::pair().unwrap();
-        let (id, address) = client.attach_tap(tap.as_fd(), &options).unwrap();
-        drop(tap);
+        let (id, address) = client
+            .attach_tap(
+                &GuestTap {
+                    tap: tap.into(),
+                    netlink: None,
+                },
+                &options,
+            )
+            .unwrap();
         io::Read::read_to_string(&mut peer, &mut text).unwrap();
         assert_eq!((id, text.as_str()), (PortId(2), "vmmtap"));
         assert_eq!(address.unwrap().prefix, 24);

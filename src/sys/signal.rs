@@ -3,6 +3,7 @@
 //! A signalfd tells who sent a signal, which a handler under tokio does not: one typed at the
 //! terminal (SI_KERNEL) reached the whole foreground process group, one sent by a process reached
 //! lanlet alone and has to be forwarded.
+#![allow(unsafe_code)]
 
 use std::io;
 use std::mem::MaybeUninit;

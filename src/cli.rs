@@ -4,11 +4,11 @@
 //! Exit status: that of the command run, else 0; 1 when something failed at run time; 2 when the
 //! command line or the configuration is wrong. Output that nobody reads (a closed pipe) is no error.
 
-//mod check;
+mod check;
 mod child;
 //mod demo;
 mod docs;
-//mod exec;
+mod exec;
 mod lan;
 mod logger;
 mod options;
@@ -27,6 +27,7 @@ use clap::{ArgAction, Parser, Subcommand};
 use crate::config::ConfigError;
 use crate::control::ControlError;
 use crate::network::NetworkError;
+use crate::tap::TapError;
 
 /// Exit status for a wrong command line, as clap has it.
 const EXIT_USAGE: u8 = 2;
@@ -95,16 +96,22 @@ enum Command {
     Up(up::Args),
     Run(run::Args),
     Qemu(qemu::Args),
-    //    Exec(exec::Args),
+    Exec(exec::Args),
     Status(status::Args),
     Down(up::DownArgs),
-    //    Demo(demo::Args),
-    //    Check(check::Args),
+    //Demo(demo::Args),
+    Check(check::Args),
     Man(docs::ManArgs),
     Completions(docs::CompletionsArgs),
     /// Becomes a command with its signals and its parent's death arranged.
     #[command(hide = true)]
     ChildInit(child::InitArgs),
+    /// Becomes a command in a namespace whose link is a port.
+    #[command(hide = true)]
+    GuestInit(exec::InitArgs),
+    /// Serves the namespace with the VMMs' taps.
+    #[command(hide = true, name = crate::tap::HELPER_SUBCOMMAND)]
+    NetnsHelper,
 }
 
 /// Why a command ended early.
@@ -145,6 +152,12 @@ impl From<NetworkError> for Failure {
     }
 }
 
+impl From<TapError> for Failure {
+    fn from(error: TapError) -> Self {
+        Failure::Runtime(error.into())
+    }
+}
+
 impl From<ConfigError> for Failure {
     fn from(error: ConfigError) -> Self {
         Failure::Usage(format!("--{error}"))
@@ -168,14 +181,16 @@ pub fn main() -> ExitCode {
         Command::Up(args) => up::up(&args),
         Command::Run(args) => run::run(&args),
         Command::Qemu(args) => qemu::qemu(&args),
-        //        Command::Exec(args) => exec::exec(&args),
+        Command::Exec(args) => exec::exec(&args),
         Command::Status(args) => status::status(&args),
         Command::Down(args) => up::down(&args),
-        //        Command::Demo(args) => demo::demo(&args),
-        //        Command::Check(args) => check::check(&args),
+        //Command::Demo(args) => demo::demo(&args),
+        Command::Check(args) => check::check(&args),
         Command::Man(args) => docs::man(&args),
         Command::Completions(args) => docs::completions(&args),
         Command::ChildInit(args) => child::init(&args),
+        Command::GuestInit(args) => exec::init(&args),
+        Command::NetnsHelper => netns_helper(),
     };
     match result {
         Ok(code) => code,
@@ -192,6 +207,14 @@ pub fn main() -> ExitCode {
             }
         },
     }
+}
+
+/// The helper shares lanlet's terminal, but lives exactly as long as lanlet: Ctrl-C must not end it
+/// before.
+fn netns_helper() -> Result<ExitCode, Failure> {
+    child::hold_signals()?;
+    crate::tap::helper::run_on_stdin()?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn print_clap(error: &clap::Error) -> ExitCode {

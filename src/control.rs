@@ -351,6 +351,11 @@ impl Claim {
     pub fn socket(&self) -> &Path {
         &self.socket
     }
+
+    /// Ends the claim and removes its lock file too: for a name that no other process may want.
+    pub fn forget(self) {
+        let _ = std::fs::remove_file(self.socket.with_extension("lock"));
+    }
 }
 
 impl Drop for Claim {

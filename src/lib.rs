@@ -64,4 +64,5 @@ pub mod offload;
 pub mod port;
 pub mod stats;
 pub mod sys;
+pub mod tap;
 pub mod wire;

@@ -1,8 +1,21 @@
 //! Ports: the I/O edge of the switch, split into a receive half owned by one worker and a send half
 //! that any worker may use.
+//!
+//! | kind | module | the guest's side |
+//! |---|---|---|
+//! | tap with virtio-net header | [`tap`] | a VMM through the wire of [`crate::tap`], or a namespace's `eth0` |
+//! | packet socket | [`packet`] | the `vm` tap where the kernel can't do the wire |
+//! | plain tap | [`plain`] | any netdev user; no offloads |
+
+pub mod packet;
+pub mod plain;
+pub mod tap;
 
 use std::io;
 use std::os::fd::BorrowedFd;
+
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 
 use crate::frame::{Batch, Frame};
 use crate::offload::Caps;
@@ -40,4 +53,33 @@ pub trait PortTx: Send + Sync {
     /// # Errors
     /// The reason to count; the frame is lost.
     fn send(&self, frame: Frame<'_>) -> Result<(), DropReason>;
+}
+
+/// Frames that the kernel dropped between a guest and its port.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct KernelDrops {
+    /// From the guest: it sent faster than the port was read.
+    pub rx: u64,
+    /// To the guest: it read slower than the port sent, or the kernel refused the frame.
+    pub tx: u64,
+}
+
+/// Where the kernel's drops of a port can be read, for `lanlet status`. Not for the packet path.
+pub trait DropSource: Send + Sync {
+    /// The drops since the port was made.
+    ///
+    /// # Errors
+    /// The device is gone.
+    fn kernel_drops(&self) -> io::Result<KernelDrops>;
+}
+
+/// The reason to count when the kernel refused a frame.
+fn refusal(error: Errno) -> DropReason {
+    match error {
+        Errno::AGAIN | Errno::NOBUFS | Errno::NOMEM => DropReason::EgressFull,
+        Errno::MSGSIZE => DropReason::EgressTooBig,
+        // EIO: the guest has its link down. EBADFD, ENXIO, ENETDOWN: the device is gone, which the
+        // receive half reports.
+        _ => DropReason::EgressError,
+    }
 }

@@ -1,4 +1,14 @@
 //! System calls that need care: everything `unsafe` of the crate lives under this module.
+//!
+//! Each submodule wraps one kernel interface and takes and returns owned or borrowed fds; what is
+//! built from them reads like ordinary code.
 
+pub mod fd_pass;
 pub mod inherited;
+pub mod namespace;
+pub mod netlink;
+pub mod option;
+pub mod packet_ring;
+pub mod rtnl;
 pub mod signal;
+pub mod tun;

@@ -51,6 +51,14 @@ pub(super) fn block_signals() -> Result<SignalFd, Failure> {
     SignalFd::block(&forwarded()).map_err(Failure::io("cannot hold back signals"))
 }
 
+/// Holds the forwarded signals back for good.
+///
+/// # Errors
+/// Of pthread_sigmask.
+pub(super) fn hold_signals() -> Result<(), Failure> {
+    signal::block(&forwarded()).map_err(Failure::io("cannot hold back signals"))
+}
+
 /// Lets the forwarded signals act again, in a process about to become the command.
 pub(super) fn unblock_signals() -> Result<(), Failure> {
     signal::unblock(&forwarded()).map_err(Failure::io("cannot let signals through"))

@@ -365,7 +365,7 @@ mod tests {
             tap: GuestTap,
             options: PortOptions,
         ) -> Result<(PortId, Option<GuestAddress>), String> {
-            std::fs::File::from(fd)
+            std::fs::File::from(tap.tap)
                 .write_all(b"tap")
                 .map_err(|e| e.to_string())?;
             let mut taps = self.taps.lock().unwrap();

@@ -47,6 +47,14 @@ fn mask(how: i32, signals: &[i32]) -> io::Result<()> {
     Ok(())
 }
 
+/// Holds the signals back in this thread and in all threads and processes it makes from then on.
+///
+/// # Errors
+/// Of `pthread_sigmask`.
+pub fn block(signals: &[i32]) -> io::Result<()> {
+    mask(libc::SIG_BLOCK, signals)
+}
+
 /// Lets the signals through again: for a process about to become somebody else's program.
 ///
 /// # Errors
@@ -62,7 +70,7 @@ impl SignalFd {
     /// # Errors
     /// Of `pthread_sigmask` and `signalfd`.
     pub fn block(signals: &[i32]) -> io::Result<Self> {
-        mask(libc::SIG_BLOCK, signals)?;
+        block(signals)?;
         let set = set_of(signals);
         // SAFETY: `set` is initialised and outlives the call; -1 asks for a new descriptor.
         let fd = unsafe { libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };

@@ -1,0 +1,46 @@
+//! User, network and mount namespaces for a process with one thread.
+#![allow(unsafe_code)]
+
+use std::fs;
+use std::io;
+
+use rustix::thread::UnshareFlags;
+
+/// Enters a fresh network namespace, with the further namespaces of `more`.
+///
+/// # Errors
+/// EPERM, EACCES or ENOSPC where the host forbids it; EINVAL for a user namespace in a process with
+/// several threads.
+pub fn unshare(user: bool, mount: bool) -> io::Result<()> {
+    let mut flags = UnshareFlags::NEWNET;
+    if user {
+        flags |= UnshareFlags::NEWUSER;
+    }
+    if mount {
+        flags |= UnshareFlags::NEWNS;
+    }
+    // SAFETY: the hazard of unshare is CLONE_FILES, which splits the fd table between threads; it
+    // is not among the flags.
+    unsafe { rustix::thread::unshare_unsafe(flags) }?;
+    Ok(())
+}
+
+/// Maps the user and group that entered the user namespace to root in it. Ids are those from before
+/// [`unshare`].
+///
+/// # Errors
+/// EPERM where a security module forbids it.
+pub fn map_to_root(uid: u32, gid: u32) -> io::Result<()> {
+    // Without CAP_SETGID outside, gid_map can be written only after setgroups is denied
+    // (user_namespaces(7)).
+    fs::write("/proc/self/setgroups", "deny")?;
+    fs::write("/proc/self/uid_map", format!("0 {uid} 1"))?;
+    fs::write("/proc/self/gid_map", format!("0 {gid} 1"))
+}
+
+/// Closes every fd from `first` on: what a parent leaked into a freshly executed process.
+pub fn close_from(first: u32) {
+    // SAFETY: called by a process that has just started and owns no fd above its standard ones, so
+    // no live object loses its fd. Failure (a kernel before 5.9) leaves them open, which is safe.
+    unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, 0) };
+}

@@ -1,0 +1,280 @@
+//! lanlet's side of the namespace helper.
+
+use std::env;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+
+use super::protocol::{self, Event, Reply, Request};
+use super::{TapError, WireKind};
+use crate::port::{DropSource, KernelDrops};
+
+/// The hidden subcommand that runs [`super::helper::run_on_stdin`].
+pub const HELPER_SUBCOMMAND: &str = "netns-helper";
+/// Environment variable that names the program with that subcommand.
+const HELPER_ENV: &str = "LANLET_HELPER";
+/// Name of the program.
+const PROGRAM: &str = "lanlet";
+/// An answer takes milliseconds, on a loaded machine (RCU grace periods of taps going down) a
+/// second. Past this the helper hangs.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// What a wire should be like.
+#[derive(Clone, Copy, Debug)]
+pub struct WireOptions {
+    /// MTU of the taps, 68..=65,521. It limits nothing that passes the wire; it is what a VMM sees
+    /// that asks its tap.
+    pub mtu: u32,
+    /// Queues of the VMM's tap, 1..=16.
+    pub queues: u16,
+    /// `None`: the best that the kernel can.
+    pub kind: Option<WireKind>,
+}
+
+impl Default for WireOptions {
+    fn default() -> Self {
+        // Largest MTU of a tap: 65,535 less the Ethernet header (drivers/net/tun.c, MAX_MTU).
+        Self {
+            mtu: 65_521,
+            queues: 1,
+            kind: None,
+        }
+    }
+}
+
+/// A VMM's tap joined to the switch.
+#[derive(Debug)]
+pub struct Wire {
+    /// Number by which the helper knows it; never reused.
+    pub id: u64,
+    /// What joins the two ends.
+    pub kind: WireKind,
+    /// The VMM's fd, one for each queue.
+    pub vm: Vec<OwnedFd>,
+    /// The switch's end: for [`crate::port::tap::open`] or [`crate::port::packet::open`] by `kind`.
+    pub sw: OwnedFd,
+    /// Name of the VMM's tap in the helper's namespace.
+    pub vm_ifname: String,
+    /// Name of the switch's tap there.
+    pub sw_ifname: String,
+    /// The kernel knows UDP segmentation.
+    pub uso: bool,
+}
+
+/// The helper process, which lives as long as this value.
+#[derive(Debug)]
+pub struct Helper {
+    /// One request at a time.
+    control: Mutex<OwnedFd>,
+    child: Mutex<Child>,
+}
+
+/// The helper's notices.
+#[derive(Debug)]
+pub struct HelperEvents {
+    socket: OwnedFd,
+}
+
+impl Helper {
+    /// Starts the helper from `program`, a `lanlet`. `None`: the one named by LANLET_HELPER, else
+    /// this very program if it is `lanlet`, else the one on PATH.
+    ///
+    /// # Errors
+    /// The program is missing, or the host forbids the namespace: the error says what to do.
+    pub fn spawn(program: Option<&Path>) -> Result<(Self, HelperEvents), TapError> {
+        let program = program.map_or_else(default_program, Path::to_path_buf);
+        let failed = |error: io::Error| TapError::HelperProgram {
+            program: program.display().to_string(),
+            cause: error.to_string(),
+        };
+        let (control, child_control) = pair().map_err(failed)?;
+        let (events, child_events) = pair().map_err(failed)?;
+        rustix::io::ioctl_fionbio(&events, true).map_err(|error| failed(error.into()))?;
+        let child = Command::new(&program)
+            .arg(HELPER_SUBCOMMAND)
+            .stdin(child_control)
+            .stdout(Stdio::null())
+            .spawn()
+            .map_err(failed)?;
+        let helper = Self {
+            control: Mutex::new(control),
+            child: Mutex::new(child),
+        };
+        match helper.request(&Request::Start, &[child_events.as_fd()]) {
+            Ok((Reply::Done, _)) => Ok((helper, HelperEvents { socket: events })),
+            Ok((reply, _)) => Err(unexpected(&reply)),
+            Err(TapError::HelperGone { .. }) => {
+                let cause = io::Error::other("it is not the lanlet program, or it failed at once");
+                Err(failed(cause))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Makes a wire.
+    ///
+    /// # Errors
+    /// What the kernel lacks or forbids.
+    pub fn create_wire(&self, options: WireOptions) -> Result<Wire, TapError> {
+        let WireOptions { mtu, queues, kind } = options;
+        match self.request(&Request::Create { mtu, queues, kind }, &[])? {
+            (
+                Reply::Wire {
+                    id,
+                    kind,
+                    vm_ifname,
+                    sw_ifname,
+                    uso,
+                },
+                mut vm,
+            ) => {
+                let sw = vm
+                    .pop()
+                    .ok_or_else(|| TapError::not_a_tap("no fd came with the wire"))?;
+                Ok(Wire {
+                    id,
+                    kind,
+                    vm,
+                    sw,
+                    vm_ifname,
+                    sw_ifname,
+                    uso,
+                })
+            }
+            (reply, _) => Err(unexpected(&reply)),
+        }
+    }
+
+    /// Takes wire `id` down; its fds are the caller's to close. Unknown ids are ignored.
+    ///
+    /// # Errors
+    /// The helper is gone.
+    pub fn destroy_wire(&self, id: u64) -> Result<(), TapError> {
+        self.request(&Request::Destroy(id), &[]).map(drop)
+    }
+
+    /// The kernel's drops on wire `id`. Those of a packet socket's ring are
+    /// [`crate::port::packet::PacketDrops`]'s to tell.
+    ///
+    /// # Errors
+    /// The wire or the helper is gone.
+    pub fn drops(&self, id: u64) -> Result<KernelDrops, TapError> {
+        match self.request(&Request::Drops(id), &[])? {
+            (Reply::Drops(drops), _) => Ok(drops),
+            (reply, _) => Err(unexpected(&reply)),
+        }
+    }
+
+    /// Process id of the helper, for status and tests.
+    pub fn pid(&self) -> u32 {
+        self.child
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .id()
+    }
+
+    fn request(
+        &self,
+        request: &Request,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(Reply, Vec<OwnedFd>), TapError> {
+        let control = self.control.lock().unwrap_or_else(PoisonError::into_inner);
+        let gone = |error: io::Error| TapError::HelperGone {
+            cause: error.to_string(),
+        };
+        protocol::send(control.as_fd(), request, fds).map_err(gone)?;
+        match protocol::recv(control.as_fd()).map_err(gone)? {
+            Some((Reply::Failed(error), _)) => Err(error),
+            Some(answer) => Ok(answer),
+            None => Err(TapError::HelperGone {
+                cause: "it closed its socket".to_owned(),
+            }),
+        }
+    }
+}
+
+impl Drop for Helper {
+    fn drop(&mut self) {
+        // A killed helper leaves nothing that the kernel does not clean up.
+        let child = self.child.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+}
+
+impl HelperEvents {
+    /// The next notice, without waiting; `None` when there is none now.
+    ///
+    /// # Errors
+    /// The helper is gone.
+    pub fn next_event(&self) -> Result<Option<Event>, TapError> {
+        match protocol::recv(self.socket.as_fd()) {
+            Ok(Some((event, _))) => Ok(Some(event)),
+            Ok(None) => Err(TapError::HelperGone {
+                cause: "it closed its socket".to_owned(),
+            }),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(error) => Err(TapError::HelperGone {
+                cause: error.to_string(),
+            }),
+        }
+    }
+}
+
+impl AsFd for HelperEvents {
+    /// Readable when [`HelperEvents::next_event`] has something to tell.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+/// Drops of one wire.
+pub struct WireDrops {
+    helper: std::sync::Arc<Helper>,
+    id: u64,
+}
+
+impl WireDrops {
+    /// For wire `id`.
+    pub fn new(helper: std::sync::Arc<Helper>, id: u64) -> Self {
+        Self { helper, id }
+    }
+}
+
+impl DropSource for WireDrops {
+    fn kernel_drops(&self) -> io::Result<KernelDrops> {
+        self.helper.drops(self.id).map_err(io::Error::other)
+    }
+}
+
+fn unexpected(reply: &Reply) -> TapError {
+    TapError::HelperGone {
+        cause: format!("it answered {reply:?}"),
+    }
+}
+
+fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
+    let flags = SocketFlags::CLOEXEC;
+    let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+    set_socket_timeout(&ours, Timeout::Recv, Some(ANSWER_TIMEOUT))?;
+    Ok((ours, theirs))
+}
+
+/// The program to run as helper.
+fn default_program() -> PathBuf {
+    if let Some(path) = env::var_os(HELPER_ENV) {
+        return path.into();
+    }
+    let this = env::current_exe().unwrap_or_default();
+    if this.file_name().is_some_and(|name| name == PROGRAM) {
+        // Not its path: an upgrade may have replaced the file meanwhile.
+        return "/proc/self/exe".into();
+    }
+    PROGRAM.into()
+}

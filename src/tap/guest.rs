@@ -1,0 +1,226 @@
+//! A namespace guest: a process whose only link is an `eth0` on the switch (`lanlet exec`).
+//!
+//! The steps, in a process with one thread that will execute the guest's command:
+//! 1. [`Guest::enter`] makes the namespaces and `eth0`;
+//! 2. the fds of [`Guest::take_fds`] go to the network, which answers with a lease;
+//! 3. [`Guest::configure`] sets it, [`Guest::set_resolv_conf`] the resolver;
+//! 4. exec.
+//!
+//! An ordinary user becomes root of a user namespace, as with `unshare -r`: `ping` and `tcpdump`
+//! work inside, and nothing outside is gained. Root keeps its user namespace, since a map made by
+//! oneself has room for one id only and would break every command that changes its user.
+
+use std::fs;
+use std::io::{self, Write};
+use std::net::Ipv4Addr;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use rustix::mount::{MountPropagationFlags, mount_bind, mount_change};
+use rustix::process::{getegid, geteuid};
+
+use super::{TX_QUEUE_LEN, TapError};
+use crate::frame::Mac;
+use crate::sys::netlink::{NetlinkError, RouteSocket};
+use crate::sys::rtnl::LinkChange;
+use crate::sys::{namespace, tun};
+
+/// Name of the guest's link.
+pub const GUEST_IFNAME: &str = "eth0";
+/// Who may open ping sockets. The upper end is all that fits; inside a user namespace it must be a
+/// mapped id, hence the second choice.
+const PING_GROUPS: [&str; 2] = ["0 2147483647", "0 0"];
+const PING_GROUP_RANGE: &str = "/proc/sys/net/ipv4/ping_group_range";
+const RESOLV_CONF: &str = "/etc/resolv.conf";
+
+/// What [`Guest::configure`] sets.
+#[derive(Clone, Copy, Debug)]
+pub struct GuestConfig {
+    /// MAC address of `eth0`.
+    pub mac: Mac,
+    /// Its address.
+    pub address: Ipv4Addr,
+    /// Prefix length of the LAN.
+    pub prefix: u8,
+    /// The default route's gateway; on the LAN.
+    pub gateway: Ipv4Addr,
+    /// MTU.
+    pub mtu: u16,
+}
+
+/// What the network needs of a guest.
+#[derive(Debug)]
+pub struct GuestFds {
+    /// The tap: for [`crate::port::tap::open`], or [`crate::port::plain::open`].
+    pub tap: OwnedFd,
+    /// A netlink socket of the guest's namespace: for [`super::LinkDrops`] with [`GUEST_IFNAME`].
+    ///
+    /// Either fd keeps the namespace alive. The network must close both when the guest's command
+    /// has ended.
+    pub netlink: OwnedFd,
+}
+
+/// The calling process as a guest.
+#[derive(Debug)]
+pub struct Guest {
+    route: RouteSocket,
+    fds: Option<GuestFds>,
+}
+
+impl Guest {
+    /// Moves the calling process, which must have one thread, into fresh network, mount and (as an
+    /// ordinary user) user namespaces, and makes `eth0` there. `offload`: with virtio-net header.
+    ///
+    /// # Errors
+    /// The host forbids namespaces or taps: the error says what to do.
+    pub fn enter(offload: bool) -> Result<Self, TapError> {
+        enter_namespaces().map_err(|error| TapError::namespace(&error))?;
+        let (tap, _) = if offload {
+            tun::open_vnet(GUEST_IFNAME, false)
+        } else {
+            tun::open_plain(GUEST_IFNAME)
+        }
+        .map_err(|error| TapError::tap_open(GUEST_IFNAME, &error))?;
+        let open = || RouteSocket::open(0).map_err(|error| TapError::tap("netlink", &error));
+        let fds = Some(GuestFds {
+            tap,
+            netlink: open()?.into_fd(),
+        });
+        let mut guest = Self {
+            route: open()?,
+            fds,
+        };
+        let change = LinkChange {
+            tx_queue_len: Some(TX_QUEUE_LEN),
+            ..LinkChange::default()
+        };
+        guest.set_link(GUEST_IFNAME, change)?;
+        // Not vital: root has CAP_NET_RAW; it matters to a command that gives root up.
+        let _ = PING_GROUPS
+            .iter()
+            .any(|range| fs::write(PING_GROUP_RANGE, range).is_ok());
+        Ok(guest)
+    }
+
+    /// The fds for the network; once.
+    pub fn take_fds(&mut self) -> Option<GuestFds> {
+        self.fds.take()
+    }
+
+    /// Brings the loopback and `eth0` up with address and default route.
+    ///
+    /// # Errors
+    /// The kernel's refusal, with the step.
+    pub fn configure(&mut self, config: &GuestConfig) -> Result<(), TapError> {
+        let up = LinkChange {
+            up: Some(true),
+            ..LinkChange::default()
+        };
+        self.set_link("lo", up)?;
+        let change = LinkChange {
+            mtu: Some(config.mtu.into()),
+            mac: Some(config.mac),
+            ..LinkChange::default()
+        };
+        self.set_link(GUEST_IFNAME, change)?;
+        self.set_link(GUEST_IFNAME, up)?;
+        let index = self.index(GUEST_IFNAME)?;
+        self.route
+            .address_add(index, config.address, config.prefix)
+            .map_err(step(format!(
+                "address {}/{}",
+                config.address, config.prefix
+            )))?;
+        self.route
+            .default_route_add(index, config.gateway)
+            .map_err(step(format!("default route by {}", config.gateway)))
+    }
+
+    /// Replaces the contents of /etc/resolv.conf for this process and its children, by a mount that
+    /// nobody else sees.
+    ///
+    /// # Errors
+    /// There is no such file to mount over, or no place for the new contents. The guest then
+    /// asks the host's servers, most likely in vain: worth a warning.
+    pub fn set_resolv_conf(&self, text: &str) -> Result<(), TapError> {
+        let failed = |path: &Path, error: io::Error| TapError::GuestFile {
+            path: path.display().to_string(),
+            cause: format!("{error}; names will not resolve in the guest"),
+        };
+        // A mount must be on the file itself; the link usually points into /run.
+        let target =
+            fs::canonicalize(RESOLV_CONF).map_err(|error| failed(Path::new(RESOLV_CONF), error))?;
+        let source = write_private(text).map_err(|(path, error)| failed(&path, error))?;
+        let mounted = mount_bind(&source, &target);
+        // The mount keeps the contents.
+        let _ = fs::remove_file(&source);
+        mounted.map_err(|error| failed(&target, error.into()))
+    }
+
+    fn set_link(&mut self, name: &str, change: LinkChange) -> Result<(), TapError> {
+        let index = self.index(name)?;
+        self.route
+            .link_set(index, change)
+            .map_err(step(format!("setting up {name}")))
+    }
+
+    fn index(&mut self, name: &str) -> Result<u32, TapError> {
+        Ok(self
+            .route
+            .link(name)
+            .map_err(step(format!("looking {name} up")))?
+            .index)
+    }
+}
+
+fn step(action: String) -> impl FnOnce(NetlinkError) -> TapError {
+    move |error| TapError::netlink(action, &error)
+}
+
+fn enter_namespaces() -> io::Result<()> {
+    let (uid, gid) = (geteuid(), getegid());
+    // Root in a container may lack CAP_SYS_ADMIN and goes the ordinary user's way then.
+    if !uid.is_root() || namespace::unshare(false, true).is_err() {
+        namespace::unshare(true, true)?;
+        namespace::map_to_root(uid.as_raw(), gid.as_raw())?;
+    }
+    // Mounts made from here on stay here.
+    mount_change(
+        "/",
+        MountPropagationFlags::PRIVATE | MountPropagationFlags::REC,
+    )?;
+    Ok(())
+}
+
+/// Writes `text` to a fresh file that anybody may read.
+fn write_private(text: &str) -> Result<PathBuf, (PathBuf, io::Error)> {
+    let name = format!("lanlet-resolv.{}.conf", std::process::id());
+    let directories = [
+        std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from),
+        Some(std::env::temp_dir()),
+    ];
+    let mut failure = (PathBuf::new(), io::Error::from(io::ErrorKind::NotFound));
+    for path in directories
+        .into_iter()
+        .flatten()
+        .map(|directory| directory.join(&name))
+    {
+        // Left over by a process of the same id, ours if it can be removed at all.
+        let _ = fs::remove_file(&path);
+        let file = fs::OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .open(&path);
+        let written = file.and_then(|mut file| {
+            // Whatever the umask: a command that gives root up reads it too.
+            file.set_permissions(fs::Permissions::from_mode(0o644))?;
+            file.write_all(text.as_bytes())
+        });
+        match written {
+            Ok(()) => return Ok(path),
+            Err(error) => failure = (path, error),
+        }
+    }
+    Err(failure)
+}

@@ -1,0 +1,205 @@
+//! Making wires inside the helper's namespace.
+
+use std::fs;
+use std::os::fd::{AsFd, OwnedFd};
+
+use super::{TX_QUEUE_LEN, TapError, WireKind};
+use crate::port::KernelDrops;
+use crate::sys::netlink::{NetlinkError, RouteSocket};
+use crate::sys::rtnl::{Link, LinkChange};
+use crate::sys::{packet_ring, tun};
+
+/// What the helper remembers of a wire. It keeps no fd of it.
+#[derive(Debug)]
+pub(super) struct WireEnds {
+    /// The VMM's tap.
+    pub vm: Link,
+    vm_ifname: String,
+    /// The switch's tap; none with a packet socket.
+    sw_ifname: Option<String>,
+}
+
+/// A wire's fds, to be passed on.
+pub(super) struct Made {
+    pub ends: WireEnds,
+    pub kind: WireKind,
+    pub vm_ifname: String,
+    pub sw_ifname: String,
+    /// The VMM's queues, then the switch's end.
+    pub fds: Vec<OwnedFd>,
+    pub uso: bool,
+}
+
+/// Makes wire number `id`: as a pair of taps if the kernel can, else with a packet socket.
+pub(super) fn make(
+    route: &mut RouteSocket,
+    id: u64,
+    mtu: u32,
+    queues: u16,
+    kind: Option<WireKind>,
+) -> Result<Made, TapError> {
+    let vm_ifname = format!("vm{id}");
+    let (vm, mut fds) = open_tap(route, &vm_ifname, mtu, queues)?;
+    let kinds: &[WireKind] = match kind {
+        Some(WireKind::Mirred) => &[WireKind::Mirred],
+        Some(WireKind::Packet) => &[WireKind::Packet],
+        None => &[WireKind::Mirred, WireKind::Packet],
+    };
+    let mut result = Err(TapError::NotATap {
+        cause: "no kind of wire".to_owned(),
+    });
+    for &kind in kinds {
+        let sw_ifname = format!("sw{id}");
+        let end = match kind {
+            WireKind::Mirred => pair_end(route, vm, &sw_ifname, mtu),
+            WireKind::Packet => packet_end(vm),
+        };
+        match end {
+            Ok((fd, uso)) => {
+                fds.push(fd);
+                let paired = kind == WireKind::Mirred;
+                let sw_ifname = if paired { sw_ifname } else { vm_ifname.clone() };
+                let ends = WireEnds {
+                    vm,
+                    vm_ifname: vm_ifname.clone(),
+                    sw_ifname: paired.then(|| sw_ifname.clone()),
+                };
+                return Ok(Made {
+                    ends,
+                    kind,
+                    vm_ifname,
+                    sw_ifname,
+                    fds,
+                    uso,
+                });
+            }
+            Err(error) => {
+                if kinds.len() > 1 && kind == WireKind::Mirred {
+                    log::warn!("no tap pair, a packet socket takes its place: {error}");
+                }
+                result = Err(error);
+            }
+        }
+    }
+    result
+}
+
+/// The switch's end as a second tap.
+fn pair_end(
+    route: &mut RouteSocket,
+    vm: Link,
+    name: &str,
+    mtu: u32,
+) -> Result<(OwnedFd, bool), TapError> {
+    let (sw, mut fds) = open_tap(route, name, mtu, 1)?;
+    let fd = fds.pop().ok_or_else(|| TapError::not_a_tap("no queue"))?;
+    let uso = tun::enable_offloads(fd.as_fd()).map_err(|error| TapError::tap(name, &error))?;
+    let mut join = || -> Result<(), NetlinkError> {
+        route.clsact_add(vm.index)?;
+        route.clsact_add(sw.index)?;
+        route.redirect_ingress(vm.index, sw.index)?;
+        route.redirect_ingress(sw.index, vm.index)
+    };
+    join().map_err(|error| {
+        TapError::netlink(
+            "joining two taps (needs NET_SCH_INGRESS, NET_ACT_MIRRED and NET_CLS_MATCHALL or \
+             NET_CLS_U32)",
+            &error,
+        )
+    })?;
+    Ok((fd, uso))
+}
+
+/// The switch's end as a packet socket on the VMM's tap.
+fn packet_end(vm: Link) -> Result<(OwnedFd, bool), TapError> {
+    let fd = packet_ring::open(vm.index).map_err(|error| TapError::tap("packet socket", &error))?;
+    // What the driver knows, asked on a tap of its own: the VMM's is for the VMM to set.
+    let probe = tun::open_vnet("probe%d", false)
+        .and_then(|(probe, _)| tun::enable_offloads(probe.as_fd()))
+        .unwrap_or(false);
+    Ok((fd, probe))
+}
+
+/// Makes a tap with `queues` queues, silent and up.
+fn open_tap(
+    route: &mut RouteSocket,
+    name: &str,
+    mtu: u32,
+    queues: u16,
+) -> Result<(Link, Vec<OwnedFd>), TapError> {
+    let fds = (0..queues.max(1))
+        .map(|_| tun::open_vnet(name, queues > 1).map(|(fd, _)| fd))
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(|error| TapError::tap_open(name, &error))?;
+    let mut prepare = || -> Result<Link, NetlinkError> {
+        let link = route.link(name)?;
+        let change = LinkChange {
+            no_arp: Some(true),
+            mtu: Some(mtu),
+            tx_queue_len: Some(TX_QUEUE_LEN),
+            ..LinkChange::default()
+        };
+        route.link_set(link.index, change)?;
+        // Not vital: with the default discipline a full queue is counted, but not told to the
+        // sender.
+        let _ = route.qdisc_none(link.index);
+        route.link_set(
+            link.index,
+            LinkChange {
+                up: Some(true),
+                ..LinkChange::default()
+            },
+        )?;
+        route.link(name)
+    };
+    let link =
+        prepare().map_err(|error| TapError::netlink(format!("setting up {name}"), &error))?;
+    Ok((link, fds))
+}
+
+/// Takes a wire down. A VMM that still holds its end finds its link down: deleting its tap would
+/// make QEMU spin on an fd in error.
+pub(super) fn take_down(route: &mut RouteSocket, ends: &WireEnds) {
+    let down = LinkChange {
+        up: Some(false),
+        ..LinkChange::default()
+    };
+    // It fails when the VMM went first, which is as good.
+    let _ = route.link_set(ends.vm.index, down);
+}
+
+/// The kernel's drops on both taps.
+pub(super) fn drops(route: &mut RouteSocket, ends: &WireEnds) -> Result<KernelDrops, NetlinkError> {
+    let vm = route.link(&ends.vm_ifname)?;
+    let Some(sw_ifname) = &ends.sw_ifname else {
+        // `rx_dropped` of the tap says nothing here: it counts what reached the packet socket and
+        // then found no further taker in the kernel.
+        return Ok(KernelDrops {
+            rx: 0,
+            tx: vm.tx_dropped,
+        });
+    };
+    let sw = route.link(sw_ifname)?;
+    Ok(KernelDrops {
+        rx: sw.tx_dropped + vm.rx_dropped,
+        tx: vm.tx_dropped + sw.rx_dropped,
+    })
+}
+
+/// Keeps the kernel from speaking IPv6 on taps made from here on.
+pub(super) fn silence_ipv6() {
+    for scope in ["all", "default"] {
+        // It fails where /proc/sys is read-only or IPv6 is absent. Then the kernel's router
+        // solicitations reach the guest's link, which a guest ignores.
+        let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{scope}/disable_ipv6"), "1");
+    }
+}
+
+impl WireEnds {
+    /// Whether the VMM's tap is no longer there.
+    pub(super) fn is_gone(&self, route: &mut RouteSocket) -> bool {
+        route
+            .link(&self.vm_ifname)
+            .is_err_and(|error| error.errno == rustix::io::Errno::NODEV)
+    }
+}

@@ -51,10 +51,43 @@ fn pages() -> Vec<(String, clap::Command)> {
     pages
 }
 
+/// A page. The text after the help becomes sections of its own, unfilled: examples and tables.
 fn render(page: clap::Command) -> Result<String, Failure> {
+    let sections = page
+        .get_after_long_help()
+        .or(page.get_after_help())
+        .map(ToString::to_string);
+    let has_subcommands = page.get_subcommands().any(|command| !command.is_hide_set());
+    let page = Man::new(page);
     let mut text = Vec::new();
-    Man::new(page).render(&mut text)?;
-    Ok(String::from_utf8_lossy(&text).into_owned())
+    page.render_title(&mut text)?;
+    page.render_name_section(&mut text)?;
+    page.render_synopsis_section(&mut text)?;
+    page.render_description_section(&mut text)?;
+    page.render_options_section(&mut text)?;
+    if has_subcommands {
+        page.render_subcommands_section(&mut text)?;
+    }
+    Ok(String::from_utf8_lossy(&text).into_owned() + &roff_sections(&sections.unwrap_or_default()))
+}
+
+/// Lines like `Examples:` head a section each.
+fn roff_sections(text: &str) -> String {
+    let mut roff = String::new();
+    let mut is_open = false;
+    for line in text.lines() {
+        let line = line.replace('\\', "\\e").replace('-', "\\-");
+        match line.strip_suffix(':').filter(|head| !head.starts_with(' ')) {
+            Some(head) => {
+                let close = if is_open { ".fi\n" } else { "" };
+                roff.push_str(&format!("{close}.SH {}\n.nf\n", head.to_uppercase()));
+                is_open = true;
+            }
+            // A leading blank keeps a dot from being a request.
+            None => roff.push_str(&format!("\\&{line}\n")),
+        }
+    }
+    if is_open { roff + ".fi\n" } else { roff }
 }
 
 pub(super) fn man(args: &ManArgs) -> Result<ExitCode, Failure> {
@@ -98,7 +131,7 @@ mod tests {
                 text.contains(".SH NAME") && text.contains(".SH SYNOPSIS"),
                 "{name}"
             );
-            assert!(text.contains("Examples"), "{name}");
+            assert!(text.contains(".SH EXAMPLES"), "{name}");
             assert!(!text.contains("child-init"), "{name}");
         }
     }

@@ -20,11 +20,13 @@ use crate::control::client::Client;
 use crate::control::server::Server;
 use crate::control::{ControlError, RuntimeDir};
 use crate::network::Network;
-use crate::sys::signal::{self, SignalFd};
+use crate::sys::signal::SignalFd;
 
 /// The signals that end a network. A second one, of any of them, ends the process at once.
 const ENDING: [i32; 4] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT];
 
+/// Signals that come closer than this count as one.
+const SAME_WISH: Duration = Duration::from_millis(300);
 /// How long a network may take to end: it closes sockets and writes a lease file.
 const STOP_TIME_MAX: Duration = Duration::from_secs(10);
 /// Pause between two looks whether it has ended.
@@ -107,8 +109,7 @@ pub(super) fn up(args: &Args) -> Result<ExitCode, Failure> {
         "network '{name}' is ending{}",
         if by_signal { "" } else { " as asked" }
     );
-    // From here on a second signal has its default action, which ends the process.
-    signal::unblock(&ENDING).map_err(Failure::io("cannot let signals through"))?;
+    force_on_signal(signals)?;
     drop(server);
     network.stop();
     match failed.join() {
@@ -116,6 +117,28 @@ pub(super) fn up(args: &Args) -> Result<ExitCode, Failure> {
         Ok(Some(error)) => Err(error.into()),
         Err(_) => Err(Failure::because("the data path has failed")),
     }
+}
+
+/// Ends the process at the next signal: for who does not want to wait. One that follows the first at
+/// once is the same wish said twice, as by timeout(1), which signals its child and then its group.
+fn force_on_signal(signals: SignalFd) -> Result<(), Failure> {
+    let begun = Instant::now();
+    let watch = move || loop {
+        let mut fds = [PollFd::from_borrowed_fd(signals.as_fd(), PollFlags::IN)];
+        let _ = rustix::event::poll(&mut fds, None);
+        match signals.next() {
+            Ok(Some(received)) if begun.elapsed() > SAME_WISH => {
+                std::process::exit(128 + received.signal)
+            }
+            Ok(_) => {}
+            Err(_) => return,
+        }
+    };
+    std::thread::Builder::new()
+        .name("lanlet-force".to_owned())
+        .spawn(watch)
+        .map(drop)
+        .map_err(Failure::io("cannot start a thread"))
 }
 
 /// Blocks until a signal comes (`true`) or somebody rings `end`.

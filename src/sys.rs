@@ -6,11 +6,13 @@
 
 pub mod arena;
 pub mod fd_pass;
+pub mod inherited;
 pub mod mmsg;
 pub mod namespace;
 pub mod netlink;
 pub mod option;
 pub mod packet_ring;
 pub mod rtnl;
+pub mod signal;
 pub mod socket;
 pub mod tun;

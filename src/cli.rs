@@ -1,0 +1,325 @@
+//! The command line: the table of commands and flags, from which `--help`, the man pages and the
+//! shell completions come, and the one place that prints errors.
+//!
+//! Exit status: that of the command run, else 0; 1 when something failed at run time; 2 when the
+//! command line or the configuration is wrong. Output that nobody reads (a closed pipe) is no error.
+
+mod check;
+mod child;
+//mod demo;
+mod docs;
+mod exec;
+mod lan;
+mod logger;
+mod options;
+mod qemu;
+mod run;
+mod status;
+mod up;
+
+use std::error::Error;
+use std::ffi::OsString;
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use clap::{ArgAction, Parser, Subcommand};
+
+use crate::config::ConfigError;
+use crate::control::ControlError;
+use crate::network::NetworkError;
+use crate::tap::TapError;
+
+/// Exit status for a wrong command line, as clap has it.
+const EXIT_USAGE: u8 = 2;
+
+/// A little LAN in one process: a rootless virtual switch with DHCP, DNS and NAT for VMs.
+#[derive(Parser, Debug)]
+#[command(
+    name = "lanlet",
+    bin_name = "lanlet",
+    version,
+    propagate_version = false,
+    disable_help_subcommand = true,
+    max_term_width = 100,
+    long_about = "A little LAN in one process: a rootless virtual switch with DHCP, DNS and NAT for \
+                  VMs.\n\nA network has a name ('default' unless --name says otherwise). 'lanlet up' \
+                  runs one in the foreground; run, qemu and exec attach to it. Where no network of \
+                  that name runs, they start a private one that lives as long as their command. \
+                  Nothing needs root.",
+    after_help = "\
+Examples:
+  lanlet qemu -- -m 1G -drive file=disk.qcow2       a VM on a LAN of its own
+  lanlet up &                                       a LAN that several VMs share
+  lanlet qemu -- -m 1G -drive file=one.qcow2
+  lanlet run -- cloud-hypervisor --net fd={fd},mac={mac} --kernel vmlinuz
+  lanlet exec -- bash                               a shell on the LAN, no VM
+  lanlet status                                     who is there, and what was dropped
+  lanlet check                                      what this machine can do
+
+'lanlet COMMAND --help' has the details of a command.",
+    after_long_help = "\
+Examples:
+  lanlet qemu -- -m 1G -drive file=disk.qcow2       a VM on a LAN of its own
+  lanlet up &                                       a LAN that several VMs share
+  lanlet qemu -- -m 1G -drive file=one.qcow2
+  lanlet run -- cloud-hypervisor --net fd={fd},mac={mac} --kernel vmlinuz
+  lanlet exec -- bash                               a shell on the LAN, no VM
+  lanlet status                                     who is there, and what was dropped
+  lanlet check                                      what this machine can do
+
+Environment:
+  LANLET_RUNTIME_DIR  where the control sockets are; else $XDG_RUNTIME_DIR/lanlet, else /run/lanlet
+                      for root, else /tmp/lanlet-UID
+  LANLET_LOG          error, warn, info, debug or trace: what goes to stderr (-v and -q come on top)
+  LANLET_LAB          where 'lanlet demo' finds its lab
+
+Exit status:
+  that of the command run (128 + N when signal N ended it), else 0; 1 when something failed;
+  2 when the command line is wrong; 126 or 127 when the command could not be run."
+)]
+pub struct Cli {
+    /// More on stderr: -v for ports and leases, -vv for single packets.
+    #[arg(short, long, action = ArgAction::Count, global = true, display_order = 900)]
+    verbose: u8,
+
+    /// Less on stderr: -q for warnings only, -qq for errors only.
+    #[arg(short, long, action = ArgAction::Count, global = true, display_order = 901)]
+    quiet: u8,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// The commands, in the order the help shows them.
+#[derive(Subcommand, Debug)]
+enum Command {
+    Up(up::Args),
+    Run(run::Args),
+    Qemu(qemu::Args),
+    Exec(exec::Args),
+    Status(status::Args),
+    Down(up::DownArgs),
+    //Demo(demo::Args),
+    Check(check::Args),
+    Man(docs::ManArgs),
+    Completions(docs::CompletionsArgs),
+    /// Becomes a command with its signals and its parent's death arranged.
+    #[command(hide = true)]
+    ChildInit(child::InitArgs),
+    /// Becomes a command in a namespace whose link is a port.
+    #[command(hide = true)]
+    GuestInit(exec::InitArgs),
+    /// Serves the namespace with the VMMs' taps.
+    #[command(hide = true, name = crate::tap::HELPER_SUBCOMMAND)]
+    NetnsHelper,
+}
+
+/// Why a command ended early.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    /// The command line or the configuration is wrong.
+    Usage(String),
+    /// Something went wrong at run time.
+    Runtime(Box<dyn Error>),
+    /// It was reported already.
+    Reported,
+}
+
+impl Failure {
+    /// A run-time failure said in words.
+    fn because(message: impl Into<String>) -> Self {
+        Failure::Runtime(message.into().into())
+    }
+
+    /// A failed system call, with what was tried.
+    fn io(what: impl std::fmt::Display) -> impl FnOnce(io::Error) -> Self {
+        move |error| match error.kind() {
+            io::ErrorKind::BrokenPipe => error.into(),
+            _ => Failure::because(format!("{what}: {error}")),
+        }
+    }
+}
+
+impl From<ControlError> for Failure {
+    fn from(error: ControlError) -> Self {
+        Failure::Runtime(error.into())
+    }
+}
+
+impl From<NetworkError> for Failure {
+    fn from(error: NetworkError) -> Self {
+        Failure::Runtime(error.into())
+    }
+}
+
+impl From<TapError> for Failure {
+    fn from(error: TapError) -> Self {
+        Failure::Runtime(error.into())
+    }
+}
+
+impl From<ConfigError> for Failure {
+    fn from(error: ConfigError) -> Self {
+        Failure::Usage(format!("--{error}"))
+    }
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        Failure::Runtime(error.into())
+    }
+}
+
+/// The program: reads the command line, runs the command, prints what failed.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return print_clap(&error),
+    };
+    logger::init(cli.verbose, cli.quiet);
+    let result = match cli.command {
+        Command::Up(args) => up::up(&args),
+        Command::Run(args) => run::run(&args),
+        Command::Qemu(args) => qemu::qemu(&args),
+        Command::Exec(args) => exec::exec(&args),
+        Command::Status(args) => status::status(&args),
+        Command::Down(args) => up::down(&args),
+        //Command::Demo(args) => demo::demo(&args),
+        Command::Check(args) => check::check(&args),
+        Command::Man(args) => docs::man(&args),
+        Command::Completions(args) => docs::completions(&args),
+        Command::ChildInit(args) => child::init(&args),
+        Command::GuestInit(args) => exec::init(&args),
+        Command::NetnsHelper => netns_helper(),
+    };
+    match result {
+        Ok(code) => code,
+        Err(Failure::Reported) => ExitCode::FAILURE,
+        Err(Failure::Usage(message)) => {
+            eprintln!("lanlet: error: {message}\n\nFor more information, try '--help'.");
+            ExitCode::from(EXIT_USAGE)
+        }
+        Err(Failure::Runtime(error)) => match is_broken_pipe(&*error) {
+            true => ExitCode::SUCCESS,
+            false => {
+                eprintln!("lanlet: error: {}", chain(&*error));
+                ExitCode::FAILURE
+            }
+        },
+    }
+}
+
+/// The helper shares lanlet's terminal, but lives exactly as long as lanlet: Ctrl-C must not end it
+/// before.
+fn netns_helper() -> Result<ExitCode, Failure> {
+    child::hold_signals()?;
+    crate::tap::helper::run_on_stdin()?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn print_clap(error: &clap::Error) -> ExitCode {
+    if error.use_stderr() {
+        eprint!("lanlet: {}", error.render());
+        return ExitCode::from(EXIT_USAGE);
+    }
+    // Help and version; a closed pipe is the reader's choice.
+    let _ = error.print();
+    ExitCode::SUCCESS
+}
+
+fn is_broken_pipe(error: &(dyn Error + 'static)) -> bool {
+    error
+        .downcast_ref::<io::Error>()
+        .is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+}
+
+/// An error and its causes on one line. A cause that is part of its effect's words is not repeated.
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let words = cause.to_string();
+        if !text.contains(&words) {
+            text.push_str(": ");
+            text.push_str(&words);
+        }
+        source = cause.source();
+    }
+    text
+}
+
+/// Writes to stdout at once.
+fn print(text: &str) -> Result<(), Failure> {
+    let mut stdout = io::stdout().lock();
+    stdout.write_all(text.as_bytes())?;
+    Ok(stdout.flush()?)
+}
+
+/// Replaces every occurrence of `from` in an argument, whatever its encoding.
+fn replace_in(argument: &OsString, from: &str, to: &str) -> OsString {
+    use std::os::unix::ffi::{OsStrExt, OsStringExt};
+    let (mut rest, from) = (argument.as_bytes(), from.as_bytes());
+    let mut result = Vec::with_capacity(rest.len());
+    while let Some(at) = rest.windows(from.len()).position(|window| window == from) {
+        result.extend_from_slice(&rest[..at]);
+        result.extend_from_slice(to.as_bytes());
+        rest = &rest[at + from.len()..];
+    }
+    result.extend_from_slice(rest);
+    OsString::from_vec(result)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_table_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_and_flag_has_help_and_every_public_command_examples() {
+        let mut root = Cli::command();
+        root.build();
+        for command in root.get_subcommands() {
+            let name = command.get_name();
+            assert!(command.get_about().is_some(), "{name} has no help");
+            for argument in command.get_arguments() {
+                assert!(
+                    argument.get_help().is_some() || argument.is_hide_set(),
+                    "{name}: {} has no help",
+                    argument.get_id()
+                );
+            }
+            if !command.is_hide_set() {
+                let help = command
+                    .get_after_help()
+                    .map(ToString::to_string)
+                    .unwrap_or_default();
+                assert!(help.contains("lanlet "), "{name} has no example");
+            }
+        }
+    }
+
+    #[test]
+    fn placeholders() {
+        let fill = |text: &str| replace_in(&OsString::from(text), "{fd}", "7");
+        assert_eq!(fill("tap,fd={fd},x={fd}"), "tap,fd=7,x=7");
+        assert_eq!(fill("{fd"), "{fd");
+        assert_eq!(fill(""), "");
+    }
+
+    #[test]
+    fn causes_are_printed_once() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("cannot open")]
+        struct Outer(#[source] io::Error);
+        let error = Outer(io::Error::from_raw_os_error(2));
+        assert_eq!(
+            chain(&error),
+            "cannot open: No such file or directory (os error 2)"
+        );
+    }
+}

@@ -1,0 +1,204 @@
+//! Running somebody's command as if it had been run directly: same terminal, same process group,
+//! signals passed on, its exit status ours, and no command left behind if lanlet is killed.
+//!
+//! The child starts as lanlet itself (`child-init`), arranges for its death with the parent's, and
+//! then becomes the command. That way nothing has to run between fork and exec.
+//!
+//! The parent's death signal belongs to the *thread* that made the child (prctl(2)), so commands are
+//! started from the main thread, which lives as long as the process.
+
+use std::ffi::{OsStr, OsString};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::Path;
+use std::process::{Child, Command, ExitCode, ExitStatus};
+
+use clap::Args;
+use rustix::event::{PollFd, PollFlags};
+use rustix::io::FdFlags;
+use rustix::process::{Pid, PidfdFlags, Signal};
+
+use super::Failure;
+use crate::sys::signal::{self, Received, SignalFd};
+
+/// The signals passed on to a command: those that people and service managers send on purpose.
+const FORWARDED: [Signal; 7] = [
+    Signal::INT,
+    Signal::TERM,
+    Signal::HUP,
+    Signal::QUIT,
+    Signal::USR1,
+    Signal::USR2,
+    Signal::WINCH,
+];
+
+/// Exit status of a shell for a command that exists but can't be run (POSIX 2.8.2).
+const EXIT_CANNOT_RUN: u8 = 126;
+/// Exit status of a shell for a command that is not found (POSIX 2.8.2).
+const EXIT_NOT_FOUND: u8 = 127;
+
+fn forwarded() -> [i32; 7] {
+    FORWARDED.map(Signal::as_raw)
+}
+
+/// Holds back the forwarded signals, to be read by [`supervise`]. First thing in a command, before
+/// any thread is started.
+///
+/// # Errors
+/// Of signalfd.
+pub(super) fn block_signals() -> Result<SignalFd, Failure> {
+    SignalFd::block(&forwarded()).map_err(Failure::io("cannot hold back signals"))
+}
+
+/// Holds the forwarded signals back for good.
+///
+/// # Errors
+/// Of pthread_sigmask.
+pub(super) fn hold_signals() -> Result<(), Failure> {
+    signal::block(&forwarded()).map_err(Failure::io("cannot hold back signals"))
+}
+
+/// Lets the forwarded signals act again, in a process about to become the command.
+pub(super) fn unblock_signals() -> Result<(), Failure> {
+    signal::unblock(&forwarded()).map_err(Failure::io("cannot let signals through"))
+}
+
+/// The rest of `child-init`'s command line.
+#[derive(Args, Debug)]
+pub(super) struct InitArgs {
+    /// Process that must still be the parent.
+    parent: i32,
+    /// The command.
+    #[arg(last = true, required = true)]
+    command: Vec<OsString>,
+}
+
+/// Becomes the command. Returns only if that fails.
+pub(super) fn init(args: &InitArgs) -> Result<ExitCode, Failure> {
+    die_with_parent(args.parent)?;
+    unblock_signals()?;
+    let (program, arguments) = args.command.split_first().ok_or(Failure::Reported)?;
+    let error = Command::new(program).args(arguments).exec();
+    Ok(cannot_run(program, &error))
+}
+
+/// Has the kernel kill this process when `parent`, which started it, ends.
+///
+/// # Errors
+/// The parent has ended already.
+pub(super) fn die_with_parent(parent: i32) -> Result<(), Failure> {
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
+        .map_err(|error| Failure::io("cannot set the parent's death signal")(error.into()))?;
+    // The parent may have died before the line above: then somebody else is the parent by now.
+    if rustix::process::getppid() != Pid::from_raw(parent) {
+        return Err(Failure::because(
+            "the process that started this one has ended",
+        ));
+    }
+    Ok(())
+}
+
+/// Says why a command can't be run; the exit status a shell would have for it.
+pub(super) fn cannot_run(program: &OsStr, error: &io::Error) -> ExitCode {
+    eprintln!(
+        "lanlet: error: cannot run {}: {error}",
+        Path::new(program).display()
+    );
+    ExitCode::from(match error.kind() {
+        io::ErrorKind::NotFound => EXIT_NOT_FOUND,
+        _ => EXIT_CANNOT_RUN,
+    })
+}
+
+/// A copy of this program, as a child's program.
+pub(super) fn this_program() -> Command {
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0("lanlet");
+    command
+}
+
+/// Starts a command which inherits `fd`, with the given environment added.
+///
+/// # Errors
+/// The process can't be made. That the command does not exist shows in its exit status.
+pub(super) fn spawn(
+    command: &[OsString],
+    fd: &OwnedFd,
+    environment: &[(&str, String)],
+) -> Result<Child, Failure> {
+    rustix::io::fcntl_setfd(fd, FdFlags::empty())
+        .map_err(|error| Failure::io("cannot pass the tap on")(error.into()))?;
+    this_program()
+        .arg("child-init")
+        .arg(std::process::id().to_string())
+        .arg("--")
+        .args(command)
+        .envs(environment.iter().map(|(key, value)| (key, value)))
+        .spawn()
+        .map_err(Failure::io("cannot start a process"))
+}
+
+/// Waits for a command, passes signals on to it, and warns once if `gone`, the network's connection,
+/// ends before it.
+///
+/// # Errors
+/// A system call failed.
+pub(super) fn supervise(
+    mut child: Child,
+    signals: &SignalFd,
+    mut gone: Option<BorrowedFd<'_>>,
+) -> Result<ExitCode, Failure> {
+    let failed = |error: rustix::io::Errno| Failure::io("cannot watch the command")(error.into());
+    let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
+    let pid = pid.ok_or_else(|| Failure::because("the command has no process id"))?;
+    let process = rustix::process::pidfd_open(pid, PidfdFlags::empty()).map_err(failed)?;
+    loop {
+        let mut fds = vec![
+            PollFd::new(&process, PollFlags::IN),
+            PollFd::from_borrowed_fd(signals.as_fd(), PollFlags::IN),
+        ];
+        fds.extend(gone.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+        match rustix::event::poll(&mut fds, None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(failed(error)),
+        }
+        let network_ended = fds.get(2).is_some_and(|fd| !fd.revents().is_empty());
+        let exited = !fds[0].revents().is_empty();
+        while let Some(received) = signals.next()? {
+            forward(received, &process);
+        }
+        if exited {
+            let status = child
+                .wait()
+                .map_err(Failure::io("cannot wait for the command"))?;
+            return Ok(exit_code(status));
+        }
+        if network_ended {
+            log::warn!("the network has ended; the command goes on without it");
+            gone = None;
+        }
+    }
+}
+
+/// Passes a signal on, unless the kernel has given it to the whole process group already.
+fn forward(received: Received, process: &OwnedFd) {
+    if received.from_kernel {
+        return;
+    }
+    let sent = match Signal::from_named_raw(received.signal) {
+        Some(signal) => rustix::process::pidfd_send_signal(process, signal),
+        None => Ok(()),
+    };
+    if let Err(error) = sent {
+        log::debug!("cannot pass signal {} on: {error}", received.signal);
+    }
+}
+
+/// The exit status a shell reports: the command's own, or 128 + the signal that ended it.
+fn exit_code(status: ExitStatus) -> ExitCode {
+    let code = status
+        .code()
+        .unwrap_or_else(|| 128 + status.signal().unwrap_or_default());
+    ExitCode::from(u8::try_from(code).unwrap_or(u8::MAX))
+}

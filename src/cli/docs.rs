@@ -1,0 +1,138 @@
+//! `lanlet man` and `lanlet completions`: made from the same table as `--help`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::CommandFactory;
+use clap_complete::Shell;
+use clap_mangen::Man;
+
+use super::{Cli, Failure, print};
+
+/// Print a man page
+#[derive(clap::Args, Debug)]
+#[command(after_help = "\
+Examples:
+  lanlet man | man -l -
+  lanlet man run | man -l -
+  lanlet man --dir ~/.local/share/man/man1")]
+pub(super) struct ManArgs {
+    /// The command to print the page of [default: lanlet itself]
+    #[arg(value_name = "COMMAND")]
+    command: Option<String>,
+    /// Write all pages, lanlet.1 and lanlet-COMMAND.1, into this directory
+    #[arg(long, value_name = "DIR", conflicts_with = "command")]
+    dir: Option<PathBuf>,
+}
+
+/// Print a shell's completions
+#[derive(clap::Args, Debug)]
+#[command(after_help = "\
+Examples:
+  lanlet completions bash > ~/.local/share/bash-completion/completions/lanlet
+  lanlet completions fish > ~/.config/fish/completions/lanlet.fish
+  lanlet completions zsh > ~/.zfunc/_lanlet")]
+pub(super) struct CompletionsArgs {
+    /// The shell
+    #[arg(value_enum, value_name = "SHELL")]
+    shell: Shell,
+}
+
+/// The commands with a page, each with the name of its page.
+fn pages() -> Vec<(String, clap::Command)> {
+    let mut root = Cli::command();
+    root.build();
+    let mut pages: Vec<_> = root
+        .get_subcommands()
+        .filter(|command| !command.is_hide_set())
+        .map(|command| (format!("lanlet-{}", command.get_name()), command.clone()))
+        .collect();
+    pages.insert(0, ("lanlet".to_owned(), root));
+    pages
+}
+
+/// A page. The text after the help becomes sections of its own, unfilled: examples and tables.
+fn render(page: clap::Command) -> Result<String, Failure> {
+    let sections = page
+        .get_after_long_help()
+        .or(page.get_after_help())
+        .map(ToString::to_string);
+    let has_subcommands = page.get_subcommands().any(|command| !command.is_hide_set());
+    let page = Man::new(page);
+    let mut text = Vec::new();
+    page.render_title(&mut text)?;
+    page.render_name_section(&mut text)?;
+    page.render_synopsis_section(&mut text)?;
+    page.render_description_section(&mut text)?;
+    page.render_options_section(&mut text)?;
+    if has_subcommands {
+        page.render_subcommands_section(&mut text)?;
+    }
+    Ok(String::from_utf8_lossy(&text).into_owned() + &roff_sections(&sections.unwrap_or_default()))
+}
+
+/// Lines like `Examples:` head a section each.
+fn roff_sections(text: &str) -> String {
+    let mut roff = String::new();
+    let mut is_open = false;
+    for line in text.lines() {
+        let line = line.replace('\\', "\\e").replace('-', "\\-");
+        match line.strip_suffix(':').filter(|head| !head.starts_with(' ')) {
+            Some(head) => {
+                let close = if is_open { ".fi\n" } else { "" };
+                roff.push_str(&format!("{close}.SH {}\n.nf\n", head.to_uppercase()));
+                is_open = true;
+            }
+            // A leading blank keeps a dot from being a request.
+            None => roff.push_str(&format!("\\&{line}\n")),
+        }
+    }
+    if is_open { roff + ".fi\n" } else { roff }
+}
+
+pub(super) fn man(args: &ManArgs) -> Result<ExitCode, Failure> {
+    if let Some(dir) = &args.dir {
+        for (name, page) in pages() {
+            let path = dir.join(format!("{name}.1"));
+            std::fs::write(&path, render(page)?)
+                .map_err(Failure::io(format!("cannot write {}", path.display())))?;
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    let wanted = args
+        .command
+        .as_ref()
+        .map_or("lanlet".to_owned(), |name| format!("lanlet-{name}"));
+    let page = pages().into_iter().find(|(name, _)| *name == wanted);
+    let (_, page) =
+        page.ok_or_else(|| Failure::Usage(format!("there is no command {wanted:?}")))?;
+    print(&render(page)?)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(super) fn completions(args: &CompletionsArgs) -> Result<ExitCode, Failure> {
+    let mut text = Vec::new();
+    clap_complete::generate(args.shell, &mut Cli::command(), "lanlet", &mut text);
+    print(&String::from_utf8_lossy(&text))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_page_and_completion_builds() {
+        let pages = pages();
+        assert!(pages.len() > 8);
+        for (name, page) in pages {
+            let text = render(page).unwrap_or_else(|error| panic!("{name}: {error:?}"));
+            assert!(
+                text.contains(".SH NAME") && text.contains(".SH SYNOPSIS"),
+                "{name}"
+            );
+            assert!(text.contains(".SH EXAMPLES"), "{name}");
+            assert!(!text.contains("child-init"), "{name}");
+        }
+    }
+}

@@ -1,0 +1,271 @@
+//! `lanlet exec`: a command in a namespace whose only link is a port of the network.
+//!
+//! The child (`guest-init`) makes its namespaces and `eth0`, hands the tap over on a socket that it
+//! inherits, waits for its address on the same socket, sets it, and becomes the command. It stays in
+//! lanlet's process group and has lanlet's terminal: an interactive shell does its own job control,
+//! and gives the terminal back to lanlet's group when it exits.
+
+use std::ffi::OsString;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, ExitCode};
+
+use rustix::io::FdFlags;
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use serde::{Deserialize, Serialize};
+
+use super::lan::Lan;
+use super::options::{NameOption, NetworkOptions, PortFlags};
+use super::{Failure, child};
+use crate::frame::Mac;
+use crate::network::{GuestAddress, GuestTap, PortOptions};
+use crate::sys::{fd_pass, inherited};
+use crate::tap::TapError;
+use crate::tap::guest::{Guest, GuestConfig};
+
+/// Longest message between lanlet and the child: an error text, or an address with a domain.
+const MESSAGE_BYTES_MAX: usize = 8 * 1024;
+
+/// Run a command in a namespace of its own on the network, without a VM
+///
+/// CMD runs in a fresh network and user namespace whose eth0 is a port of the network, with an
+/// address, a default route and /etc/resolv.conf set. It sees the same files as outside. For an
+/// ordinary user it appears to run as root, as with 'unshare -r': nothing outside is gained by that.
+/// Its exit status is lanlet's.
+#[derive(clap::Args, Debug)]
+#[command(after_help = "\
+Examples:
+  lanlet exec -- curl http://example.org/
+  lanlet exec --name lab -- bash
+  lanlet exec --name lab --mac 52:54:00:00:00:09 -- iperf3 -s")]
+pub(super) struct Args {
+    #[command(flatten)]
+    name: NameOption,
+    #[command(flatten)]
+    port: PortFlags,
+    /// The command and its arguments
+    #[arg(last = true, required = true, value_name = "CMD")]
+    command: Vec<OsString>,
+    #[command(flatten)]
+    network: NetworkOptions,
+}
+
+/// The rest of `guest-init`'s command line.
+#[derive(clap::Args, Debug)]
+pub(super) struct InitArgs {
+    /// Process that must still be the parent.
+    parent: i32,
+    /// Number of the inherited socket.
+    socket: i32,
+    /// A tap without virtio-net headers.
+    #[arg(long)]
+    no_offload: bool,
+    /// The command.
+    #[arg(last = true, required = true)]
+    command: Vec<OsString>,
+}
+
+/// What the child says, once, with its tap.
+#[derive(Serialize, Deserialize)]
+enum Ready {
+    /// The tap's and the netlink socket's descriptors come along.
+    Guest,
+    /// It could not be made.
+    Failed(TapError),
+}
+
+/// What it is told.
+#[derive(Serialize, Deserialize)]
+struct Start {
+    mac: String,
+    address: GuestAddress,
+}
+
+pub(super) fn exec(args: &Args) -> Result<ExitCode, Failure> {
+    let signals = child::block_signals()?;
+    let mut lan = Lan::open(&args.name, &args.network)?;
+    let mac = args.port.mac.unwrap_or_else(|| lan.make_mac());
+    let mut guest = NewGuest::spawn(&args.command, args.port.no_offload)?;
+    let options = PortOptions {
+        name: String::new(),
+        mac: Some(mac),
+        no_offload: args.port.no_offload,
+    };
+    let tap = guest.tap.take().ok_or(Failure::Reported)?;
+    let (_, address) = lan.attach_tap(tap, options)?;
+    let address =
+        address.ok_or_else(|| Failure::because("the network gave the guest no address"))?;
+    let child = guest.start(mac, address)?;
+    child::supervise(child, &signals, lan.gone())
+}
+
+/// A guest that waits for its address. Dropped, it ends.
+pub(super) struct NewGuest {
+    child: Option<Child>,
+    socket: OwnedFd,
+    tap: Option<GuestTap>,
+}
+
+impl NewGuest {
+    /// Starts the child and waits for its tap.
+    ///
+    /// # Errors
+    /// The host forbids namespaces or taps: the error says what to do.
+    pub(super) fn spawn(command: &[OsString], no_offload: bool) -> Result<Self, Failure> {
+        let failed =
+            |error: rustix::io::Errno| Failure::io("cannot make a socket pair")(error.into());
+        let (socket, theirs) = rustix::net::socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .map_err(failed)?;
+        rustix::io::fcntl_setfd(&theirs, FdFlags::empty()).map_err(failed)?;
+        let child = child::this_program()
+            .arg("guest-init")
+            .args(no_offload.then_some("--no-offload"))
+            .arg(std::process::id().to_string())
+            .arg(theirs.as_raw_fd().to_string())
+            .arg("--")
+            .args(command)
+            .spawn()
+            .map_err(Failure::io("cannot start a process"))?;
+        drop(theirs);
+        let mut guest = Self {
+            child: Some(child),
+            socket,
+            tap: None,
+        };
+        let mut buffer = [0; MESSAGE_BYTES_MAX];
+        let (len, fds) = fd_pass::recv(guest.socket.as_fd(), &mut buffer)
+            .map_err(Failure::io("cannot hear from the namespace guest"))?;
+        if len == 0 {
+            return Err(Failure::because(
+                "the namespace guest ended before it was ready",
+            ));
+        }
+        match serde_json::from_slice(&buffer[..len]).map_err(std::io::Error::from)? {
+            Ready::Failed(error) => Err(error.into()),
+            Ready::Guest => {
+                let mut fds = fds.into_iter();
+                guest.tap = fds.next().map(|tap| GuestTap {
+                    tap,
+                    netlink: fds.next(),
+                });
+                Ok(guest)
+            }
+        }
+    }
+
+    /// Tells the guest its address, upon which it becomes the command.
+    fn start(mut self, mac: Mac, address: GuestAddress) -> Result<Child, Failure> {
+        let start = Start {
+            mac: mac.to_string(),
+            address,
+        };
+        let message = serde_json::to_vec(&start).map_err(std::io::Error::from)?;
+        fd_pass::send(self.socket.as_fd(), &message, &[])
+            .map_err(Failure::io("cannot speak to the namespace guest"))?;
+        self.child.take().ok_or(Failure::Reported)
+    }
+}
+
+impl Drop for NewGuest {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// Becomes a guest, then the command. Returns only if that fails.
+pub(super) fn init(args: &InitArgs) -> Result<ExitCode, Failure> {
+    let socket = inherited::take(args.socket).map_err(Failure::io("no socket was inherited"))?;
+    child::unblock_signals()?;
+    let mut guest = match Guest::enter(!args.no_offload) {
+        Ok(guest) => guest,
+        Err(error) => {
+            // The parent prints it.
+            let message = serde_json::to_vec(&Ready::Failed(error)).unwrap_or_default();
+            let _ = fd_pass::send(socket.as_fd(), &message, &[]);
+            return Err(Failure::Reported);
+        }
+    };
+    // Gaining capabilities in the new user namespace cleared any death signal set before
+    // (commit_creds in kernel/cred.c).
+    child::die_with_parent(args.parent)?;
+    let fds = guest.take_fds().ok_or(Failure::Reported)?;
+    let message = serde_json::to_vec(&Ready::Guest).map_err(std::io::Error::from)?;
+    fd_pass::send(
+        socket.as_fd(),
+        &message,
+        &[fds.tap.as_fd(), fds.netlink.as_fd()],
+    )
+    .map_err(Failure::io("cannot hand the tap over"))?;
+    drop(fds);
+    let mut buffer = [0; MESSAGE_BYTES_MAX];
+    let (len, _) = fd_pass::recv(socket.as_fd(), &mut buffer)
+        .map_err(Failure::io("cannot learn the address"))?;
+    if len == 0 {
+        return Err(Failure::Reported);
+    }
+    let start: Start = serde_json::from_slice(&buffer[..len]).map_err(std::io::Error::from)?;
+    configure(&mut guest, &start)?;
+    let (program, arguments) = args.command.split_first().ok_or(Failure::Reported)?;
+    let error = Command::new(program).args(arguments).exec();
+    Ok(child::cannot_run(program, &error))
+}
+
+fn configure(guest: &mut Guest, start: &Start) -> Result<(), Failure> {
+    let address = &start.address;
+    guest.configure(&GuestConfig {
+        mac: start
+            .mac
+            .parse()
+            .map_err(|error: String| Failure::because(error))?,
+        address: address.address,
+        prefix: address.prefix,
+        gateway: address.gateway,
+        mtu: address.mtu,
+    })?;
+    if let Err(error) = guest.set_resolv_conf(&resolv_conf(address)) {
+        log::warn!("{error}");
+    }
+    Ok(())
+}
+
+fn resolv_conf(address: &GuestAddress) -> String {
+    let search = address
+        .domain
+        .as_ref()
+        .map(|domain| format!("search {domain}\n"));
+    format!(
+        "nameserver {}\n{}",
+        address.gateway,
+        search.unwrap_or_default()
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn resolver_file() {
+        let mut address = GuestAddress {
+            address: [10, 0, 0, 2].into(),
+            prefix: 24,
+            gateway: [10, 0, 0, 1].into(),
+            mtu: 1500,
+            domain: None,
+        };
+        assert_eq!(resolv_conf(&address), "nameserver 10.0.0.1\n");
+        address.domain = Some("lab.test".to_owned());
+        assert_eq!(
+            resolv_conf(&address),
+            "nameserver 10.0.0.1\nsearch lab.test\n"
+        );
+    }
+}

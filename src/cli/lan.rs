@@ -1,0 +1,98 @@
+//! The network that a command uses: one that runs already, or one of its own.
+
+use std::hash::{BuildHasher, RandomState};
+use std::os::fd::{AsFd, BorrowedFd};
+
+use super::Failure;
+use super::options::{NameOption, NetworkOptions};
+use crate::control::RuntimeDir;
+use crate::control::client::Client;
+use crate::frame::{Mac, PortId};
+use crate::network::{GuestAddress, GuestTap, Network, PortOptions, VmmPort};
+
+/// A network to attach to.
+pub(super) enum Lan {
+    /// It runs in this process and ends with it. It has no name that others could find, so that two
+    /// commands never get into each other's way.
+    Embedded(Box<Network>),
+    /// Another process runs it.
+    Running(Box<Client>),
+}
+
+impl Lan {
+    /// The network of that name if it runs, else one as the options say.
+    ///
+    /// # Errors
+    /// The options are wrong, or are for a network that runs already; or it can't be started.
+    pub(super) fn open(name: &NameOption, options: &NetworkOptions) -> Result<Self, Failure> {
+        let config = options.resolve(name.get(), None)?;
+        if let Some(client) = Client::connect(&RuntimeDir::from_env(), name.get())? {
+            if let Some(option) = options.first_given() {
+                return Err(Failure::because(format!(
+                    "network '{}' is already running (pid {}), and {option} is for one that starts: \
+                     leave it out, or choose another --name",
+                    name.get(),
+                    client.pid()
+                )));
+            }
+            return Ok(Lan::Running(Box::new(client)));
+        }
+        if name.is_given() {
+            log::info!(
+                "no network '{}' is running: this command has one of its own ('lanlet up --name {}' \
+                 starts one to share)",
+                name.get(),
+                name.get()
+            );
+        }
+        Ok(Lan::Embedded(Box::new(Network::start(config)?)))
+    }
+
+    /// Makes a tap for a VMM.
+    ///
+    /// # Errors
+    /// What is missing, with the remedy.
+    pub(super) fn attach_vmm(&mut self, options: PortOptions) -> Result<VmmPort, Failure> {
+        Ok(match self {
+            Lan::Embedded(network) => network.attach_vmm(options)?,
+            Lan::Running(client) => client.attach_vmm(&options)?,
+        })
+    }
+
+    /// A MAC address for a guest. For a network of another process a random one: of the 2^24 in
+    /// QEMU's range two of a few hundred guests' are hardly ever the same.
+    pub(super) fn make_mac(&self) -> Mac {
+        match self {
+            Lan::Embedded(network) => network.make_mac(),
+            Lan::Running(_) => {
+                let [a, b, c, ..] = RandomState::new()
+                    .hash_one(std::process::id())
+                    .to_le_bytes();
+                Mac([0x52, 0x54, 0x00, a, b, c])
+            }
+        }
+    }
+
+    /// Attaches a namespace guest's tap. The port lives as long as this value.
+    ///
+    /// # Errors
+    /// What is missing, with the remedy.
+    pub(super) fn attach_tap(
+        &mut self,
+        tap: GuestTap,
+        options: PortOptions,
+    ) -> Result<(PortId, Option<GuestAddress>), Failure> {
+        Ok(match self {
+            Lan::Embedded(network) => network.attach_tap(tap, options)?,
+            Lan::Running(client) => client.attach_tap(&tap, &options)?,
+        })
+    }
+
+    /// What becomes readable when the network of another process ends.
+    pub(super) fn gone(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Lan::Embedded(_) => None,
+            Lan::Running(client) => Some(client.as_fd()),
+        }
+    }
+}

@@ -1,0 +1,236 @@
+//! `lanlet qemu`: QEMU with a network card on the LAN.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use super::lan::Lan;
+use super::options::{NameOption, NetworkOptions, PortFlags};
+use super::run::{Tap, with_tap};
+use super::{Failure, child};
+
+/// Run QEMU with a virtio network card on the network
+///
+/// Finds qemu-system for this machine and adds -netdev tap and a virtio-net device with a MAC
+/// address of its own. Where QEMU-ARGS have a -device with netdev=lanlet0, that is the card and none
+/// is added.
+#[derive(clap::Args, Debug)]
+#[command(after_help = "\
+Examples:
+  lanlet qemu -- -m 1G -drive file=disk.qcow2
+  lanlet qemu --name lab --mac 52:54:00:00:00:07 -- -enable-kvm -m 2G disk.img
+  lanlet qemu -- -device virtio-net-pci,netdev=lanlet0,mq=on -m 1G disk.img
+  lanlet qemu --qemu qemu-system-aarch64 -- -M virt -cpu cortex-a72 -m 1G disk.img")]
+pub(super) struct Args {
+    #[command(flatten)]
+    name: NameOption,
+    /// The QEMU to run, by name or path [default: qemu-system of this machine]
+    #[arg(long, value_name = "BINARY")]
+    qemu: Option<PathBuf>,
+    #[command(flatten)]
+    port: PortFlags,
+    /// Arguments for QEMU
+    #[arg(last = true, value_name = "QEMU-ARGS")]
+    arguments: Vec<OsString>,
+    #[command(flatten)]
+    network: NetworkOptions,
+}
+
+pub(super) fn qemu(args: &Args) -> Result<ExitCode, Failure> {
+    let signals = child::block_signals()?;
+    let program = match &args.qemu {
+        Some(program) => program.clone(),
+        None => find()?,
+    };
+    let lan = Lan::open(&args.name, &args.network)?;
+    with_tap(lan, &signals, &args.port, |tap| {
+        command(&program, &args.arguments, tap)
+    })
+}
+
+/// QEMU's command line with the card added.
+fn command(program: &Path, arguments: &[OsString], tap: &Tap) -> Vec<OsString> {
+    let (id, card_is_given) = netdev_id(arguments);
+    let mut command = vec![program.as_os_str().to_owned()];
+    command.extend_from_slice(arguments);
+    command.push("-netdev".into());
+    command.push(format!("tap,id={id},fd={}", tap.fd).into());
+    if !card_is_given {
+        command.push("-device".into());
+        let card = card(program, arguments);
+        command.push(format!("{card},netdev={id},mac={}", tap.mac).into());
+    }
+    command
+}
+
+/// Whether an option list like `user,id=x` has this item.
+fn has_item(argument: &OsStr, item: &str) -> bool {
+    argument
+        .as_bytes()
+        .split(|&byte| byte == b',')
+        .any(|part| part == item.as_bytes())
+}
+
+/// An id for the netdev that the arguments leave free, and whether they have a card for it: one that
+/// names `netdev=lanlet0` without such a netdev being defined waits for ours.
+fn netdev_id(arguments: &[OsString]) -> (String, bool) {
+    let taken = |id: &str| {
+        arguments
+            .iter()
+            .any(|argument| has_item(argument, &format!("id={id}")))
+    };
+    for number in 0.. {
+        let id = format!("lanlet{number}");
+        if !taken(&id) {
+            let wanted = format!("netdev={id}");
+            return (
+                id,
+                arguments.iter().any(|argument| has_item(argument, &wanted)),
+            );
+        }
+    }
+    unreachable!("a finite command line takes finitely many ids")
+}
+
+/// The virtio card of the machine: by PCI where there is PCI.
+fn card(program: &Path, arguments: &[OsString]) -> &'static str {
+    let machine_is = |name: &str| {
+        arguments.windows(2).any(|pair| {
+            let option = pair[0].as_bytes();
+            matches!(option, b"-M" | b"-machine" | b"--machine")
+                && (has_item(&pair[1], name) || has_item(&pair[1], &format!("type={name}")))
+        })
+    };
+    let is_s390 = program.to_string_lossy().ends_with("s390x");
+    match () {
+        () if machine_is("microvm") => "virtio-net-device",
+        () if is_s390 => "virtio-net-ccw",
+        () => "virtio-net-pci",
+    }
+}
+
+/// QEMU's name for this machine.
+fn native() -> &'static str {
+    match std::env::consts::ARCH {
+        "x86" => "i386",
+        "powerpc64" => "ppc64",
+        "loongarch64" => "loongarch64",
+        arch => arch,
+    }
+}
+
+/// Debian's package with this machine's QEMU.
+fn package() -> &'static str {
+    match native() {
+        "x86_64" | "i386" => "qemu-system-x86",
+        "aarch64" | "arm" => "qemu-system-arm",
+        "ppc64" => "qemu-system-ppc",
+        _ => "qemu-system-misc",
+    }
+}
+
+/// The QEMU of this machine in PATH, else any system emulator.
+///
+/// # Errors
+/// There is none.
+pub(super) fn find() -> Result<PathBuf, Failure> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    find_in(&path).ok_or_else(|| {
+        Failure::because(format!(
+            "no qemu-system-{} in PATH: install Debian's package {}, or name a binary with --qemu",
+            native(),
+            package()
+        ))
+    })
+}
+
+fn find_in(path: &OsStr) -> Option<PathBuf> {
+    let is_program = |file: &PathBuf| {
+        file.metadata()
+            .is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
+    };
+    let directories = || std::env::split_paths(path).filter(|dir| !dir.as_os_str().is_empty());
+    let own = format!("qemu-system-{}", native());
+    directories()
+        .map(|dir| dir.join(&own))
+        .find(is_program)
+        .or_else(|| {
+            directories()
+                .filter_map(|dir| dir.read_dir().ok())
+                .flat_map(|entries| {
+                    let mut files: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
+                    files.sort();
+                    files
+                })
+                .filter(|file| {
+                    let name = file.file_name().unwrap_or_default().as_bytes();
+                    name.starts_with(b"qemu-system-")
+                })
+                .find(is_program)
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(program: &str, arguments: &[&str]) -> String {
+        let tap = Tap {
+            fd: "7".into(),
+            ifname: "vm0".into(),
+            mac: "52:54:00:00:00:01".into(),
+        };
+        let arguments: Vec<OsString> = arguments.iter().map(Into::into).collect();
+        let words = command(Path::new(program), &arguments, &tap);
+        words.join(OsStr::new(" ")).into_string().unwrap()
+    }
+
+    #[test]
+    fn netdev_and_card_are_added() {
+        assert_eq!(
+            line("qemu-system-x86_64", &["-m", "1G"]),
+            "qemu-system-x86_64 -m 1G -netdev tap,id=lanlet0,fd=7 \
+             -device virtio-net-pci,netdev=lanlet0,mac=52:54:00:00:00:01"
+        );
+        assert!(line("q", &["-M", "microvm,rtc=on"]).contains("-device virtio-net-device,"));
+        assert!(line("q", &["-machine", "type=microvm"]).contains("-device virtio-net-device,"));
+        assert!(line("/usr/bin/qemu-system-s390x", &[]).contains("virtio-net-ccw"));
+    }
+
+    #[test]
+    fn the_users_netdevs_and_cards_are_left_alone() {
+        let words = line(
+            "q",
+            &[
+                "-netdev",
+                "user,id=lanlet0",
+                "-device",
+                "e1000,netdev=lanlet0",
+            ],
+        );
+        assert!(words.contains("tap,id=lanlet1,fd=7 -device virtio-net-pci,netdev=lanlet1,"));
+        let words = line("q", &["-device", "e1000,netdev=lanlet0"]);
+        assert!(words.ends_with("-device e1000,netdev=lanlet0 -netdev tap,id=lanlet0,fd=7"));
+    }
+
+    #[test]
+    fn own_machine_first_then_any() {
+        let dir = std::env::temp_dir().join(format!("lanlet-qemu-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let make = |name: &str, mode| {
+            std::fs::write(dir.join(name), "").unwrap();
+            std::fs::set_permissions(dir.join(name), PermissionsExt::from_mode(mode)).unwrap();
+        };
+        assert_eq!(find_in(dir.as_os_str()), None);
+        make("qemu-system-aaa", 0o644);
+        assert_eq!(find_in(dir.as_os_str()), None);
+        make("qemu-system-zzz", 0o755);
+        assert_eq!(find_in(dir.as_os_str()), Some(dir.join("qemu-system-zzz")));
+        let own = format!("qemu-system-{}", native());
+        make(&own, 0o755);
+        assert_eq!(find_in(dir.as_os_str()), Some(dir.join(own)));
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+}

@@ -1,0 +1,276 @@
+//! `lanlet status`: a running network's ports, addresses and drops.
+
+use std::fmt::Write;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use super::options::NameOption;
+use super::{Failure, print};
+use crate::control::client::Client;
+use crate::control::{ControlError, RuntimeDir};
+use crate::network::{PortStatus, Status};
+
+/// Show a running network's ports, counters, addresses, leases and flows
+///
+/// Counters are from the guests' side: 'from guest' is what a port's guest sent. A drop stands with
+/// the port it belongs to, by reason; 'kernel_' ones happened in the tap's own queue.
+#[derive(clap::Args, Debug)]
+#[command(after_help = "\
+Examples:
+  lanlet status
+  lanlet status --name lab --json | jq '.ports[] | {name, drops}'")]
+pub(super) struct Args {
+    #[command(flatten)]
+    name: NameOption,
+    /// The same as one JSON object, with stable names
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn status(args: &Args) -> Result<ExitCode, Failure> {
+    let name = args.name.get();
+    let not_running = || ControlError::NotRunning {
+        name: name.to_owned(),
+    };
+    let mut client = Client::connect(&RuntimeDir::from_env(), name)?.ok_or_else(not_running)?;
+    let status = client.status()?;
+    let text = match args.json {
+        true => serde_json::to_string_pretty(&status).map_err(std::io::Error::from)? + "\n",
+        false => render(&status),
+    };
+    print(&text)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The status as tables.
+pub(super) fn render(status: &Status) -> String {
+    let mut text = format!(
+        "network {} (pid {}), up {}\nsubnet {}, MTU {}\nflows: {} TCP, {} UDP, {} ICMP\n",
+        status.name,
+        status.pid,
+        uptime(Duration::from_secs(status.uptime_secs)),
+        status.subnet,
+        status.mtu,
+        status.flows.tcp,
+        status.flows.udp,
+        status.flows.icmp,
+    );
+    let heads = [
+        "PORT",
+        "NAME",
+        "KIND",
+        "FROM GUEST",
+        "",
+        "TO GUEST",
+        "",
+        "DROPPED",
+    ];
+    table(
+        &mut text,
+        &heads,
+        "<<<>>>><",
+        status.ports.iter().map(port_row).collect(),
+    );
+    let port_name = |id: u16| {
+        let port = status.ports.iter().find(|port| port.id == id);
+        port.map_or_else(|| id.to_string(), |port| port.name.clone())
+    };
+    let macs = status
+        .macs
+        .iter()
+        .map(|entry| vec![entry.mac.clone(), port_name(entry.port)]);
+    table(&mut text, &["MAC", "PORT"], "<<", macs.collect());
+    let leases = status.leases.iter().map(|lease| {
+        vec![
+            lease.address.to_string(),
+            lease.mac.clone(),
+            printable(lease.hostname.as_deref().unwrap_or("-")),
+            lease
+                .expires_secs
+                .map_or("with its port".to_owned(), |secs| {
+                    format!("in {}", uptime(Duration::from_secs(secs)))
+                }),
+        ]
+    });
+    table(
+        &mut text,
+        &["LEASE", "MAC", "HOST NAME", "ENDS"],
+        "<<<<",
+        leases.collect(),
+    );
+    let totals = status.totals.iter().filter(|&(_, &count)| count != 0);
+    let totals = totals.map(|(name, count)| vec![name.clone(), count.to_string()]);
+    table(&mut text, &["TOTALS", ""], "<>", totals.collect());
+    text
+}
+
+fn port_row(port: &PortStatus) -> Vec<String> {
+    let mut drops = String::new();
+    for (reason, count) in port.drops.iter().filter(|&(_, &count)| count != 0) {
+        let _ = write!(
+            drops,
+            "{}{reason} {count}",
+            if drops.is_empty() { "" } else { ", " }
+        );
+    }
+    vec![
+        port.id.to_string(),
+        printable(&port.name),
+        port.kind.clone(),
+        port.rx_frames.to_string(),
+        bytes(port.rx_bytes),
+        port.tx_frames.to_string(),
+        bytes(port.tx_bytes),
+        if drops.is_empty() {
+            "-".to_owned()
+        } else {
+            drops
+        },
+    ]
+}
+
+/// A guest chooses its host name; its control characters stay off the terminal.
+fn printable(text: &str) -> String {
+    text.chars()
+        .map(|c| if c.is_control() { '?' } else { c })
+        .collect()
+}
+
+/// Appends a table, columns aligned left (`<`) or right (`>`); nothing where there are no rows.
+fn table(text: &mut String, heads: &[&str], align: &str, rows: Vec<Vec<String>>) {
+    if rows.is_empty() {
+        return;
+    }
+    let mut lines = vec![heads.iter().map(ToString::to_string).collect::<Vec<_>>()];
+    lines.extend(rows);
+    let widths: Vec<usize> = (0..heads.len())
+        .map(|column| {
+            lines
+                .iter()
+                .map(|line| line[column].chars().count())
+                .max()
+                .unwrap_or(0)
+        })
+        .collect();
+    text.push('\n');
+    for line in lines {
+        let mut row = String::new();
+        for ((cell, &width), align) in line.iter().zip(&widths).zip(align.chars()) {
+            let _ = match align {
+                '>' => write!(row, "{cell:>width$}  "),
+                _ => write!(row, "{cell:<width$}  "),
+            };
+        }
+        text.push_str(row.trim_end());
+        text.push('\n');
+    }
+}
+
+/// Bytes in a unit that leaves at most four digits.
+fn bytes(count: u64) -> String {
+    let mut value = count as f64;
+    for unit in ["B", "KiB", "MiB", "GiB"] {
+        if value < 1024.0 {
+            return match unit {
+                "B" => format!("{count} B"),
+                _ => format!("{value:.1} {unit}"),
+            };
+        }
+        value /= 1024.0;
+    }
+    format!("{value:.1} TiB")
+}
+
+/// A time of day style span: `3d 04:05:06`, `04:05:06`.
+fn uptime(time: Duration) -> String {
+    let secs = time.as_secs();
+    let clock = format!(
+        "{:02}:{:02}:{:02}",
+        secs / 3600 % 24,
+        secs / 60 % 60,
+        secs % 60
+    );
+    match secs / 86_400 {
+        0 => clock,
+        days => format!("{days}d {clock}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::network::{FlowStatus, LeaseStatus, MacStatus};
+
+    #[test]
+    fn the_whole_picture() {
+        let port = |id, name: &str, drops: &[(&str, u64)]| PortStatus {
+            id,
+            name: name.to_owned(),
+            kind: "vmm".to_owned(),
+            rx_frames: 12,
+            rx_bytes: 2048,
+            tx_frames: 3,
+            tx_bytes: 999,
+            drops: drops
+                .iter()
+                .map(|&(reason, count)| (reason.to_owned(), count))
+                .collect(),
+        };
+        let status = Status {
+            name: "lab".to_owned(),
+            pid: 7,
+            uptime_secs: 93_784,
+            subnet: "10.0.0.1/24".to_owned(),
+            mtu: 1500,
+            ports: vec![
+                port(0, "gateway", &[]),
+                port(1, "vm1", &[("no_flow", 2), ("zero", 0), ("truncated", 1)]),
+            ],
+            macs: vec![MacStatus {
+                mac: "52:54:00:00:00:01".to_owned(),
+                port: 1,
+            }],
+            leases: vec![LeaseStatus {
+                address: [10, 0, 0, 2].into(),
+                mac: "52:54:00:00:00:01".to_owned(),
+                hostname: Some("al\u{1b}[2Jice".to_owned()),
+                expires_secs: Some(3599),
+            }],
+            flows: FlowStatus {
+                tcp: 4,
+                udp: 1,
+                icmp: 0,
+            },
+            totals: [("flows_opened".to_owned(), 9), ("nothing".to_owned(), 0)].into(),
+        };
+        assert_eq!(
+            render(&status),
+            "\
+network lab (pid 7), up 1d 02:03:04
+subnet 10.0.0.1/24, MTU 1500
+flows: 4 TCP, 1 UDP, 0 ICMP
+
+PORT  NAME     KIND  FROM GUEST           TO GUEST         DROPPED
+0     gateway  vmm           12  2.0 KiB         3  999 B  -
+1     vm1      vmm           12  2.0 KiB         3  999 B  no_flow 2, truncated 1
+
+MAC                PORT
+52:54:00:00:00:01  vm1
+
+LEASE     MAC                HOST NAME  ENDS
+10.0.0.2  52:54:00:00:00:01  al?[2Jice  in 00:59:59
+
+TOTALS
+flows_opened  9
+"
+        );
+    }
+
+    #[test]
+    fn sizes() {
+        assert_eq!(
+            [bytes(0), bytes(1023), bytes(1024), bytes(5 << 40)],
+            ["0 B", "1023 B", "1.0 KiB", "5.0 TiB"]
+        );
+    }
+}

@@ -1,0 +1,294 @@
+//! `lanlet up` and `lanlet down`: a network that others attach to.
+
+use std::fs::DirBuilder;
+use std::net::Shutdown;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags};
+
+use super::options::{NameOption, NetworkOptions};
+use super::{Failure, print};
+use crate::config::{NetworkConfig, format_duration};
+use crate::control::client::Client;
+use crate::control::server::Server;
+use crate::control::{ControlError, RuntimeDir};
+use crate::network::Network;
+use crate::sys::signal::SignalFd;
+
+/// The signals that end a network. A second one, of any of them, ends the process at once.
+const ENDING: [i32; 4] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT];
+
+/// Signals that come closer than this count as one.
+const SAME_WISH: Duration = Duration::from_millis(300);
+/// How long a network may take to end: it closes sockets and writes a lease file.
+const STOP_TIME_MAX: Duration = Duration::from_secs(10);
+/// Pause between two looks whether it has ended.
+const STOP_POLL: Duration = Duration::from_millis(20);
+
+/// Run a network in the foreground, for others to attach to
+///
+/// Ends on SIGINT or SIGTERM (Ctrl-C), on 'lanlet down', or when its data path fails; a second signal
+/// forces the end. Guests attached to it lose their network then.
+#[derive(clap::Args, Debug)]
+#[command(after_help = "\
+Examples:
+  lanlet up
+  lanlet up --name lab --subnet 10.9.0.0/24 --dhcp-range 10.9.0.100-10.9.0.199 --domain lab.test
+  lanlet up --dns 9.9.9.9 --lease-time 12h --lease-file none")]
+pub(super) struct Args {
+    #[command(flatten)]
+    name: NameOption,
+    #[command(flatten)]
+    network: NetworkOptions,
+}
+
+/// End a running network
+#[derive(clap::Args, Debug)]
+#[command(after_help = "\
+Examples:
+  lanlet down
+  lanlet down --name lab")]
+pub(super) struct DownArgs {
+    #[command(flatten)]
+    name: NameOption,
+}
+
+pub(super) fn up(args: &Args) -> Result<ExitCode, Failure> {
+    let signals = SignalFd::block(&ENDING).map_err(Failure::io("cannot hold back signals"))?;
+    let name = args.name.get();
+    let default_leases = lease_file(name);
+    let config = args.network.resolve(name, default_leases.clone())?;
+    let claim = RuntimeDir::from_env().claim(name)?;
+    if let Some(path) = config
+        .lease_file
+        .as_deref()
+        .filter(|&path| Some(path) == default_leases.as_deref())
+    {
+        make_parent(path)?;
+    }
+    let socket = claim.socket().to_owned();
+    let summary = summary(&config, &socket);
+    let network = Arc::new(Network::start(config)?);
+    let end = Arc::new(
+        rustix::event::eventfd(0, EventfdFlags::CLOEXEC)
+            .map_err(|error| Failure::io("cannot make an eventfd")(error.into()))?,
+    );
+    let ring = |end: &Arc<OwnedFd>| {
+        let end = Arc::clone(end);
+        move || {
+            // Fails only when the counter is full, and then the bell has rung.
+            let _ = rustix::io::write(&end, &1u64.to_ne_bytes());
+        }
+    };
+    let server = Server::start(name, claim, Arc::clone(&network) as _, ring(&end))
+        .map_err(Failure::io("cannot serve the control socket"))?;
+    let failed = std::thread::Builder::new()
+        .name("lanlet-watch".to_owned())
+        .spawn({
+            let (network, ring) = (Arc::clone(&network), ring(&end));
+            move || {
+                let error = network.failed();
+                ring();
+                error
+            }
+        })
+        .map_err(Failure::io("cannot start a thread"))?;
+    // Who reads the summary may have gone; the network is there for others.
+    let _ = print(&summary);
+    tell_service_manager("READY=1");
+    let by_signal = wait_for_end(&signals, &end)?;
+    tell_service_manager("STOPPING=1");
+    log::info!(
+        "network '{name}' is ending{}",
+        if by_signal { "" } else { " as asked" }
+    );
+    force_on_signal(signals)?;
+    drop(server);
+    network.stop();
+    match failed.join() {
+        Ok(None) => Ok(ExitCode::SUCCESS),
+        Ok(Some(error)) => Err(error.into()),
+        Err(_) => Err(Failure::because("the data path has failed")),
+    }
+}
+
+/// Ends the process at the next signal: for who does not want to wait. One that follows the first at
+/// once is the same wish said twice, as by timeout(1), which signals its child and then its group.
+fn force_on_signal(signals: SignalFd) -> Result<(), Failure> {
+    let begun = Instant::now();
+    let watch = move || loop {
+        let mut fds = [PollFd::from_borrowed_fd(signals.as_fd(), PollFlags::IN)];
+        let _ = rustix::event::poll(&mut fds, None);
+        match signals.next() {
+            Ok(Some(received)) if begun.elapsed() > SAME_WISH => {
+                std::process::exit(128 + received.signal)
+            }
+            Ok(_) => {}
+            Err(_) => return,
+        }
+    };
+    std::thread::Builder::new()
+        .name("lanlet-force".to_owned())
+        .spawn(watch)
+        .map(drop)
+        .map_err(Failure::io("cannot start a thread"))
+}
+
+/// Blocks until a signal comes (`true`) or somebody rings `end`.
+fn wait_for_end(signals: &SignalFd, end: &OwnedFd) -> Result<bool, Failure> {
+    loop {
+        let mut fds = [
+            PollFd::from_borrowed_fd(signals.as_fd(), PollFlags::IN),
+            PollFd::new(end, PollFlags::IN),
+        ];
+        match rustix::event::poll(&mut fds, None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(Failure::io("cannot wait for signals")(error.into())),
+        }
+        let asked = !fds[1].revents().is_empty();
+        if signals.next()?.is_some() {
+            return Ok(true);
+        }
+        if asked {
+            return Ok(false);
+        }
+    }
+}
+
+/// Where `up` keeps leases by default: $XDG_STATE_HOME/lanlet, by the XDG base directory rules
+/// ~/.local/state/lanlet.
+fn lease_file(name: &str) -> Option<PathBuf> {
+    let var = |key| {
+        std::env::var_os(key)
+            .map(PathBuf::from)
+            .filter(|path| path.is_absolute())
+    };
+    let state = var("XDG_STATE_HOME").or_else(|| Some(var("HOME")?.join(".local/state")));
+    if state.is_none() {
+        log::warn!("neither XDG_STATE_HOME nor HOME is set: leases are not kept across restarts");
+    }
+    Some(state?.join("lanlet").join(format!("{name}.leases")))
+}
+
+fn make_parent(path: &Path) -> Result<(), Failure> {
+    let parent = path.parent().unwrap_or(path);
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(parent)
+        .map_err(Failure::io(format!(
+            "cannot make {} for the lease file (--lease-file PATH or none says where else)",
+            parent.display()
+        )))
+}
+
+/// What a newcomer needs to know of the network.
+fn summary(config: &NetworkConfig, socket: &Path) -> String {
+    let (first, last) = config.dhcp_range;
+    let name = match config.name.as_str() {
+        crate::config::NAME_DEFAULT => String::new(),
+        name => format!(" --name {name}"),
+    };
+    let leases = config
+        .lease_file
+        .as_ref()
+        .map_or("not kept across restarts".to_owned(), |path| {
+            format!("kept in {}", path.display())
+        });
+    let dns = match config.dns.as_slice() {
+        [] => "the host's resolvers".to_owned(),
+        servers => servers
+            .iter()
+            .map(ToString::to_string)
+            .collect::<Vec<_>>()
+            .join(", "),
+    };
+    format!(
+        "\
+lanlet {version}: network '{network}' is up
+  subnet   {subnet}, gateway {gateway}, MTU {mtu}
+  DHCP     {first} to {last}, leases of {lease_time}, {leases}
+  DNS      {gateway}, forwarding to {dns}
+  control  {socket}
+Attach a guest:
+  lanlet qemu{name} -- -m 1G -drive file=disk.qcow2
+  lanlet run{name} -- cloud-hypervisor --net fd={{fd}},mac={{mac}} --kernel vmlinuz
+  lanlet exec{name} -- bash
+See what goes on with 'lanlet status{name}'; Ctrl-C ends the network.
+",
+        version = env!("CARGO_PKG_VERSION"),
+        network = config.name,
+        subnet = config.subnet(),
+        gateway = config.gateway,
+        mtu = config.mtu,
+        lease_time = format_duration(config.lease_time),
+        socket = socket.display(),
+    )
+}
+
+/// Tells systemd how far the service is (sd_notify(3)), where one asks.
+fn tell_service_manager(state: &str) {
+    let Some(path) = std::env::var("NOTIFY_SOCKET")
+        .ok()
+        .filter(|path| !path.is_empty())
+    else {
+        return;
+    };
+    let sent = || -> std::io::Result<()> {
+        let address = match path.strip_prefix('@') {
+            Some(name) => SocketAddr::from_abstract_name(name)?,
+            None => SocketAddr::from_pathname(&path)?,
+        };
+        let socket = UnixDatagram::unbound()?;
+        socket.connect_addr(&address)?;
+        socket.send(state.as_bytes())?;
+        socket.shutdown(Shutdown::Both)
+    };
+    if let Err(error) = sent() {
+        log::warn!("cannot tell the service manager at {path}: {error}");
+    }
+}
+
+pub(super) fn down(args: &DownArgs) -> Result<ExitCode, Failure> {
+    let (dir, name) = (RuntimeDir::from_env(), args.name.get());
+    let not_running = || ControlError::NotRunning {
+        name: name.to_owned(),
+    };
+    let mut client = Client::connect(&dir, name)?.ok_or_else(not_running)?;
+    let pid = client.pid();
+    client.stop()?;
+    drop(client);
+    let deadline = Instant::now() + STOP_TIME_MAX;
+    while dir.is_claimed(name) {
+        if Instant::now() > deadline {
+            return Err(Failure::because(format!(
+                "network '{name}' (pid {pid}) was asked to stop and still runs; 'kill {pid}' ends it"
+            )));
+        }
+        std::thread::sleep(STOP_POLL);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_summary_names_the_network_where_it_has_to() {
+        let mut config = NetworkConfig::default();
+        let text = summary(&config, Path::new("/run/lanlet/default.sock"));
+        assert!(
+            text.contains("192.168.122.0/24, gateway 192.168.122.1") && !text.contains("--name")
+        );
+        config.name = "lab".to_owned();
+        assert!(summary(&config, Path::new("/x")).contains("lanlet exec --name lab -- bash"));
+    }
+}

@@ -1,0 +1,216 @@
+//! The control protocol: what is said over a network's socket.
+//!
+//! Each message is one line of JSON, of at most [`REQUEST_BYTES_MAX`] from a client. The server
+//! speaks first with a [`Hello`]; then the client asks and the server answers, one [`Reply`] per
+//! [`Request`], in order. A descriptor travels as SCM_RIGHTS with the bytes of the line it belongs
+//! to.
+//!
+//! A port of [`Request::AttachTap`] lives as long as the connection that made it; a port of
+//! [`Request::AttachVmm`] as long as the VMM keeps its descriptor open.
+
+use serde::{Deserialize, Serialize};
+
+use crate::frame::Mac;
+use crate::network::{GuestAddress, PortOptions, Status};
+
+/// Version of the protocol. A client refuses another one.
+pub const PROTOCOL: u32 = 1;
+/// Longest request, bytes: names and a MAC, with room to grow.
+pub const REQUEST_BYTES_MAX: usize = 4 * 1024;
+/// Longest reply, bytes: a status with every MAC and lease the tables can hold, at 100 bytes each.
+pub const REPLY_BYTES_MAX: usize = 64 * 1024 * 1024;
+/// Clients at a time: each namespace guest is one, and 1,024 is the usual limit of open files.
+pub const CLIENTS_MAX: usize = 512;
+/// Longest name of a port, bytes.
+pub const PORT_NAME_LEN_MAX: usize = 64;
+
+/// What the server says first.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Hello {
+    /// [`PROTOCOL`].
+    pub lanlet: u32,
+    /// Version of the program.
+    pub version: String,
+    /// Name of the network.
+    pub name: String,
+    /// Process that runs it.
+    pub pid: u32,
+}
+
+/// How a port is attached, as text.
+#[derive(Clone, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PortRequest {
+    /// Name shown by `status`.
+    #[serde(default)]
+    pub name: String,
+    /// The guest's MAC.
+    #[serde(default)]
+    pub mac: Option<String>,
+    /// No virtio-net header and no offloads.
+    #[serde(default)]
+    pub no_offload: bool,
+}
+
+impl From<&PortOptions> for PortRequest {
+    fn from(options: &PortOptions) -> Self {
+        Self {
+            name: options.name.clone(),
+            mac: options.mac.map(|mac| mac.to_string()),
+            no_offload: options.no_offload,
+        }
+    }
+}
+
+impl PortRequest {
+    /// The options these words stand for.
+    ///
+    /// # Errors
+    /// The MAC is none or a group's, the name too long or unprintable.
+    pub fn options(&self) -> Result<PortOptions, String> {
+        if self.name.len() > PORT_NAME_LEN_MAX || self.name.chars().any(char::is_control) {
+            return Err(format!(
+                "a port's name has at most {PORT_NAME_LEN_MAX} printable bytes"
+            ));
+        }
+        let mac = self.mac.as_deref().map(guest_mac).transpose()?;
+        Ok(PortOptions {
+            name: self.name.clone(),
+            mac,
+            no_offload: self.no_offload,
+        })
+    }
+}
+
+/// Reads a MAC that a guest may have: an individual address, not zero.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn guest_mac(text: &str) -> Result<Mac, String> {
+    let mac: Mac = text.parse()?;
+    if mac.is_group() || mac == Mac::default() {
+        return Err(format!(
+            "{mac} is a group address or zero: a guest's is like 52:54:00:12:34:56"
+        ));
+    }
+    Ok(mac)
+}
+
+/// What a client can ask for.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Request {
+    /// The network's state.
+    Status {},
+    /// A tap for a VMM. Its descriptor comes with the reply.
+    AttachVmm(PortRequest),
+    /// Attaches the tap whose descriptor comes with the request; a second descriptor is a netlink
+    /// socket of the guest's namespace.
+    AttachTap(PortRequest),
+    /// Removes a port.
+    Detach {
+        /// Its number.
+        port: u16,
+    },
+    /// Ends the network.
+    Stop {},
+}
+
+impl Request {
+    /// Whether descriptors belong to the request.
+    pub fn takes_fds(&self) -> bool {
+        matches!(self, Request::AttachTap(_))
+    }
+}
+
+/// The answer to a request.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "reply", rename_all = "snake_case")]
+pub enum Reply {
+    /// To [`Request::Status`].
+    Status(Box<Status>),
+    /// To [`Request::AttachVmm`], with the VMM's descriptor.
+    VmmPort {
+        /// The port.
+        port: u16,
+        /// Name of the tap inside lanlet's private namespace.
+        ifname: String,
+        /// The guest's MAC.
+        mac: String,
+    },
+    /// To [`Request::AttachTap`].
+    TapPort {
+        /// The port.
+        port: u16,
+        /// Its lease, where the request named a MAC.
+        address: Option<GuestAddress>,
+    },
+    /// To [`Request::Detach`] and [`Request::Stop`].
+    Done {},
+    /// The request failed, or was none.
+    Error {
+        /// Why, with the remedy.
+        message: String,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_on_the_wire() {
+        let port = PortRequest {
+            mac: Some("52:54:00:00:00:01".into()),
+            ..PortRequest::default()
+        };
+        for (request, text) in [
+            (Request::Status {}, r#"{"request":"status"}"#),
+            (
+                Request::Detach { port: 3 },
+                r#"{"request":"detach","port":3}"#,
+            ),
+            (
+                Request::AttachTap(port),
+                r#"{"request":"attach_tap","name":"","mac":"52:54:00:00:00:01","no_offload":false}"#,
+            ),
+        ] {
+            assert_eq!(serde_json::to_string(&request).unwrap(), text);
+            assert_eq!(serde_json::from_str::<Request>(text).unwrap(), request);
+        }
+        for bad in [
+            "",
+            "{}",
+            "[]",
+            r#"{"request":"reboot"}"#,
+            r#"{"request":"detach","port":70000}"#,
+        ] {
+            assert!(serde_json::from_str::<Request>(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn port_requests_are_checked() {
+        let with_mac = |mac: &str| PortRequest {
+            mac: Some(mac.into()),
+            ..PortRequest::default()
+        };
+        assert!(
+            with_mac("52:54:00:00:00:01")
+                .options()
+                .unwrap()
+                .mac
+                .is_some()
+        );
+        for bad in ["01:00:5e:00:00:01", "00:00:00:00:00:00", "x"] {
+            assert!(with_mac(bad).options().is_err(), "{bad}");
+        }
+        let named = |name: &str| PortRequest {
+            name: name.into(),
+            ..PortRequest::default()
+        };
+        assert!(named("web").options().is_ok());
+        assert!(named("a\u{1b}[2J").options().is_err());
+        assert!(named(&"x".repeat(65)).options().is_err());
+    }
+}

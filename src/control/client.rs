@@ -1,0 +1,269 @@
+//! A command's end of the control socket.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use serde::de::DeserializeOwned;
+
+use super::api::{Hello, PROTOCOL, REPLY_BYTES_MAX, Reply, Request};
+use super::message::{LineReader, Read, send_some, to_line};
+use super::{ControlError, RuntimeDir, peer_is_trusted};
+use crate::frame::PortId;
+use crate::network::{GuestAddress, GuestTap, PortOptions, Status, VmmPort};
+
+/// How long a network may take from its lock to its socket.
+const START_TIME_MAX: Duration = Duration::from_secs(3);
+/// Pause between two looks for the socket.
+const START_POLL: Duration = Duration::from_millis(20);
+/// How long a reply may take. Attaching takes milliseconds; a process that needs longer is stopped.
+const REPLY_TIME_MAX: Duration = Duration::from_secs(10);
+
+/// A connection to a running network.
+#[derive(Debug)]
+pub struct Client {
+    stream: UnixStream,
+    reader: LineReader,
+    name: String,
+    pid: u32,
+}
+
+impl Client {
+    /// Connects to the network called `name`; `None` if none runs.
+    ///
+    /// # Errors
+    /// One runs, but can't be talked to.
+    pub fn connect(dir: &RuntimeDir, name: &str) -> Result<Option<Self>, ControlError> {
+        let path = dir.socket(name)?;
+        if !dir.exists_safely()? {
+            return Ok(None);
+        }
+        let deadline = Instant::now() + START_TIME_MAX;
+        let stream = loop {
+            match UnixStream::connect(&path) {
+                Ok(stream) => break stream,
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+                    ) =>
+                {
+                    let Some(pid) = dir.holder(name) else {
+                        return Ok(None);
+                    };
+                    if Instant::now() > deadline {
+                        return Err(ControlError::NoAnswer {
+                            name: name.to_owned(),
+                            pid,
+                        });
+                    }
+                    std::thread::sleep(START_POLL);
+                }
+                Err(error) => {
+                    return Err(ControlError::Io {
+                        action: "connect to",
+                        path,
+                        error,
+                    });
+                }
+            }
+        };
+        let peer =
+            rustix::net::sockopt::socket_peercred(&stream).map_err(|error| ControlError::Io {
+                action: "look at",
+                path,
+                error: error.into(),
+            })?;
+        let uid = peer.uid.as_raw();
+        if !peer_is_trusted(uid) {
+            return Err(ControlError::Untrusted {
+                name: name.to_owned(),
+                uid,
+            });
+        }
+        let mut client = Self {
+            stream,
+            reader: LineReader::new(REPLY_BYTES_MAX),
+            name: name.to_owned(),
+            pid: peer.pid.as_raw_nonzero().get().unsigned_abs(),
+        };
+        client.greet()?;
+        Ok(Some(client))
+    }
+
+    /// Process that runs the network.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// The network's state.
+    ///
+    /// # Errors
+    /// The connection failed.
+    pub fn status(&mut self) -> Result<Status, ControlError> {
+        match self.ask(&Request::Status {}, &[])? {
+            Reply::Status(status) => Ok(*status),
+            _ => Err(self.confused()),
+        }
+    }
+
+    /// Asks for a VMM's tap.
+    ///
+    /// # Errors
+    /// The network refused, or the connection failed.
+    pub fn attach_vmm(&mut self, options: &PortOptions) -> Result<VmmPort, ControlError> {
+        let Reply::VmmPort { port, ifname, mac } =
+            self.ask(&Request::AttachVmm(options.into()), &[])?
+        else {
+            return Err(self.confused());
+        };
+        let fd: OwnedFd = self.reader.take_fd().ok_or_else(|| self.confused())?;
+        let mac = mac.parse().map_err(|_| self.confused())?;
+        Ok(VmmPort {
+            id: PortId(port),
+            fd,
+            ifname,
+            mac,
+        })
+    }
+
+    /// Hands a namespace guest's tap to the network. The port ends with this connection.
+    ///
+    /// # Errors
+    /// The network refused, or the connection failed.
+    pub fn attach_tap(
+        &mut self,
+        tap: &GuestTap,
+        options: &PortOptions,
+    ) -> Result<(PortId, Option<GuestAddress>), ControlError> {
+        let mut fds = vec![tap.tap.as_fd()];
+        fds.extend(tap.netlink.as_ref().map(AsFd::as_fd));
+        match self.ask(&Request::AttachTap(options.into()), &fds)? {
+            Reply::TapPort { port, address } => Ok((PortId(port), address)),
+            _ => Err(self.confused()),
+        }
+    }
+
+    /// Removes a port.
+    ///
+    /// # Errors
+    /// It is the gateway, or the connection failed.
+    pub fn detach(&mut self, port: PortId) -> Result<(), ControlError> {
+        self.ask(&Request::Detach { port: port.0 }, &[]).map(drop)
+    }
+
+    /// Ends the network.
+    ///
+    /// # Errors
+    /// The connection failed.
+    pub fn stop(&mut self) -> Result<(), ControlError> {
+        self.ask(&Request::Stop {}, &[]).map(drop)
+    }
+
+    fn greet(&mut self) -> Result<(), ControlError> {
+        self.stream
+            .set_read_timeout(Some(REPLY_TIME_MAX))
+            .map_err(|error| self.failed(&error))?;
+        let line = self.read_line()?;
+        let Ok(hello) = serde_json::from_slice::<Hello>(&line) else {
+            return Err(match self.decode(&line)? {
+                Reply::Error { message } => ControlError::Refused(message),
+                _ => self.confused(),
+            });
+        };
+        if hello.lanlet != PROTOCOL {
+            let reason = format!(
+                "lanlet {} speaks control protocol {}, this one ({}) speaks {PROTOCOL}: restart the \
+                 network with this version",
+                hello.version,
+                hello.lanlet,
+                env!("CARGO_PKG_VERSION")
+            );
+            return Err(ControlError::Protocol {
+                name: self.name.clone(),
+                reason,
+            });
+        }
+        self.pid = hello.pid;
+        Ok(())
+    }
+
+    fn ask(&mut self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<Reply, ControlError> {
+        self.reader.drop_fds();
+        let line = to_line(request).map_err(|error| self.failed(&error))?;
+        let (mut rest, mut fds) = (line.as_slice(), fds);
+        while !rest.is_empty() {
+            let sent = send_some(&self.stream, rest, fds).map_err(|error| self.failed(&error))?;
+            rest = &rest[sent..];
+            fds = &[];
+        }
+        let line = self.read_line()?;
+        match self.decode(&line)? {
+            Reply::Error { message } => Err(ControlError::Refused(message)),
+            reply => Ok(reply),
+        }
+    }
+
+    fn read_line(&mut self) -> Result<Vec<u8>, ControlError> {
+        loop {
+            match self.reader.next_line() {
+                Ok(Some(line)) => return Ok(line),
+                Ok(None) => {}
+                Err(reason) => {
+                    return Err(ControlError::Protocol {
+                        name: self.name.clone(),
+                        reason,
+                    });
+                }
+            }
+            match self.reader.read_from(&self.stream) {
+                Ok(Read::Some) => {}
+                Ok(Read::Closed) => {
+                    let reason = "closed the connection; is it shutting down?".to_owned();
+                    return Err(ControlError::Protocol {
+                        name: self.name.clone(),
+                        reason,
+                    });
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    return Err(ControlError::NoAnswer {
+                        name: self.name.clone(),
+                        pid: Some(self.pid),
+                    });
+                }
+                Err(error) => return Err(self.failed(&error)),
+            }
+        }
+    }
+
+    fn decode<T: DeserializeOwned>(&self, line: &[u8]) -> Result<T, ControlError> {
+        serde_json::from_slice(line).map_err(|error| ControlError::Protocol {
+            name: self.name.clone(),
+            reason: format!("an answer this version does not know: {error}"),
+        })
+    }
+
+    fn failed(&self, error: &io::Error) -> ControlError {
+        ControlError::Protocol {
+            name: self.name.clone(),
+            reason: error.to_string(),
+        }
+    }
+
+    fn confused(&self) -> ControlError {
+        let reason = "answered something else than was asked".to_owned();
+        ControlError::Protocol {
+            name: self.name.clone(),
+            reason,
+        }
+    }
+}
+
+/// Readable once the network has gone away: nothing arrives unasked.
+impl AsFd for Client {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+}

@@ -1,0 +1,489 @@
+//! The network's end of the control socket.
+//!
+//! One thread with a current-thread tokio runtime serves all clients; what asks the network for
+//! something runs on a small blocking pool, since attaching a port waits for the kernel. A client
+//! that sends nonsense is answered once and cut off; one that stays silent costs a task and a
+//! descriptor, of which there are [`CLIENTS_MAX`].
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use tokio::io::Interest;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{Notify, Semaphore};
+
+use super::api::{CLIENTS_MAX, Hello, PROTOCOL, REQUEST_BYTES_MAX, Reply, Request};
+use super::message::{LineReader, Read, send_some, to_line};
+use super::{Claim, peer_is_trusted};
+use crate::frame::PortId;
+use crate::network::{GuestAddress, GuestTap, Network, PortOptions, Status, VmmPort};
+
+/// Threads that wait for the kernel on behalf of clients. Attaching takes milliseconds.
+const BLOCKING_THREADS: usize = 2;
+/// Pause after a failed accept (out of descriptors), so that the loop does not spin.
+const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+
+/// What the server serves: a network, or a test's stand-in.
+pub trait Target: Send + Sync + 'static {
+    /// The state.
+    fn status(&self) -> Status;
+
+    /// Makes a tap for a VMM.
+    ///
+    /// # Errors
+    /// Why not, with the remedy.
+    fn attach_vmm(&self, options: PortOptions) -> Result<VmmPort, String>;
+
+    /// Attaches a namespace guest's tap.
+    ///
+    /// # Errors
+    /// Why not, with the remedy.
+    fn attach_tap(
+        &self,
+        tap: GuestTap,
+        options: PortOptions,
+    ) -> Result<(PortId, Option<GuestAddress>), String>;
+
+    /// Removes a port.
+    fn detach(&self, port: PortId);
+}
+
+impl Target for Network {
+    fn status(&self) -> Status {
+        Network::status(self)
+    }
+
+    fn attach_vmm(&self, options: PortOptions) -> Result<VmmPort, String> {
+        Network::attach_vmm(self, options).map_err(|error| error.to_string())
+    }
+
+    fn attach_tap(
+        &self,
+        tap: GuestTap,
+        options: PortOptions,
+    ) -> Result<(PortId, Option<GuestAddress>), String> {
+        Network::attach_tap(self, tap, options).map_err(|error| error.to_string())
+    }
+
+    fn detach(&self, port: PortId) {
+        Network::detach(self, port);
+    }
+}
+
+/// A served control socket. Dropping it closes all connections and frees the network's name.
+pub struct Server {
+    end: Arc<Notify>,
+    thread: Option<JoinHandle<()>>,
+    _claim: Claim,
+}
+
+/// What every connection needs.
+struct Shared {
+    target: Arc<dyn Target>,
+    hello: Vec<u8>,
+    on_stop: Box<dyn Fn() + Send + Sync>,
+    seats: Arc<Semaphore>,
+}
+
+impl Server {
+    /// Serves the network called `name` at its claimed socket. `on_stop` is called, on the server's
+    /// thread, for every [`Request::Stop`], after it was answered.
+    ///
+    /// # Errors
+    /// The thread or the runtime can't be made.
+    pub fn start(
+        name: &str,
+        mut claim: Claim,
+        target: Arc<dyn Target>,
+        on_stop: impl Fn() + Send + Sync + 'static,
+    ) -> io::Result<Self> {
+        let hello = Hello {
+            lanlet: PROTOCOL,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            name: name.to_owned(),
+            pid: std::process::id(),
+        };
+        let shared = Arc::new(Shared {
+            target,
+            hello: to_line(&hello)?,
+            on_stop: Box::new(on_stop),
+            seats: Arc::new(Semaphore::new(CLIENTS_MAX)),
+        });
+        let listener = claim.take_listener().ok_or(io::ErrorKind::AddrInUse)?;
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_io()
+            .enable_time()
+            .max_blocking_threads(BLOCKING_THREADS)
+            .build()?;
+        let end = Arc::new(Notify::new());
+        let ended = Arc::clone(&end);
+        let thread = std::thread::Builder::new()
+            .name("lanlet-control".to_owned())
+            .spawn(move || {
+                runtime.block_on(async {
+                    match UnixListener::from_std(listener) {
+                        Ok(listener) => tokio::select! {
+                            () = accept(listener, shared) => {}
+                            () = ended.notified() => {}
+                        },
+                        Err(error) => log::error!("control socket: {error}"),
+                    }
+                });
+            })?;
+        Ok(Self {
+            end,
+            thread: Some(thread),
+            _claim: claim,
+        })
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.end.notify_one();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+async fn accept(listener: UnixListener, shared: Arc<Shared>) {
+    let mut warned = false;
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let shared = Arc::clone(&shared);
+                tokio::spawn(async move {
+                    if let Err(error) = serve(&stream, &shared).await {
+                        log::debug!("control connection: {error}");
+                    }
+                });
+            }
+            Err(error) => {
+                if !std::mem::replace(&mut warned, true) {
+                    log::warn!("cannot accept on the control socket: {error}");
+                }
+                tokio::time::sleep(ACCEPT_RETRY).await;
+            }
+        }
+    }
+}
+
+/// The ports that live as long as a connection.
+struct OwnedPorts {
+    target: Arc<dyn Target>,
+    ports: Vec<PortId>,
+}
+
+impl Drop for OwnedPorts {
+    fn drop(&mut self) {
+        for &port in &self.ports {
+            self.target.detach(port);
+        }
+    }
+}
+
+async fn serve(stream: &UnixStream, shared: &Shared) -> io::Result<()> {
+    let uid = stream.peer_cred()?.uid();
+    if !peer_is_trusted(uid) {
+        log::warn!("uid {uid} was refused at the control socket");
+        return Ok(());
+    }
+    let Ok(_seat) = shared.seats.try_acquire() else {
+        let message = format!("the network has {CLIENTS_MAX} clients already");
+        return write(stream, &to_line(&Reply::Error { message })?, None).await;
+    };
+    write(stream, &shared.hello, None).await?;
+    let mut owned = OwnedPorts {
+        target: Arc::clone(&shared.target),
+        ports: Vec::new(),
+    };
+    let mut reader = LineReader::new(REQUEST_BYTES_MAX);
+    loop {
+        let line = match reader.next_line() {
+            Ok(Some(line)) => line,
+            Ok(None) => {
+                stream.readable().await?;
+                match stream.try_io(Interest::READABLE, || reader.read_from(stream.as_fd())) {
+                    Ok(Read::Some) => continue,
+                    Ok(Read::Closed) => return Ok(()),
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+                    Err(error) => return Err(error),
+                }
+            }
+            Err(message) => return write(stream, &to_line(&Reply::Error { message })?, None).await,
+        };
+        let request = match serde_json::from_slice::<Request>(&line) {
+            Ok(request) => request,
+            Err(error) => {
+                let message = format!("not a request this version knows: {error}");
+                return write(stream, &to_line(&Reply::Error { message })?, None).await;
+            }
+        };
+        let stop = request == Request::Stop {};
+        let tap = request.takes_fds().then(|| reader.take_fd()).flatten();
+        let tap = tap.map(|tap| GuestTap {
+            tap,
+            netlink: reader.take_fd(),
+        });
+        let (reply, fd) = answer(&mut owned, request, tap).await;
+        write(stream, &to_line(&reply)?, fd).await?;
+        if stop {
+            log::debug!("a client asks to stop");
+            (shared.on_stop)();
+        }
+    }
+}
+
+/// Does what a request asks, away from the server's thread.
+async fn answer(
+    owned: &mut OwnedPorts,
+    request: Request,
+    tap: Option<GuestTap>,
+) -> (Reply, Option<OwnedFd>) {
+    let target = Arc::clone(&owned.target);
+    let done = tokio::task::spawn_blocking(move || perform(&*target, request, tap)).await;
+    let (reply, fd) = match done {
+        Ok(Ok(done)) => done,
+        Ok(Err(message)) => (Reply::Error { message }, None),
+        Err(_) => (
+            Reply::Error {
+                message: "the request failed inside lanlet".to_owned(),
+            },
+            None,
+        ),
+    };
+    if let Reply::TapPort { port, .. } = reply {
+        owned.ports.push(PortId(port));
+    }
+    (reply, fd)
+}
+
+fn perform(
+    target: &dyn Target,
+    request: Request,
+    tap: Option<GuestTap>,
+) -> Result<(Reply, Option<OwnedFd>), String> {
+    Ok(match request {
+        Request::Status {} => (Reply::Status(Box::new(target.status())), None),
+        Request::AttachVmm(port) => {
+            let port = target.attach_vmm(port.options()?)?;
+            let reply = Reply::VmmPort {
+                port: port.id.0,
+                ifname: port.ifname,
+                mac: port.mac.to_string(),
+            };
+            (reply, Some(port.fd))
+        }
+        Request::AttachTap(port) => {
+            let tap = tap.ok_or("the tap's descriptor did not come with the request")?;
+            let (id, address) = target.attach_tap(tap, port.options()?)?;
+            (
+                Reply::TapPort {
+                    port: id.0,
+                    address,
+                },
+                None,
+            )
+        }
+        Request::Detach { port } => {
+            if PortId(port) == PortId::GATEWAY {
+                return Err("the gateway can't be detached".to_owned());
+            }
+            target.detach(PortId(port));
+            (Reply::Done {}, None)
+        }
+        Request::Stop {} => (Reply::Done {}, None),
+    })
+}
+
+async fn write(stream: &UnixStream, mut bytes: &[u8], mut fd: Option<OwnedFd>) -> io::Result<()> {
+    while !bytes.is_empty() {
+        stream.writable().await?;
+        let sent = stream.try_io(Interest::WRITABLE, || {
+            let fd = fd.as_ref().map(AsFd::as_fd);
+            send_some(stream.as_fd(), bytes, fd.as_slice())
+        });
+        match sent {
+            Ok(sent) => {
+                bytes = &bytes[sent..];
+                fd = None;
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::RuntimeDir;
+    use crate::control::client::Client;
+    use crate::control::tests::Scratch;
+    use crate::frame::Mac;
+    use std::io::{BufRead, BufReader, Write};
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+
+    /// A network that only remembers what it was asked.
+    #[derive(Default)]
+    struct Fake {
+        taps: Mutex<Vec<PortOptions>>,
+        detached: Mutex<Vec<u16>>,
+    }
+
+    impl Target for Fake {
+        fn status(&self) -> Status {
+            Status {
+                name: "fake".to_owned(),
+                ..Status::default()
+            }
+        }
+
+        fn attach_vmm(&self, options: PortOptions) -> Result<VmmPort, String> {
+            if options.name == "refuse" {
+                return Err("no more ports".to_owned());
+            }
+            let (fd, peer) = std::os::unix::net::UnixStream::pair().map_err(|e| e.to_string())?;
+            (&peer).write_all(b"vmm").map_err(|e| e.to_string())?;
+            let mac = options.mac.unwrap_or(Mac([2; 6]));
+            Ok(VmmPort {
+                id: PortId(1),
+                fd: fd.into(),
+                ifname: "vm1".to_owned(),
+                mac,
+            })
+        }
+
+        fn attach_tap(
+            &self,
+            tap: GuestTap,
+            options: PortOptions,
+        ) -> Result<(PortId, Option<GuestAddress>), String> {
+            std::fs::File::from(tap.tap)
+                .write_all(b"tap")
+                .map_err(|e| e.to_string())?;
+            let mut taps = self.taps.lock().unwrap();
+            taps.push(options);
+            let address = GuestAddress {
+                address: [10, 0, 0, 2].into(),
+                prefix: 24,
+                gateway: [10, 0, 0, 1].into(),
+                mtu: 1500,
+                domain: None,
+            };
+            Ok((PortId(taps.len() as u16 + 1), Some(address)))
+        }
+
+        fn detach(&self, port: PortId) {
+            self.detached.lock().unwrap().push(port.0);
+        }
+    }
+
+    fn start(label: &str) -> (Scratch, RuntimeDir, Arc<Fake>, Arc<AtomicUsize>, Server) {
+        let scratch = Scratch::new(label);
+        let dir = RuntimeDir::at(&scratch.0);
+        let (fake, stops) = (Arc::new(Fake::default()), Arc::new(AtomicUsize::new(0)));
+        let stopped = Arc::clone(&stops);
+        let server = Server::start(
+            "n",
+            dir.claim("n").unwrap(),
+            Arc::clone(&fake) as _,
+            move || {
+                stopped.fetch_add(1, SeqCst);
+            },
+        );
+        (scratch, dir, fake, stops, server.unwrap())
+    }
+
+    #[test]
+    fn requests_reach_the_network_and_descriptors_pass_both_ways() {
+        let (_scratch, dir, fake, stops, server) = start("server");
+        let mut client = Client::connect(&dir, "n").unwrap().unwrap();
+        assert_eq!(client.pid(), std::process::id());
+        assert_eq!(client.status().unwrap().name, "fake");
+
+        let options = PortOptions {
+            mac: Some(Mac([2, 0, 0, 0, 0, 9])),
+            ..PortOptions::default()
+        };
+        let port = client.attach_vmm(&options).unwrap();
+        assert_eq!((port.id, port.mac), (PortId(1), Mac([2, 0, 0, 0, 0, 9])));
+        let mut text = String::new();
+        io::Read::read_to_string(&mut std::fs::File::from(port.fd), &mut text).unwrap();
+        assert_eq!(text, "vmm");
+
+        let (tap, mut peer) = std::os::unix::net::UnixStream::pair().unwrap();
+        let (id, address) = client
+            .attach_tap(
+                &GuestTap {
+                    tap: tap.into(),
+                    netlink: None,
+                },
+                &options,
+            )
+            .unwrap();
+        io::Read::read_to_string(&mut peer, &mut text).unwrap();
+        assert_eq!((id, text.as_str()), (PortId(2), "vmmtap"));
+        assert_eq!(address.unwrap().prefix, 24);
+
+        let refused = client.attach_vmm(&PortOptions {
+            name: "refuse".into(),
+            ..options
+        });
+        assert_eq!(refused.unwrap_err().to_string(), "no more ports");
+        assert!(client.detach(PortId::GATEWAY).is_err());
+        client.stop().unwrap();
+        drop(client);
+        drop(server);
+        assert_eq!(stops.load(SeqCst), 1);
+        assert_eq!(
+            *fake.detached.lock().unwrap(),
+            [2],
+            "the tap's port ends with its connection"
+        );
+        assert!(Client::connect(&dir, "n").unwrap().is_none());
+    }
+
+    #[test]
+    fn nonsense_is_answered_once_and_cut_off() {
+        let (_scratch, dir, fake, _, _server) = start("nonsense");
+        for bad in [
+            b"hello\n".to_vec(),
+            vec![b'x'; REQUEST_BYTES_MAX + 1],
+            b"\xff\n".to_vec(),
+        ] {
+            let mut stream =
+                std::os::unix::net::UnixStream::connect(dir.socket("n").unwrap()).unwrap();
+            stream.write_all(&bad).unwrap();
+            let lines: Vec<String> = BufReader::new(stream)
+                .lines()
+                .map_while(Result::ok)
+                .collect();
+            assert_eq!(lines.len(), 2, "{lines:?}");
+            assert!(
+                lines[0].contains(r#""lanlet":1"#) && lines[1].contains("error"),
+                "{lines:?}"
+            );
+        }
+        let mut client = Client::connect(&dir, "n").unwrap().unwrap();
+        assert!(client.status().is_ok());
+        assert!(fake.taps.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_tap_without_descriptor_is_refused() {
+        let (_scratch, dir, _, _, _server) = start("nofd");
+        let mut stream = std::os::unix::net::UnixStream::connect(dir.socket("n").unwrap()).unwrap();
+        stream.write_all(b"{\"request\":\"attach_tap\"}\n").unwrap();
+        let mut lines = BufReader::new(&stream).lines();
+        lines.next().unwrap().unwrap();
+        let reply = lines.next().unwrap().unwrap();
+        assert!(reply.contains("descriptor did not come"), "{reply}");
+    }
+}

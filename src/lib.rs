@@ -69,3 +69,4 @@ pub mod sys;
 pub mod tap;
 pub mod uplink;
 pub mod wire;
+pub mod worker;

@@ -388,6 +388,11 @@ impl Nat {
         self.tcp.forget_port(port, up);
     }
 
+    /// Counters by the names that `lanlet status` shows.
+    pub fn counters(&self) -> impl Iterator<Item = (&'static str, u64)> + '_ {
+        self.tcp.counters().iter()
+    }
+
     /// Flows now: TCP, UDP, ICMP.
     pub fn flows(&self) -> (usize, usize, usize) {
         (self.tcp.len(), self.udp.len(), self.icmp.len())

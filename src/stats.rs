@@ -114,7 +114,7 @@ impl Default for PortCounters {
 
 impl PortCounters {
     /// Counts one dropped frame.
-    pub fn drop(&self, reason: DropReason) {
+    pub fn count_drop(&self, reason: DropReason) {
         self.drops[reason as usize].fetch_add(1, Relaxed);
     }
 

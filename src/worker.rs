@@ -25,7 +25,7 @@ use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 use crate::dhcp::DhcpConfig;
 use crate::dhcp::lease::LeaseTable;
 use crate::frame::{Batch, ETH_HEADER_LEN, FRAME_BUFFER_LEN, Frame, Instant, PortId};
-use crate::gateway::dns::{DnsAnswer, DnsQuery};
+use crate::gateway::dns::{DnsAnswer, DnsQuery, QueryId};
 use crate::gateway::{Gateway, Outbox};
 use crate::nat::{Nat, NatConfig};
 use crate::offload::{self, Offload};
@@ -38,6 +38,9 @@ use crate::wire::Packet;
 /// Batches read from one port before the others get their turn: about a millisecond of the largest
 /// frames.
 const BATCHES_PER_TURN: usize = 4;
+/// Bytes of IP packet that a port takes. Taps pass anything; what a guest's MTU is, is between the
+/// guests, as on the kernel's bridge.
+const PORT_MTU: usize = 65_535;
 /// Events taken from epoll at a time.
 const EVENTS_PER_TURN: usize = 64;
 /// Longest sleep: bounds how late the MAC table ages.
@@ -64,6 +67,8 @@ pub enum Command {
     RemovePort(PortId),
     /// An answer for a guest.
     DnsAnswer(DnsAnswer),
+    /// The resolver took on no more: the guest's query is forgotten.
+    DnsAbandoned(QueryId),
     /// Where DNS over TCP goes.
     DnsUpstream(Option<std::net::SocketAddrV4>),
     /// Report the worker's own state.
@@ -236,7 +241,8 @@ impl Worker {
         let sleep = if path.nat.has_backlog() {
             time::Duration::ZERO
         } else {
-            let until = path.nat.poll_timeout().map(|due| due.max(path.now) - path.now);
+            let due = [path.nat.poll_timeout(), path.gateway.dns.poll_at()].into_iter().flatten().min();
+            let until = due.map(|due| due.max(path.now) - path.now);
             until.map_or(SLEEP_MAX, |until| time::Duration::from(until).min(SLEEP_MAX))
         };
         Timespec { tv_sec: sleep.as_secs() as i64, tv_nsec: i64::from(sleep.subsec_nanos()) }
@@ -252,7 +258,7 @@ impl Worker {
             for frame in self.batch.frames() {
                 counters.rx(frame.bytes.len());
                 if let Err(reason) = self.path.handle_frame(id, frame) {
-                    counters.drop(reason);
+                    counters.count_drop(reason);
                 }
             }
             self.path.flush(&self.events);
@@ -278,6 +284,7 @@ impl Worker {
                 Command::AddPort { id, rx, tx, counters } => self.add_port(id, rx, tx, counters),
                 Command::RemovePort(id) => self.remove_port(id),
                 Command::DnsAnswer(answer) => self.path.answer_dns(&answer),
+                Command::DnsAbandoned(id) => self.path.gateway.dns.abandon(id),
                 Command::DnsUpstream(upstream) => self.path.nat.set_dns_upstream(upstream),
                 Command::Snapshot(reply) => {
                     let _ = reply.send(self.path.snapshot());
@@ -309,7 +316,7 @@ impl Worker {
         if let Some(rx) = self.receivers.get_mut(index).and_then(Option::take) {
             let _ = epoll::delete(&self.epoll, rx.fd());
             self.path.lan.ports[index] = None;
-            self.path.lan.switch.forget_port(id);
+            self.path.lan.switch.remove_port(id);
             self.path.nat.forget_port(id, &mut self.path.uplink);
         }
     }
@@ -318,7 +325,7 @@ impl Worker {
 impl Path {
     /// Switches one frame of a port.
     fn handle_frame(&mut self, ingress: PortId, frame: Frame<'_>) -> Result<(), DropReason> {
-        let to_gateway = self.lan.forward(ingress, frame, self.now)?;
+        let to_gateway = self.lan.forward(ingress, frame)?;
         if to_gateway { self.handle_for_gateway(ingress, frame) } else { Ok(()) }
     }
 
@@ -333,7 +340,7 @@ impl Path {
             Err(_) if group => return Ok(()),
             Err(reason) => return Err(reason),
         };
-        let mut out = GatewayOut { lan: &mut self.lan, buffer: &mut self.buffer, now: self.now };
+        let mut out = GatewayOut { lan: &mut self.lan, buffer: &mut self.buffer };
         match self.gateway.handle(&packet, self.now, &mut out) {
             Some(handled) => handled,
             None if group => Ok(()),
@@ -342,36 +349,39 @@ impl Path {
     }
 
     fn handle_socket(&mut self, owner: crate::nat::SockOwner, ready: crate::nat::Ready) {
-        let mut out = GatewayOut { lan: &mut self.lan, buffer: &mut self.buffer, now: self.now };
+        let mut out = GatewayOut { lan: &mut self.lan, buffer: &mut self.buffer };
         self.nat.handle_ready(owner, ready, self.now, (&mut self.uplink, &mut out));
     }
 
     /// Ends a port's batch.
     fn flush(&mut self, events: &Sender<Event>) {
-        let mut out = GatewayOut { lan: &mut self.lan, buffer: &mut self.buffer, now: self.now };
+        let mut out = GatewayOut { lan: &mut self.lan, buffer: &mut self.buffer };
         self.nat.flush(self.now, &mut self.uplink, &mut out);
         while let Some(query) = self.gateway.dns.poll_query() {
-            if let Err(error) = events.try_send(Event::Dns(query)) {
-                if let Event::Dns(query) = error.into_inner() {
-                    self.gateway.dns.abandon(&query);
-                }
+            let id = query.id;
+            if events.try_send(Event::Dns(query)).is_err() {
+                self.gateway.dns.abandon(id);
             }
         }
     }
 
     /// Ends a turn of the event loop: what the host sockets brought, and timers.
     fn end_turn(&mut self) {
-        let mut out = GatewayOut { lan: &mut self.lan, buffer: &mut self.buffer, now: self.now };
+        let mut out = GatewayOut { lan: &mut self.lan, buffer: &mut self.buffer };
         self.nat.flush(self.now, &mut self.uplink, &mut out);
         if self.nat.poll_timeout().is_some_and(|due| due <= self.now) {
             self.nat.handle_timeout(self.now, &mut self.uplink, &mut out);
+        }
+        if self.gateway.dns.poll_at().is_some_and(|due| due <= self.now) {
+            self.gateway.dns.expire(self.now);
         }
         self.lan.switch.tick(self.now);
     }
 
     fn answer_dns(&mut self, answer: &DnsAnswer) {
-        let mut out = GatewayOut { lan: &mut self.lan, buffer: &mut self.buffer, now: self.now };
-        self.gateway.dns.handle_answer(answer, self.now, &mut out);
+        let mut out = GatewayOut { lan: &mut self.lan, buffer: &mut self.buffer };
+        // A late answer is counted by the service; no frame was dropped.
+        let _ = self.gateway.dns.handle_answer(answer, &mut out);
     }
 
     fn snapshot(&self) -> Snapshot {
@@ -390,9 +400,9 @@ impl Path {
 impl Lan {
     /// Decides about a frame and sends it to the ports it is for. Returns whether the gateway is
     /// among its receivers.
-    fn forward(&mut self, ingress: PortId, frame: Frame<'_>, now: Instant) -> Result<bool, DropReason> {
+    fn forward(&mut self, ingress: PortId, frame: Frame<'_>) -> Result<bool, DropReason> {
         debug_assert!(frame.bytes.len() >= ETH_HEADER_LEN);
-        match self.switch.decide(ingress, frame.bytes, now) {
+        match self.switch.decide(ingress, frame.bytes) {
             Verdict::Unicast(PortId::GATEWAY) => Ok(true),
             Verdict::Unicast(port) => {
                 if let Some(Some(egress)) = self.ports.get(usize::from(port.0)) {
@@ -423,10 +433,10 @@ impl Egress {
         let Some(tx) = &self.tx else { return };
         let mut send = |frame: Frame<'_>| match tx.send(frame) {
             Ok(()) => self.counters.tx(frame.bytes.len()),
-            Err(reason) => self.counters.drop(reason),
+            Err(reason) => self.counters.count_drop(reason),
         };
-        if let Err(reason) = offload::fit(frame, tx.caps(), scratch, &mut send) {
-            self.counters.drop(reason);
+        if let Err(reason) = offload::fit(frame, tx.caps(), PORT_MTU, scratch, &mut send) {
+            self.counters.count_drop(reason);
         }
     }
 }
@@ -435,7 +445,6 @@ impl Egress {
 struct GatewayOut<'a> {
     lan: &'a mut Lan,
     buffer: &'a mut [u8],
-    now: Instant,
 }
 
 impl Outbox for GatewayOut<'_> {
@@ -445,11 +454,11 @@ impl Outbox for GatewayOut<'_> {
 
     fn send(&mut self, len: usize, offload: Offload) {
         let frame = Frame { bytes: &self.buffer[..len], offload };
-        let forwarded = self.lan.forward(PortId::GATEWAY, frame, self.now);
+        let forwarded = self.lan.forward(PortId::GATEWAY, frame);
         if let Some(Some(gateway)) = self.lan.ports.first() {
             gateway.counters.rx(len);
             if let Err(reason) = forwarded {
-                gateway.counters.drop(reason);
+                gateway.counters.count_drop(reason);
             }
         }
     }

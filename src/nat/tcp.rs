@@ -134,6 +134,22 @@ pub struct TcpCounters {
     pub faults: u64,
 }
 
+impl TcpCounters {
+    /// Names and values.
+    pub fn iter(self) -> impl Iterator<Item = (&'static str, u64)> {
+        let Self { opened, failed, limited, reset, idled_out, faults } = self;
+        [
+            ("tcp_opened", opened),
+            ("tcp_connect_failed", failed),
+            ("tcp_limited", limited),
+            ("tcp_reset", reset),
+            ("tcp_idled_out", idled_out),
+            ("tcp_faults", faults),
+        ]
+        .into_iter()
+    }
+}
+
 /// All TCP flows of one worker.
 pub struct TcpNat {
     lan: LanConfig,

@@ -69,7 +69,7 @@ impl PortRx for PacketRx {
                         Ok(offload) => {
                             batch.commit(VNET_HEADER_LEN..VNET_HEADER_LEN + len, offload);
                         }
-                        Err(reason) => counters.drop(reason),
+                        Err(reason) => counters.count_drop(reason),
                     }
                 }
                 // Woken for nothing: an error may wait, and it would wake us for ever.
@@ -130,7 +130,7 @@ impl PortTx for PacketTx {
     }
 
     fn send(&self, frame: Frame<'_>) -> Result<(), DropReason> {
-        let header = offload::encode(&frame);
+        let header = offload::encode(frame);
         send_with_header(
             self.fd.as_fd(),
             &header[..RING_VNET_HEADER_LEN],

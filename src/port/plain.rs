@@ -56,7 +56,7 @@ impl PortRx for PlainRx {
             counters.rx(len);
             match offload::admit(&buffer[..VNET_HEADER_LEN + len]) {
                 Ok(offload) => batch.commit(VNET_HEADER_LEN..VNET_HEADER_LEN + len, offload),
-                Err(reason) => counters.drop(reason),
+                Err(reason) => counters.count_drop(reason),
             }
         }
         Ok(More::Yes)

@@ -87,7 +87,7 @@ impl PortRx for TapRx {
                 }
                 Err(reason) => {
                     counters.rx(len.saturating_sub(VNET_HEADER_LEN));
-                    counters.drop(reason);
+                    counters.count_drop(reason);
                 }
             }
         }
@@ -108,7 +108,7 @@ impl PortTx for TapTx {
     }
 
     fn send(&self, frame: Frame<'_>) -> Result<(), DropReason> {
-        let header = offload::encode(&frame);
+        let header = offload::encode(frame);
         send_with_header(self.fd.as_fd(), &header, frame, &self.caps)
     }
 }

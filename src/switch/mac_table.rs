@@ -61,6 +61,20 @@ pub struct TableCounters {
     pub refused_table_full: u64,
 }
 
+impl TableCounters {
+    /// Names, as `lanlet status` shows them, and values.
+    pub fn iter(self) -> impl Iterator<Item = (&'static str, u64)> {
+        let Self { stations, moves, refused_port_full, refused_table_full } = self;
+        [
+            ("stations", stations as u64),
+            ("station_moves", moves),
+            ("stations_refused_port_full", refused_port_full),
+            ("stations_refused_table_full", refused_table_full),
+        ]
+        .into_iter()
+    }
+}
+
 /// One cache line of entries.
 #[derive(Debug, Default)]
 #[repr(align(64))]

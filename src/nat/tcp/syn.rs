@@ -5,8 +5,9 @@ use std::net::Ipv4Addr;
 use crate::frame::Mac;
 use crate::wire::{IPV4_HEADER_LEN, Ipv4, Tcp, be16};
 
-/// Largest payload of one IPv4 TCP packet without options.
-const PAYLOAD_MAX: u16 = 65_495;
+/// Largest payload of a super-frame: with its Ethernet, IP and TCP headers 65,535 bytes, the most
+/// that a tap passes whole (its gso_max_size is 65,536).
+const PAYLOAD_MAX: u16 = 65_535 - 14 - 20 - 20;
 /// TCP header without options.
 pub const TCP_HEADER_LEN: usize = 20;
 /// Segments that one super-frame may become: the kernel's own GSO_MAX_SEGS is 65,535, but a guest

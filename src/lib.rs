@@ -61,4 +61,6 @@ pub mod network;
 pub mod offload;
 pub mod port;
 pub mod stats;
+pub mod sys;
+pub mod uplink;
 pub mod wire;

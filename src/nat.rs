@@ -3,6 +3,10 @@
 #[doc(hidden)]
 pub mod testing;
 
+pub mod icmp;
+pub mod mapping;
+pub mod udp;
+
 use std::net::{Ipv4Addr, SocketAddrV4};
 
 pub use crate::frame::{Duration, Instant};

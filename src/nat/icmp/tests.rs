@@ -3,6 +3,7 @@ use crate::nat::testing::{
     FakeUplink, FrameLog, GATEWAY_MAC, GUEST, GUEST_MAC, guest_echo, guest_ipv4, lan, parse,
 };
 use crate::wire::{Body, Transport};
+use proptest::prelude::*;
 use std::net::Ipv4Addr;
 
 const TARGET: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 7);
@@ -215,4 +216,37 @@ fn the_host_itself_is_forbidden_and_failures_are_told() {
     bench.up.fail_send(socket, HostError::NetUnreachable);
     assert_eq!(bench.ping(TARGET, 1), Err(DropReason::HostRefused));
     assert_eq!(bench.out.pop().unwrap().0[34..36], [3, 0]);
+}
+
+proptest! {
+    #[test]
+    fn any_message_either_way_is_passed_or_counted(
+        mut request in prop::collection::vec(any::<u8>(), 8..600),
+        replies in prop::collection::vec(
+            (any::<bool>(), prop::collection::vec(any::<u8>(), 0..2000), any::<u8>()), 0..20),
+        ttl in any::<u8>(),
+    ) {
+        let mut bench = Bench::new(LIMITS);
+        bench.ping(TARGET, 7).unwrap();
+        request[0] &= 0x0f;
+        request[1] &= 1;
+        request[2..4].fill(0);
+        let sum = !checksum::fold(checksum::sum(&request));
+        request[2..4].copy_from_slice(&sum.to_be_bytes());
+        let sent = bench.frame(&guest_ipv4(GUEST, TARGET, PROTO_ICMP, ttl, &request));
+        prop_assert_eq!(sent.is_ok(), request[..2] == [8, 0] && ttl > 1);
+        let count = replies.len();
+        for (genuine, mut reply, ttl) in replies {
+            if genuine && reply.len() >= 2 {
+                reply[..2].fill(0);
+            }
+            let socket = bench.up.open_sockets()[0].0;
+            bench.up.deliver_ttl(socket, SocketAddrV4::new(TARGET, 0), &reply, None, ttl);
+        }
+        bench.run();
+        prop_assert_eq!(bench.out.frames.len() + bench.drops.len(), count);
+        for (frame, offload) in &bench.out.frames {
+            parse(frame, *offload);
+        }
+    }
 }

@@ -18,17 +18,17 @@
 
 pub mod flow_table;
 pub mod icmp;
+pub mod mapping;
 pub mod tcp;
-pub mod udp;
-
 #[doc(hidden)]
 pub mod testing;
+pub mod udp;
 
 use std::net::{Ipv4Addr, SocketAddrV4};
 
 use crate::gateway::{LanConfig, Outbox};
 use crate::stats::DropReason;
-use crate::wire::{Body, Ipv4, Packet, Transport};
+use crate::wire::{Body, Ipv4, Packet, Tcp, Transport};
 
 pub use crate::frame::{Duration, Instant};
 
@@ -196,7 +196,7 @@ pub trait Uplink {
 pub struct NatConfig {
     /// The LAN.
     pub lan: LanConfig,
-    /// TCP flows at most; as many UDP mappings and ICMP mappings.
+    /// TCP flows at most. UDP and ICMP mappings have limits of their own.
     pub flows_max: usize,
     /// Guests may connect to the host's own, non-loopback addresses.
     pub host_access: bool,
@@ -212,7 +212,8 @@ pub struct Nat {
     dns: Option<SocketAddrV4>,
     tcp: tcp::TcpNat,
     udp: udp::UdpNat,
-    icmp: icmp::IcmpNat,
+    icmp: icmp::PingNat,
+    errors: icmp::ErrorSender,
 }
 
 impl Nat {
@@ -225,8 +226,9 @@ impl Nat {
         } = config;
         Self {
             tcp: tcp::TcpNat::new(lan.clone(), flows_max, now),
-            udp: udp::UdpNat::new(lan.clone(), flows_max, now),
-            icmp: icmp::IcmpNat::new(lan.clone(), flows_max, now),
+            udp: udp::UdpNat::new(lan.clone(), udp::LIMITS, host_access),
+            icmp: icmp::PingNat::new(lan.clone(), icmp::LIMITS, host_access),
+            errors: icmp::ErrorSender::new(),
             lan,
             host_access,
             dns: None,
@@ -264,16 +266,16 @@ impl Nat {
             return Err(DropReason::Fragment);
         }
         if ip.ttl <= 1 {
-            self.icmp
-                .send_error(packet, ip, icmp::IcmpError::TimeExceeded, now, out);
+            self.errors
+                .send(&self.lan, icmp::ErrorKind::TimeExceeded, packet, now, out);
             return Err(DropReason::TtlExceeded);
         }
         let forbidden = is_never_outside(ip.destination)
             || self.lan.contains(ip.destination)
-            || (!self.host_access && self.opens_flow(ip) && up.is_host_address(ip.destination));
+            || (!self.host_access && opens_tcp(ip) && up.is_host_address(ip.destination));
         if forbidden {
-            self.icmp
-                .send_error(packet, ip, icmp::IcmpError::Prohibited, now, out);
+            self.errors
+                .send(&self.lan, icmp::ErrorKind::Prohibited, packet, now, out);
             return Err(DropReason::ForbiddenDestination);
         }
         match &ip.transport {
@@ -286,8 +288,13 @@ impl Nat {
             Transport::Icmp(message) => self.icmp.handle_packet(packet, ip, message, now, up, out),
             Transport::Fragment => Err(DropReason::Fragment),
             Transport::Other(_) => {
-                self.icmp
-                    .send_error(packet, ip, icmp::IcmpError::ProtocolUnreachable, now, out);
+                self.errors.send(
+                    &self.lan,
+                    icmp::ErrorKind::ProtocolUnreachable,
+                    packet,
+                    now,
+                    out,
+                );
                 Err(DropReason::Protocol)
             }
         }
@@ -310,21 +317,17 @@ impl Nat {
                 Err(DropReason::Unclaimed)
             }
             (Transport::Udp(_), _) => {
-                self.icmp
-                    .send_error(packet, ip, icmp::IcmpError::PortUnreachable, now, out);
+                self.errors.send(
+                    &self.lan,
+                    icmp::ErrorKind::PortUnreachable,
+                    packet,
+                    now,
+                    out,
+                );
                 Err(DropReason::Unclaimed)
             }
             (Transport::Fragment, _) => Err(DropReason::Fragment),
             (Transport::Icmp(_) | Transport::Other(_), _) => Err(DropReason::Unclaimed),
-        }
-    }
-
-    /// Whether the packet could be the first to its destination. Segments of running TCP flows are
-    /// spared the question whether the host answers there.
-    fn opens_flow(&self, ip: &Ipv4<'_>) -> bool {
-        match &ip.transport {
-            Transport::Tcp(tcp) => tcp.flags & crate::wire::Tcp::SYN != 0,
-            _ => true,
         }
     }
 
@@ -336,11 +339,12 @@ impl Nat {
         ready: Ready,
         now: Instant,
         (up, out): (&mut U, &mut O),
+        drops: &mut dyn FnMut(DropReason),
     ) {
         match owner {
             SockOwner::Tcp(id) => self.tcp.handle_ready(id, ready, now, (up, out)),
-            SockOwner::Udp(id) => self.udp.handle_ready(id, now, up, out),
-            SockOwner::Ping(id) => self.icmp.handle_ready(id, now, up, out),
+            SockOwner::Udp(id) => self.udp.handle_ready(id, now, up, out, drops),
+            SockOwner::Ping(id) => self.icmp.handle_ready(id, now, up, out, drops),
         }
     }
 
@@ -397,6 +401,12 @@ impl Nat {
     pub fn flows(&self) -> (usize, usize, usize) {
         (self.tcp.len(), self.udp.len(), self.icmp.len())
     }
+}
+
+/// Whether the packet may start a TCP flow. UDP and ICMP mappings ask for the host's addresses
+/// themselves, once per peer.
+fn opens_tcp(ip: &Ipv4<'_>) -> bool {
+    matches!(&ip.transport, Transport::Tcp(tcp) if tcp.flags & Tcp::SYN != 0)
 }
 
 /// Addresses that no packet of a guest may leave for (RFC 6890): this network, loopback, link-local,

@@ -31,8 +31,11 @@ use crate::nat::NatConfig;
 use crate::port::{self, DropSource, KernelDrops, PortRx, PortTx};
 use crate::stats::PortCounters;
 use crate::switch::{PORTS_MAX, Switch, SwitchConfig};
-use crate::tap::{Event as HelperEvent, Helper, HelperEvents, LinkDrops, TapError, WireDrops, WireKind, WireOptions};
 use crate::tap::guest::GUEST_IFNAME;
+use crate::tap::{
+    Event as HelperEvent, Helper, HelperEvents, LinkDrops, TapError, WireDrops, WireKind,
+    WireOptions,
+};
 use crate::worker::{Command, Event, Worker, WorkerConfig, WorkerHandle};
 
 /// Events that wait for the event thread at most: a burst of DNS queries of all guests.
@@ -209,7 +212,11 @@ impl Network {
             switch: Arc::clone(&switch),
             dhcp,
             leases: Arc::clone(&leases),
-            nat: NatConfig { lan: lan.clone(), flows_max: config.flows_max, host_access: config.host_access },
+            nat: NatConfig {
+                lan: lan.clone(),
+                flows_max: config.flows_max,
+                host_access: config.host_access,
+            },
             gateway_counters: Arc::clone(&gateway_counters),
             events,
             epoch,
@@ -219,8 +226,10 @@ impl Network {
             .enable_all()
             .build()
             .map_err(system("set up the control thread"))?;
-        let (resolver, resolver_handle) =
-            Resolver::new(ResolverConfig { servers: config.dns.clone(), ..ResolverConfig::default() });
+        let (resolver, resolver_handle) = Resolver::new(ResolverConfig {
+            servers: config.dns.clone(),
+            ..ResolverConfig::default()
+        });
         let gateway = Port {
             name: "gateway".to_owned(),
             kind: "gateway",
@@ -237,14 +246,20 @@ impl Network {
             worker: handle,
             switch,
             leases,
-            ports: Mutex::new(Ports { last: 0, by_id: BTreeMap::from([(PortId::GATEWAY, gateway)]) }),
+            ports: Mutex::new(Ports {
+                last: 0,
+                by_id: BTreeMap::from([(PortId::GATEWAY, gateway)]),
+            }),
             helper: Mutex::new(None),
             runtime: runtime.handle().clone(),
             stop: Notify::new(),
             end: Mutex::new(None),
             ended: Condvar::new(),
         });
-        let network = Self { shared: Arc::clone(&shared), threads: Mutex::new(Vec::new()) };
+        let network = Self {
+            shared: Arc::clone(&shared),
+            threads: Mutex::new(Vec::new()),
+        };
         network.thread("lanlet-worker", {
             let shared = Arc::clone(&shared);
             move || run_worker(worker, &shared)
@@ -265,12 +280,16 @@ impl Network {
                 }
             }
         })?;
-        network.thread("lanlet-events", move || take_events(&event_queue, &shared, &resolver_handle))?;
+        network.thread("lanlet-events", move || {
+            take_events(&event_queue, &shared, &resolver_handle)
+        })?;
         Ok(network)
     }
 
     fn thread(&self, name: &str, body: impl FnOnce() + Send + 'static) -> Result<(), NetworkError> {
-        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(body);
+        let thread = std::thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(body);
         lock(&self.threads).push(thread.map_err(system("start a thread"))?);
         Ok(())
     }
@@ -283,7 +302,8 @@ impl Network {
         let mac = options.mac.unwrap_or_else(|| self.make_mac());
         let helper = self.shared.helper()?;
         let wire = helper.create_wire(WireOptions::default())?;
-        let mut drops: Vec<Box<dyn DropSource>> = vec![Box::new(WireDrops::new(Arc::clone(&helper), wire.id))];
+        let mut drops: Vec<Box<dyn DropSource>> =
+            vec![Box::new(WireDrops::new(Arc::clone(&helper), wire.id))];
         let (rx, tx): (Box<dyn PortRx>, Arc<dyn PortTx>) = match wire.kind {
             WireKind::Mirred => {
                 let (rx, tx) = port::tap::open(wire.sw)?;
@@ -295,10 +315,27 @@ impl Network {
                 (Box::new(rx), Arc::new(tx))
             }
         };
-        let fd = wire.vm.into_iter().next().ok_or_else(|| TapError::not_a_tap("no fd came with the wire"))?;
-        let opened = Opened { rx, tx, drops, kind: "vmm", wire: Some(wire.id) };
-        let id = self.shared.add_port(opened, options.name, Some(mac), false)?;
-        Ok(VmmPort { id, fd, ifname: wire.vm_ifname, mac })
+        let fd = wire
+            .vm
+            .into_iter()
+            .next()
+            .ok_or_else(|| TapError::not_a_tap("no fd came with the wire"))?;
+        let opened = Opened {
+            rx,
+            tx,
+            drops,
+            kind: "vmm",
+            wire: Some(wire.id),
+        };
+        let id = self
+            .shared
+            .add_port(opened, options.name, Some(mac), false)?;
+        Ok(VmmPort {
+            id,
+            fd,
+            ifname: wire.vm_ifname,
+            mac,
+        })
     }
 
     /// Attaches a tap whose netdev side is a guest's (a namespace guest) and gives it a lease if the
@@ -320,13 +357,28 @@ impl Network {
         };
         let mut drops: Vec<Box<dyn DropSource>> = Vec::new();
         if let Some(netlink) = tap.netlink {
-            let link = LinkDrops::new(netlink, GUEST_IFNAME).map_err(system("read the guest's counters"))?;
+            let link = LinkDrops::new(netlink, GUEST_IFNAME)
+                .map_err(system("read the guest's counters"))?;
             drops.push(Box::new(link));
         }
-        let kind = if options.no_offload { "tap" } else { "namespace" };
-        let opened = Opened { rx, tx, drops, kind, wire: None };
-        let id = self.shared.add_port(opened, options.name, options.mac, options.mac.is_some())?;
-        let Some(mac) = options.mac else { return Ok((id, None)) };
+        let kind = if options.no_offload {
+            "tap"
+        } else {
+            "namespace"
+        };
+        let opened = Opened {
+            rx,
+            tx,
+            drops,
+            kind,
+            wire: None,
+        };
+        let id = self
+            .shared
+            .add_port(opened, options.name, options.mac, options.mac.is_some())?;
+        let Some(mac) = options.mac else {
+            return Ok((id, None));
+        };
         let leased = lock(&self.shared.leases).attach(mac, id, self.shared.now());
         let address = leased.map_err(|cause| {
             self.detach(id);
@@ -388,7 +440,13 @@ impl Network {
             match &*end {
                 Some(None) => return None,
                 Some(cause) => return Some(NetworkError::Ended(cause.clone())),
-                None => end = self.shared.ended.wait(end).unwrap_or_else(PoisonError::into_inner),
+                None => {
+                    end = self
+                        .shared
+                        .ended
+                        .wait(end)
+                        .unwrap_or_else(PoisonError::into_inner)
+                }
             }
         }
     }
@@ -413,7 +471,8 @@ impl Shared {
         }
         let (helper, events) = Helper::spawn(None)?;
         let helper = Arc::new(helper);
-        self.runtime.spawn(watch_helper(events, Arc::downgrade(self)));
+        self.runtime
+            .spawn(watch_helper(events, Arc::downgrade(self)));
         *slot = Some(Arc::clone(&helper));
         Ok(helper)
     }
@@ -425,16 +484,39 @@ impl Shared {
         mac: Option<Mac>,
         leased: bool,
     ) -> Result<PortId, NetworkError> {
-        let Opened { rx, tx, drops, kind, wire } = opened;
+        let Opened {
+            rx,
+            tx,
+            drops,
+            kind,
+            wire,
+        } = opened;
         let counters = Arc::new(PortCounters::default());
         let mut ports = lock(&self.ports);
         let id = ports.free_id().ok_or(NetworkError::PortsFull)?;
-        let name = if name.is_empty() { format!("{kind}{id}") } else { name };
+        let name = if name.is_empty() {
+            format!("{kind}{id}")
+        } else {
+            name
+        };
         log::debug!("port {id} ({name}) attached");
-        let port = Port { name, kind, mac, leased, counters: Arc::clone(&counters), drops, wire };
+        let port = Port {
+            name,
+            kind,
+            mac,
+            leased,
+            counters: Arc::clone(&counters),
+            drops,
+            wire,
+        };
         ports.by_id.insert(id, port);
         drop(ports);
-        if self.worker.send(Command::AddPort { id, rx, tx, counters }) {
+        if self.worker.send(Command::AddPort {
+            id,
+            rx,
+            tx,
+            counters,
+        }) {
             return Ok(id);
         }
         lock(&self.ports).by_id.remove(&id);
@@ -442,7 +524,9 @@ impl Shared {
     }
 
     fn detach(&self, id: PortId) {
-        let Some(port) = lock(&self.ports).by_id.remove(&id) else { return };
+        let Some(port) = lock(&self.ports).by_id.remove(&id) else {
+            return;
+        };
         log::debug!("port {id} ({}) detached", port.name);
         self.worker.send(Command::RemovePort(id));
         if let (true, Some(mac)) = (port.leased, port.mac) {
@@ -455,7 +539,11 @@ impl Shared {
     }
 
     fn detach_wire(&self, wire: u64) {
-        let found = lock(&self.ports).by_id.iter().find(|(_, port)| port.wire == Some(wire)).map(|(&id, _)| id);
+        let found = lock(&self.ports)
+            .by_id
+            .iter()
+            .find(|(_, port)| port.wire == Some(wire))
+            .map(|(&id, _)| id);
         if let Some(id) = found {
             self.detach(id);
         }
@@ -469,7 +557,11 @@ impl Shared {
         totals.insert("host_sockets".to_owned(), snapshot.host_sockets as u64);
         let table = self.switch.counters();
         totals.extend(table.iter().map(|(name, count)| (name.to_owned(), count)));
-        let ports = lock(&self.ports).by_id.iter().map(|(&id, port)| port.status(id)).collect();
+        let ports = lock(&self.ports)
+            .by_id
+            .iter()
+            .map(|(&id, port)| port.status(id))
+            .collect();
         let station = |station: crate::switch::Station| MacStatus {
             mac: station.mac.to_string(),
             port: station.port.0,
@@ -483,7 +575,11 @@ impl Shared {
             ports,
             macs: self.switch.snapshot().into_iter().map(station).collect(),
             leases: self.lease_status(),
-            flows: FlowStatus { tcp: snapshot.tcp, udp: snapshot.udp, icmp: snapshot.icmp },
+            flows: FlowStatus {
+                tcp: snapshot.tcp,
+                udp: snapshot.udp,
+                icmp: snapshot.icmp,
+            },
             totals,
         }
     }
@@ -519,14 +615,23 @@ impl Ports {
 impl Port {
     fn status(&self, id: PortId) -> PortStatus {
         use std::sync::atomic::Ordering::Relaxed;
-        let mut drops: BTreeMap<String, u64> =
-            self.counters.dropped().map(|(reason, count)| (reason.name().to_owned(), count)).collect();
-        let kernel = self.drops.iter().filter_map(|source| source.kernel_drops().ok());
+        let mut drops: BTreeMap<String, u64> = self
+            .counters
+            .dropped()
+            .map(|(reason, count)| (reason.name().to_owned(), count))
+            .collect();
+        let kernel = self
+            .drops
+            .iter()
+            .filter_map(|source| source.kernel_drops().ok());
         let kernel = kernel.fold(KernelDrops::default(), |sum, drops| KernelDrops {
             rx: sum.rx + drops.rx,
             tx: sum.tx + drops.tx,
         });
-        for (name, count) in [("kernel_rx_dropped", kernel.rx), ("kernel_tx_dropped", kernel.tx)] {
+        for (name, count) in [
+            ("kernel_rx_dropped", kernel.rx),
+            ("kernel_tx_dropped", kernel.tx),
+        ] {
             if count != 0 {
                 drops.insert(name.to_owned(), count);
             }
@@ -557,7 +662,11 @@ fn run_worker(worker: Worker, shared: &Shared) {
 }
 
 /// The event thread's body; ends with the worker, which holds the other end.
-fn take_events(events: &crossbeam_channel::Receiver<Event>, shared: &Arc<Shared>, resolver: &ResolverHandle) {
+fn take_events(
+    events: &crossbeam_channel::Receiver<Event>,
+    shared: &Arc<Shared>,
+    resolver: &ResolverHandle,
+) {
     let worker = shared.worker.clone();
     let sink: AnswerSink = Arc::new(move |answer| {
         worker.send(Command::DnsAnswer(answer));
@@ -576,15 +685,21 @@ fn take_events(events: &crossbeam_channel::Receiver<Event>, shared: &Arc<Shared>
 
 /// Removes the ports of VMMs that are gone.
 async fn watch_helper(events: HelperEvents, shared: std::sync::Weak<Shared>) {
-    let Ok(events) = AsyncFd::new(events) else { return };
+    let Ok(events) = AsyncFd::new(events) else {
+        return;
+    };
     while let Ok(mut ready) = events.readable().await {
         loop {
-            let Some(shared) = shared.upgrade() else { return };
+            let Some(shared) = shared.upgrade() else {
+                return;
+            };
             match events.get_ref().next_event() {
                 Ok(Some(HelperEvent::Gone(wire))) => shared.detach_wire(wire),
                 Ok(None) => break,
                 Err(error) => {
-                    log::warn!("{error}; VMMs can attach again, those attached have lost their link");
+                    log::warn!(
+                        "{error}; VMMs can attach again, those attached have lost their link"
+                    );
                     lock(&shared.helper).take();
                     return;
                 }
@@ -623,7 +738,10 @@ fn restore(file: &LeaseFile, leases: &mut LeaseTable) {
             let count = leases.restore(&records, frame::Instant::ZERO, unix_now());
             log::debug!("{count} leases restored from {}", file.path().display());
         }
-        Err(error) => log::warn!("leases of the last run are lost: {}: {error}", file.path().display()),
+        Err(error) => log::warn!(
+            "leases of the last run are lost: {}: {error}",
+            file.path().display()
+        ),
     }
 }
 
@@ -635,7 +753,9 @@ fn save(file: &LeaseFile, shared: &Shared) {
 }
 
 fn unix_now() -> u64 {
-    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |time| time.as_secs())
+    SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .map_or(0, |time| time.as_secs())
 }
 
 fn dhcp_config(config: &NetworkConfig, lan: &LanConfig) -> DhcpConfig {

@@ -15,7 +15,7 @@
 //! dropped and counted rather than waited for.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 use std::time;
 
@@ -179,10 +179,18 @@ impl Worker {
     pub fn new(config: WorkerConfig) -> io::Result<(Self, WorkerHandle)> {
         let epoll = Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC)?);
         let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
-        epoll::add(&epoll, &wake, epoll::EventData::new_u64(TOKEN_WAKE), epoll::EventFlags::IN)?;
+        epoll::add(
+            &epoll,
+            &wake,
+            epoll::EventData::new_u64(TOKEN_WAKE),
+            epoll::EventFlags::IN,
+        )?;
         let (sender, commands) = crossbeam_channel::unbounded();
         let now = clock(config.epoch);
-        let gateway = Egress { tx: None, counters: config.gateway_counters };
+        let gateway = Egress {
+            tx: None,
+            counters: config.gateway_counters,
+        };
         let worker = Self {
             path: Path {
                 lan: Lan {
@@ -204,7 +212,13 @@ impl Worker {
             receivers: vec![None],
             batch: Batch::new(),
         };
-        Ok((worker, WorkerHandle { commands: sender, wake }))
+        Ok((
+            worker,
+            WorkerHandle {
+                commands: sender,
+                wake,
+            },
+        ))
     }
 
     /// Serves until [`Command::Stop`].
@@ -216,7 +230,11 @@ impl Worker {
         loop {
             let timeout = self.sleep();
             events.clear();
-            match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), Some(&timeout)) {
+            match epoll::wait(
+                &self.epoll,
+                rustix::buffer::spare_capacity(&mut events),
+                Some(&timeout),
+            ) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }
@@ -241,16 +259,28 @@ impl Worker {
         let sleep = if path.nat.has_backlog() {
             time::Duration::ZERO
         } else {
-            let due = [path.nat.poll_timeout(), path.gateway.dns.poll_at()].into_iter().flatten().min();
+            let due = [path.nat.poll_timeout(), path.gateway.dns.poll_at()]
+                .into_iter()
+                .flatten()
+                .min();
             let until = due.map(|due| due.max(path.now) - path.now);
-            until.map_or(SLEEP_MAX, |until| time::Duration::from(until).min(SLEEP_MAX))
+            until.map_or(SLEEP_MAX, |until| {
+                time::Duration::from(until).min(SLEEP_MAX)
+            })
         };
-        Timespec { tv_sec: sleep.as_secs() as i64, tv_nsec: i64::from(sleep.subsec_nanos()) }
+        Timespec {
+            tv_sec: sleep.as_secs() as i64,
+            tv_nsec: i64::from(sleep.subsec_nanos()),
+        }
     }
 
     fn serve_port(&mut self, id: PortId) {
-        let Some(Some(rx)) = self.receivers.get_mut(usize::from(id.0)) else { return };
-        let Some(Some(egress)) = self.path.lan.ports.get(usize::from(id.0)) else { return };
+        let Some(Some(rx)) = self.receivers.get_mut(usize::from(id.0)) else {
+            return;
+        };
+        let Some(Some(egress)) = self.path.lan.ports.get(usize::from(id.0)) else {
+            return;
+        };
         let counters = Arc::clone(&egress.counters);
         for _ in 0..BATCHES_PER_TURN {
             self.batch.clear();
@@ -281,7 +311,12 @@ impl Worker {
         let _ = rustix::io::read(&self.wake, &mut counter);
         while let Ok(command) = self.commands.try_recv() {
             match command {
-                Command::AddPort { id, rx, tx, counters } => self.add_port(id, rx, tx, counters),
+                Command::AddPort {
+                    id,
+                    rx,
+                    tx,
+                    counters,
+                } => self.add_port(id, rx, tx, counters),
                 Command::RemovePort(id) => self.remove_port(id),
                 Command::DnsAnswer(answer) => self.path.answer_dns(&answer),
                 Command::DnsAbandoned(id) => self.path.gateway.dns.abandon(id),
@@ -295,7 +330,13 @@ impl Worker {
         true
     }
 
-    fn add_port(&mut self, id: PortId, rx: Box<dyn PortRx>, tx: Arc<dyn PortTx>, counters: Arc<PortCounters>) {
+    fn add_port(
+        &mut self,
+        id: PortId,
+        rx: Box<dyn PortRx>,
+        tx: Arc<dyn PortTx>,
+        counters: Arc<PortCounters>,
+    ) {
         let index = usize::from(id.0);
         let token = epoll::EventData::new_u64(TOKEN_PORT | u64::from(id.0));
         if let Err(error) = epoll::add(&self.epoll, rx.fd(), token, epoll::EventFlags::IN) {
@@ -308,7 +349,10 @@ impl Worker {
             self.path.lan.ports.resize_with(index + 1, || None);
         }
         self.receivers[index] = Some(rx);
-        self.path.lan.ports[index] = Some(Egress { tx: Some(tx), counters });
+        self.path.lan.ports[index] = Some(Egress {
+            tx: Some(tx),
+            counters,
+        });
     }
 
     fn remove_port(&mut self, id: PortId) {
@@ -326,7 +370,11 @@ impl Path {
     /// Switches one frame of a port.
     fn handle_frame(&mut self, ingress: PortId, frame: Frame<'_>) -> Result<(), DropReason> {
         let to_gateway = self.lan.forward(ingress, frame)?;
-        if to_gateway { self.handle_for_gateway(ingress, frame) } else { Ok(()) }
+        if to_gateway {
+            self.handle_for_gateway(ingress, frame)
+        } else {
+            Ok(())
+        }
     }
 
     fn handle_for_gateway(&mut self, ingress: PortId, frame: Frame<'_>) -> Result<(), DropReason> {
@@ -340,22 +388,44 @@ impl Path {
             Err(_) if group => return Ok(()),
             Err(reason) => return Err(reason),
         };
-        let mut out = GatewayOut { lan: &mut self.lan, buffer: &mut self.buffer };
+        let mut out = GatewayOut {
+            lan: &mut self.lan,
+            buffer: &mut self.buffer,
+        };
         match self.gateway.handle(&packet, self.now, &mut out) {
             Some(handled) => handled,
             None if group => Ok(()),
-            None => self.nat.handle_packet(&packet, self.now, (&mut self.uplink, &mut out)),
+            None => self
+                .nat
+                .handle_packet(&packet, self.now, (&mut self.uplink, &mut out)),
         }
     }
 
     fn handle_socket(&mut self, owner: crate::nat::SockOwner, ready: crate::nat::Ready) {
-        let mut out = GatewayOut { lan: &mut self.lan, buffer: &mut self.buffer };
-        self.nat.handle_ready(owner, ready, self.now, (&mut self.uplink, &mut out));
+        let Some(Some(gateway)) = self.lan.ports.first() else {
+            return;
+        };
+        let counters = Arc::clone(&gateway.counters);
+        let mut out = GatewayOut {
+            lan: &mut self.lan,
+            buffer: &mut self.buffer,
+        };
+        let mut drops = |reason| counters.count_drop(reason);
+        self.nat.handle_ready(
+            owner,
+            ready,
+            self.now,
+            (&mut self.uplink, &mut out),
+            &mut drops,
+        );
     }
 
     /// Ends a port's batch.
     fn flush(&mut self, events: &Sender<Event>) {
-        let mut out = GatewayOut { lan: &mut self.lan, buffer: &mut self.buffer };
+        let mut out = GatewayOut {
+            lan: &mut self.lan,
+            buffer: &mut self.buffer,
+        };
         self.nat.flush(self.now, &mut self.uplink, &mut out);
         while let Some(query) = self.gateway.dns.poll_query() {
             let id = query.id;
@@ -367,19 +437,31 @@ impl Path {
 
     /// Ends a turn of the event loop: what the host sockets brought, and timers.
     fn end_turn(&mut self) {
-        let mut out = GatewayOut { lan: &mut self.lan, buffer: &mut self.buffer };
+        let mut out = GatewayOut {
+            lan: &mut self.lan,
+            buffer: &mut self.buffer,
+        };
         self.nat.flush(self.now, &mut self.uplink, &mut out);
         if self.nat.poll_timeout().is_some_and(|due| due <= self.now) {
-            self.nat.handle_timeout(self.now, &mut self.uplink, &mut out);
+            self.nat
+                .handle_timeout(self.now, &mut self.uplink, &mut out);
         }
-        if self.gateway.dns.poll_at().is_some_and(|due| due <= self.now) {
+        if self
+            .gateway
+            .dns
+            .poll_at()
+            .is_some_and(|due| due <= self.now)
+        {
             self.gateway.dns.expire(self.now);
         }
         self.lan.switch.tick(self.now);
     }
 
     fn answer_dns(&mut self, answer: &DnsAnswer) {
-        let mut out = GatewayOut { lan: &mut self.lan, buffer: &mut self.buffer };
+        let mut out = GatewayOut {
+            lan: &mut self.lan,
+            buffer: &mut self.buffer,
+        };
         // A late answer is counted by the service; no frame was dropped.
         let _ = self.gateway.dns.handle_answer(answer, &mut out);
     }
@@ -391,7 +473,10 @@ impl Path {
             tcp,
             udp,
             icmp,
-            counters: services.chain(self.nat.counters()).map(|(name, count)| (name.to_owned(), count)).collect(),
+            counters: services
+                .chain(self.nat.counters())
+                .map(|(name, count)| (name.to_owned(), count))
+                .collect(),
             host_sockets: self.uplink.open_count(),
         }
     }
@@ -415,12 +500,18 @@ impl Lan {
             Verdict::Flood { to_gateway } => {
                 let mut receivers = usize::from(to_gateway);
                 for (index, egress) in self.ports.iter().enumerate() {
-                    if let Some(egress) = egress.as_ref().filter(|_| index != usize::from(ingress.0)) {
+                    if let Some(egress) =
+                        egress.as_ref().filter(|_| index != usize::from(ingress.0))
+                    {
                         receivers += usize::from(egress.tx.is_some());
                         egress.send(frame, &mut self.scratch);
                     }
                 }
-                if receivers == 0 { Err(DropReason::NoPort) } else { Ok(to_gateway) }
+                if receivers == 0 {
+                    Err(DropReason::NoPort)
+                } else {
+                    Ok(to_gateway)
+                }
             }
             Verdict::Drop(reason) => Err(reason),
         }
@@ -453,7 +544,10 @@ impl Outbox for GatewayOut<'_> {
     }
 
     fn send(&mut self, len: usize, offload: Offload) {
-        let frame = Frame { bytes: &self.buffer[..len], offload };
+        let frame = Frame {
+            bytes: &self.buffer[..len],
+            offload,
+        };
         let forwarded = self.lan.forward(PortId::GATEWAY, frame);
         if let Some(Some(gateway)) = self.lan.ports.first() {
             gateway.counters.rx(len);

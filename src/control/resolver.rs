@@ -99,13 +99,21 @@ impl ResolverHandle {
     /// # Errors
     /// The resolver has as much to do as it may, or has ended; gives the query back.
     pub fn ask(&self, query: DnsQuery, sink: &AnswerSink) -> Result<(), DnsQuery> {
-        let ask = Ask { query, sink: Arc::clone(sink) };
-        self.asks.try_send(ask).map_err(|refused| refused.into_inner().query)
+        let ask = Ask {
+            query,
+            sink: Arc::clone(sink),
+        };
+        self.asks
+            .try_send(ask)
+            .map_err(|refused| refused.into_inner().query)
     }
 
     /// The server in use, for DNS over TCP: the one that answered last, else the first known.
     pub fn upstream(&self) -> Option<SocketAddr> {
-        lock(&self.servers).in_order(Instant::now()).first().copied()
+        lock(&self.servers)
+            .in_order(Instant::now())
+            .first()
+            .copied()
     }
 }
 
@@ -120,7 +128,10 @@ impl Resolver {
     pub fn new(config: ResolverConfig) -> (Self, ResolverHandle) {
         let (sender, asks) = mpsc::channel(QUERIES_MAX);
         let servers = Arc::new(Mutex::new(Servers::new(config)));
-        let handle = ResolverHandle { asks: sender, servers: Arc::clone(&servers) };
+        let handle = ResolverHandle {
+            asks: sender,
+            servers: Arc::clone(&servers),
+        };
         (Self { asks, servers }, handle)
     }
 
@@ -138,7 +149,10 @@ impl Resolver {
             let ids = Arc::clone(&ids);
             attempts.spawn(async move {
                 let message = resolve(&query.message, &servers, &ids).await;
-                sink(DnsAnswer { id: query.id, message });
+                sink(DnsAnswer {
+                    id: query.id,
+                    message,
+                });
             });
         }
         while attempts.join_next().await.is_some() {}
@@ -178,7 +192,9 @@ async fn resolve(query: &Bytes, servers: &Mutex<Servers>, ids: &TransactionIds) 
 /// A server that can't or won't serve; the next one may.
 fn is_server_failure(answer: &[u8]) -> bool {
     let failures = [Rcode::ServFail, Rcode::Refused, Rcode::NotImp];
-    failures.iter().any(|&code| message::rcode(answer) == Some(code as u8))
+    failures
+        .iter()
+        .any(|&code| message::rcode(answer) == Some(code as u8))
 }
 
 /// Asks one server once; returns its answer with the guest's transaction id.
@@ -219,7 +235,9 @@ struct TransactionIds {
 
 impl TransactionIds {
     fn next(&self) -> u16 {
-        let count = self.count.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let count = self
+            .count
+            .fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         // The low 16 bits of a hash are as good as any.
         self.key.hash_one(count) as u16
     }
@@ -236,7 +254,10 @@ struct Servers {
 
 impl Servers {
     fn new(config: ResolverConfig) -> Self {
-        let known = config.servers.iter().map(|&server| (server, config.port).into());
+        let known = config
+            .servers
+            .iter()
+            .map(|&server| (server, config.port).into());
         Self {
             known: known.take(SERVERS_MAX).collect(),
             config,
@@ -261,12 +282,17 @@ impl Servers {
     }
 
     fn refresh(&mut self, now: Instant) {
-        if self.checked_at.is_some_and(|at| now.duration_since(at) < RECHECK) {
+        if self
+            .checked_at
+            .is_some_and(|at| now.duration_since(at) < RECHECK)
+        {
             return;
         }
         self.checked_at = Some(now);
         let path = &self.config.resolv_conf;
-        let modified = std::fs::metadata(path).and_then(|metadata| metadata.modified()).ok();
+        let modified = std::fs::metadata(path)
+            .and_then(|metadata| metadata.modified())
+            .ok();
         if modified == self.modified && modified.is_some() {
             return;
         }

@@ -50,7 +50,7 @@ use self::device::reset;
 use self::engine::{Phase, SmolEngine, TcpEngine};
 use self::syn::{Peer, SavedSyn};
 use super::flow_table::{FlowTable, TimerWheel};
-use super::icmp::{self, IcmpError};
+use super::icmp::{ErrorKind, write_about};
 use super::{FlowId, HostError, Io, Ready, SockId, SockOwner, Uplink};
 use crate::frame::{Duration, Instant, PortId};
 use crate::gateway::{LanConfig, Outbox};
@@ -137,7 +137,14 @@ pub struct TcpCounters {
 impl TcpCounters {
     /// Names and values.
     pub fn iter(self) -> impl Iterator<Item = (&'static str, u64)> {
-        let Self { opened, failed, limited, reset, idled_out, faults } = self;
+        let Self {
+            opened,
+            failed,
+            limited,
+            reset,
+            idled_out,
+            faults,
+        } = self;
         [
             ("tcp_opened", opened),
             ("tcp_connect_failed", failed),
@@ -686,10 +693,10 @@ fn answer_failure<O: Outbox + ?Sized>(
     now: Instant,
     out: &mut O,
 ) {
-    let icmp = match error {
-        HostError::HostUnreachable | HostError::TimedOut => IcmpError::HostUnreachable,
-        HostError::NetUnreachable => IcmpError::NetUnreachable,
-        HostError::Prohibited => IcmpError::Prohibited,
+    let kind = match error {
+        HostError::HostUnreachable | HostError::TimedOut => ErrorKind::HostUnreachable,
+        HostError::NetUnreachable => ErrorKind::NetUnreachable,
+        HostError::Prohibited => ErrorKind::Prohibited,
         HostError::Refused
         | HostError::Reset
         | HostError::TooBig
@@ -699,9 +706,8 @@ fn answer_failure<O: Outbox + ?Sized>(
             return;
         }
     };
-    if let Some(len) = icmp::write_error(out.buffer(), lan, icmp, peer.guest, syn.packet()) {
-        out.send(len, Offload::default());
-    }
+    let len = write_about(out.buffer(), lan, kind, peer.guest, syn.packet());
+    out.send(len, Offload::default());
 }
 
 #[cfg(test)]

@@ -222,7 +222,7 @@ impl FakeUplink {
             let ready = ready(socket);
             let level = !matches!(socket.kind, Kind::Tcp(_));
             let owner = socket.owner;
-            if level && !ready.readable && !ready.error {
+            if level && !ready.readable {
                 continue;
             }
             if level {
@@ -400,7 +400,7 @@ fn ready(socket: &FakeSocket) -> Ready {
         Kind::Udp { .. } | Kind::Ping { .. } => Ready {
             readable: !socket.datagrams.is_empty(),
             writable: false,
-            error: !socket.send_errors.is_empty(),
+            error: false,
         },
     }
 }

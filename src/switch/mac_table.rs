@@ -64,7 +64,12 @@ pub struct TableCounters {
 impl TableCounters {
     /// Names, as `lanlet status` shows them, and values.
     pub fn iter(self) -> impl Iterator<Item = (&'static str, u64)> {
-        let Self { stations, moves, refused_port_full, refused_table_full } = self;
+        let Self {
+            stations,
+            moves,
+            refused_port_full,
+            refused_table_full,
+        } = self;
         [
             ("stations", stations as u64),
             ("station_moves", moves),

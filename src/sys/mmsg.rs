@@ -28,6 +28,8 @@ struct Control([u8; 64]);
 
 // SAFETY: CMSG_SPACE only computes.
 const INT_SPACE: usize = unsafe { libc::CMSG_SPACE(size_of::<i32>() as u32) } as usize;
+// SAFETY: CMSG_LEN only computes.
+const INT_LEN: usize = unsafe { libc::CMSG_LEN(size_of::<i32>() as u32) } as usize;
 const _: () = assert!(2 * INT_SPACE <= size_of::<Control>());
 const _: () = assert!(align_of::<libc::cmsghdr>() <= align_of::<Control>());
 
@@ -69,9 +71,11 @@ impl RecvBatch {
         fd: BorrowedFd<'_>,
         mut sink: impl FnMut(Received<'_>),
     ) -> io::Result<usize> {
-        // SAFETY: sockaddr_in, iovec and mmsghdr are plain C structs for which all zeros is valid.
+        // SAFETY: all zeros is a valid sockaddr_in.
         let mut names: [libc::sockaddr_in; RECV_BATCH] = unsafe { zeroed() };
+        // SAFETY: all zeros is a valid iovec (a null pointer with zero length).
         let mut vectors: [libc::iovec; RECV_BATCH] = unsafe { zeroed() };
+        // SAFETY: all zeros is a valid mmsghdr (null pointers with zero lengths).
         let mut headers: [libc::mmsghdr; RECV_BATCH] = unsafe { zeroed() };
         let controls = self.controls.as_mut_ptr();
         for (n, buffer) in self.bytes.chunks_exact_mut(RECV_STRIDE).enumerate() {
@@ -124,6 +128,7 @@ impl Default for RecvBatch {
 }
 
 /// Segment size and TTL from the control messages that the kernel wrote for one message.
+#[allow(clippy::unnecessary_cast)] // musl's cmsg_len is a u32
 fn read_control(header: &libc::msghdr) -> (Option<u16>, u8) {
     let (mut segment, mut ttl) = (None, 0);
     // SAFETY: the kernel set msg_controllen to what it wrote into the control buffer, which is alive
@@ -138,8 +143,7 @@ fn read_control(header: &libc::msghdr) -> (Option<u16>, u8) {
                 (*message).cmsg_len,
             )
         };
-        // SAFETY: CMSG_LEN only computes.
-        if len as usize >= unsafe { libc::CMSG_LEN(size_of::<i32>() as u32) } as usize {
+        if len as usize >= INT_LEN {
             // SAFETY: the message holds at least an int behind its header; it may be unaligned.
             let value = unsafe { libc::CMSG_DATA(message).cast::<i32>().read_unaligned() };
             match (level, kind) {

@@ -377,6 +377,59 @@ fn ping_loopback_or_be_told_it_is_forbidden() {
 }
 
 #[test]
+fn a_guests_datagrams_and_trains_cross_real_sockets() {
+    use crate::nat::mapping::Limits;
+    use crate::nat::testing::{FrameLog, GUEST, guest_udp, guest_udp_train, lan, parse};
+    use crate::offload::{Gso, Offload};
+
+    let (mut up, mut out) = (uplink(), FrameLog::default());
+    let limits = Limits {
+        total: 8,
+        per_guest: 8,
+    };
+    let mut nat = crate::nat::udp::UdpNat::new(lan(), limits, true);
+    let (server, address) = server();
+    let guest = SocketAddrV4::new(GUEST, 0xf123);
+    let payload = vec![5; 3000];
+    let now = crate::frame::Instant::ZERO;
+    let plain = guest_udp(guest, address, 64, b"ask");
+    for (frame, offload) in [
+        (plain, Offload::default()),
+        guest_udp_train(guest, address, 1000, &payload),
+    ] {
+        let packet = parse(&frame, offload);
+        let (ip, udp) = packet.udp4().unwrap();
+        nat.handle_packet(&packet, ip, udp, now, &mut up, &mut out)
+            .unwrap();
+    }
+    let mut buffer = [0; 2000];
+    let (len, mapped) = server.recv_from(&mut buffer).unwrap();
+    assert_eq!(&buffer[..len], b"ask");
+    for _ in 0..3 {
+        assert_eq!(server.recv(&mut buffer).unwrap(), 1000);
+    }
+    let sender = server.as_fd();
+    mmsg::send_train(sender, v4(mapped), &payload, 1000).unwrap();
+    server.send_to(b"", mapped).unwrap();
+    let (owner, ready) = wait(&up, 1000)[0];
+    let SockOwner::Udp(id) = owner else {
+        panic!("{owner:?}")
+    };
+    assert!(ready.readable);
+    nat.handle_ready(id, now, &mut up, &mut out, &mut |reason| {
+        panic!("{reason:?}")
+    });
+    let (train, offload) = out.pop().unwrap();
+    let packet = parse(&train, offload);
+    let (_, udp) = packet.udp4().unwrap();
+    assert_eq!((offload.gso, udp.payload), (Gso::Udp(1000), &payload[..]));
+    let (empty, offload) = out.pop().unwrap();
+    assert_eq!(parse(&empty, offload).udp4().unwrap().1.payload, b"");
+    nat.handle_timeout(crate::frame::Instant::from_secs(1000), &mut up);
+    assert_eq!((nat.len(), up.open_count()), (0, 0));
+}
+
+#[test]
 fn random_words_differ() {
     let mut up = uplink();
     let words: std::collections::BTreeSet<_> = (0..100).map(|_| up.random()).collect();

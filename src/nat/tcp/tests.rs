@@ -100,7 +100,13 @@ impl Lab {
         let ring = |len| tcp::SocketBuffer::new(vec![0; len]);
         let mut socket = tcp::Socket::new(ring(256 * 1024), ring(256 * 1024));
         socket.set_ack_delay(None);
-        socket.connect(self.guest.context(), (*SERVER.ip(), SERVER.port()), (GUEST, port)).unwrap();
+        socket
+            .connect(
+                self.guest.context(),
+                (*SERVER.ip(), SERVER.port()),
+                (GUEST, port),
+            )
+            .unwrap();
         self.sockets.add(socket)
     }
 
@@ -117,11 +123,24 @@ impl Lab {
             crate::wire::checksum::sum(&frame[14..34]) - u64::from(crate::wire::be16(&frame, 24)),
         );
         frame[24..26].copy_from_slice(&sum.to_be_bytes());
-        let offload = Offload { csum: Csum::Valid, ..Offload::default() };
+        let offload = Offload {
+            csum: Csum::Valid,
+            ..Offload::default()
+        };
         let packet = testing::parse(&frame, offload);
-        let Body::Ipv4(ip) = &packet.body else { panic!("IPv4 only") };
-        let crate::wire::Transport::Tcp(tcp) = &ip.transport else { panic!("TCP only") };
-        let result = self.nat.handle_packet(&packet, (ip, tcp), SERVER, self.now, (&mut self.up, &mut self.log));
+        let Body::Ipv4(ip) = &packet.body else {
+            panic!("IPv4 only")
+        };
+        let crate::wire::Transport::Tcp(tcp) = &ip.transport else {
+            panic!("TCP only")
+        };
+        let result = self.nat.handle_packet(
+            &packet,
+            (ip, tcp),
+            SERVER,
+            self.now,
+            (&mut self.up, &mut self.log),
+        );
         self.nat.flush(self.now, &mut self.up, &mut self.log);
         result
     }
@@ -135,13 +154,17 @@ impl Lab {
             let _ = self.from_guest(&packet);
         }
         while let Some((owner, ready)) = self.up.poll_event() {
-            let SockOwner::Tcp(id) = owner else { panic!("TCP only") };
+            let SockOwner::Tcp(id) = owner else {
+                panic!("TCP only")
+            };
             moved = true;
-            self.nat.handle_ready(id, ready, self.now, (&mut self.up, &mut self.log));
+            self.nat
+                .handle_ready(id, ready, self.now, (&mut self.up, &mut self.log));
         }
         self.nat.flush(self.now, &mut self.up, &mut self.log);
         if self.nat.poll_timeout().is_some_and(|due| due <= self.now) {
-            self.nat.handle_timeout(self.now, &mut self.up, &mut self.log);
+            self.nat
+                .handle_timeout(self.now, &mut self.up, &mut self.log);
         }
         while let Some((frame, offload)) = self.log.pop() {
             moved = true;
@@ -155,8 +178,12 @@ impl Lab {
         let packet = testing::parse(frame, offload);
         assert_eq!(packet.destination, GUEST_MAC);
         if let Gso::Tcp4(mss) = offload.gso {
-            let Body::Ipv4(ip) = &packet.body else { panic!("IPv4 only") };
-            let crate::wire::Transport::Tcp(tcp) = &ip.transport else { return };
+            let Body::Ipv4(ip) = &packet.body else {
+                panic!("IPv4 only")
+            };
+            let crate::wire::Transport::Tcp(tcp) = &ip.transport else {
+                return;
+            };
             assert!(tcp.payload.len() > usize::from(mss));
             self.largest = self.largest.max((tcp.payload.len(), mss));
         }
@@ -187,7 +214,9 @@ impl Lab {
 }
 
 fn pattern(len: usize, seed: u8) -> Vec<u8> {
-    (0..len).map(|n| (n as u32).wrapping_mul(2_654_435_761).to_be_bytes()[0] ^ seed).collect()
+    (0..len)
+        .map(|n| (n as u32).wrapping_mul(2_654_435_761).to_be_bytes()[0] ^ seed)
+        .collect()
 }
 
 /// Sends `data` from the guest while the host takes it; returns what arrived.
@@ -243,7 +272,10 @@ fn the_guest_is_answered_only_once_the_outside_has() {
 
 #[test]
 fn a_refused_connection_is_reset_and_leaves_nothing() {
-    for outcome in [Connect::Fail(HostError::Refused), Connect::FailAtOnce(HostError::Refused)] {
+    for outcome in [
+        Connect::Fail(HostError::Refused),
+        Connect::FailAtOnce(HostError::Refused),
+    ] {
         let mut lab = Lab::new();
         lab.up.connect_default = outcome;
         let handle = lab.connect(1000);
@@ -263,12 +295,19 @@ fn an_unreachable_destination_is_answered_with_icmp() {
     let syn = lab.card.outbox.pop_front().unwrap();
     lab.from_guest(&syn).unwrap();
     let (owner, ready) = lab.up.poll_event().unwrap();
-    let SockOwner::Tcp(id) = owner else { panic!("TCP only") };
-    lab.nat.handle_ready(id, ready, lab.now, (&mut lab.up, &mut lab.log));
+    let SockOwner::Tcp(id) = owner else {
+        panic!("TCP only")
+    };
+    lab.nat
+        .handle_ready(id, ready, lab.now, (&mut lab.up, &mut lab.log));
     let (frame, offload) = lab.log.pop().unwrap();
     let packet = testing::parse(&frame, offload);
-    let Body::Ipv4(ip) = &packet.body else { panic!("IPv4 only") };
-    let crate::wire::Transport::Icmp(message) = ip.transport else { panic!("{ip:?}") };
+    let Body::Ipv4(ip) = &packet.body else {
+        panic!("IPv4 only")
+    };
+    let crate::wire::Transport::Icmp(message) = ip.transport else {
+        panic!("{ip:?}")
+    };
     assert_eq!(message[..2], [3, 1]);
     assert_eq!(message[8 + 12..8 + 20], syn[12..20]);
     assert_eq!((lab.nat.len(), lab.up.open_count()), (0, 0));
@@ -388,7 +427,11 @@ fn a_stray_segment_is_reset_and_counted() {
     assert_eq!(lab.from_guest(&ack[14..]), Err(DropReason::NoFlow));
     let (frame, offload) = lab.log.pop().unwrap();
     let packet = testing::parse(&frame, offload);
-    let Body::Ipv4(Ipv4 { transport: crate::wire::Transport::Tcp(tcp), .. }) = packet.body else {
+    let Body::Ipv4(Ipv4 {
+        transport: crate::wire::Transport::Tcp(tcp),
+        ..
+    }) = packet.body
+    else {
         panic!("TCP only")
     };
     assert_eq!((tcp.flags & 0x07, tcp.sequence), (0x04, 77));
@@ -406,11 +449,29 @@ fn flows_and_half_open_connects_are_bounded() {
     let mut lab = Lab::new();
     lab.up.connect_default = Connect::Wait;
     for port in 1..=70 {
-        let syn = testing::guest_tcp(SocketAddrV4::new(GUEST, port), SERVER, (1, 0), (0x02, 1000), &[], b"");
-        let expected = if port <= 64 { Ok(()) } else { Err(DropReason::Limit) };
+        let syn = testing::guest_tcp(
+            SocketAddrV4::new(GUEST, port),
+            SERVER,
+            (1, 0),
+            (0x02, 1000),
+            &[],
+            b"",
+        );
+        let expected = if port <= 64 {
+            Ok(())
+        } else {
+            Err(DropReason::Limit)
+        };
         assert_eq!(lab.from_guest(&syn[14..]), expected);
     }
-    assert_eq!((lab.nat.len(), lab.up.open_count(), lab.nat.counters().limited), (64, 64, 6));
+    assert_eq!(
+        (
+            lab.nat.len(),
+            lab.up.open_count(),
+            lab.nat.counters().limited
+        ),
+        (64, 64, 6)
+    );
     lab.sleep(TRANSITORY_IDLE + Duration::from_secs(40));
     assert_eq!((lab.nat.len(), lab.up.open_count()), (0, 0));
     assert_eq!(lab.nat.counters().idled_out, 64);
@@ -470,13 +531,22 @@ fn segments_beyond_the_window_neither_panic_nor_truncate() {
     let ours = {
         // The SYN-ACK went to the card.
         let packet = lab.card.inbox.pop_back();
-        packet.map_or(0, |packet| u32::from_be_bytes([packet[24], packet[25], packet[26], packet[27]]))
+        packet.map_or(0, |packet| {
+            u32::from_be_bytes([packet[24], packet[25], packet[26], packet[27]])
+        })
     };
     let data = pattern(64_000, 9);
     let ack = ours.wrapping_add(1);
     for round in 0..40u32 {
         let sequence = 1 + 1_000 + round * 30_000;
-        let far = testing::guest_tcp(from, SERVER, (sequence, ack), (0x11, 65535), &[], &data[..60_000]);
+        let far = testing::guest_tcp(
+            from,
+            SERVER,
+            (sequence, ack),
+            (0x11, 65535),
+            &[],
+            &data[..60_000],
+        );
         let _ = lab.from_guest(&far[14..]);
     }
     let gap = testing::guest_tcp(from, SERVER, (1, ack), (0x10, 65535), &[], &data[..1_000]);
@@ -504,10 +574,17 @@ fn random_segments_never_fault_a_flow() {
         if case % 50 == 0 {
             port = port % 60_000 + 1;
             let syn = testing::guest_tcp(
-                SocketAddrV4::new(GUEST, port), SERVER, (0, 0), (0x02, 65535), &[2, 4, 5, 180, 3, 3, 7, 0], b"");
+                SocketAddrV4::new(GUEST, port),
+                SERVER,
+                (0, 0),
+                (0x02, 65535),
+                &[2, 4, 5, 180, 3, 3, 7, 0],
+                b"",
+            );
             let _ = lab.from_guest(&syn[14..]);
             while let Some((SockOwner::Tcp(id), ready)) = lab.up.poll_event() {
-                lab.nat.handle_ready(id, ready, lab.now, (&mut lab.up, &mut lab.log));
+                lab.nat
+                    .handle_ready(id, ready, lab.now, (&mut lab.up, &mut lab.log));
             }
             lab.nat.flush(lab.now, &mut lab.up, &mut lab.log);
             lab.now += Duration::from_secs(next() % 30);

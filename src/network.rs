@@ -9,13 +9,13 @@ mod status;
 use std::collections::BTreeMap;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::net::{Ipv4Addr, SocketAddr};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
+use rustix::event::{PollFd, PollFlags};
 use serde::{Deserialize, Serialize};
-use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 
 pub use self::status::{FlowStatus, LeaseStatus, MacStatus, PortStatus, Status};
@@ -147,7 +147,6 @@ struct Shared {
     leases: Arc<Mutex<LeaseTable>>,
     ports: Mutex<Ports>,
     helper: Mutex<Option<Arc<Helper>>>,
-    runtime: tokio::runtime::Handle,
     stop: Notify,
     end: Mutex<Option<End>>,
     ended: Condvar,
@@ -251,7 +250,6 @@ impl Network {
                 by_id: BTreeMap::from([(PortId::GATEWAY, gateway)]),
             }),
             helper: Mutex::new(None),
-            runtime: runtime.handle().clone(),
             stop: Notify::new(),
             end: Mutex::new(None),
             ended: Condvar::new(),
@@ -471,8 +469,11 @@ impl Shared {
         }
         let (helper, events) = Helper::spawn(None)?;
         let helper = Arc::new(helper);
-        self.runtime
-            .spawn(watch_helper(events, Arc::downgrade(self)));
+        let watched = Arc::downgrade(self);
+        std::thread::Builder::new()
+            .name("lanlet-helper".to_owned())
+            .spawn(move || watch_helper(&events, &watched))
+            .map_err(system("start a thread"))?;
         *slot = Some(Arc::clone(&helper));
         Ok(helper)
     }
@@ -683,29 +684,25 @@ fn take_events(
     }
 }
 
-/// Removes the ports of VMMs that are gone.
-async fn watch_helper(events: HelperEvents, shared: std::sync::Weak<Shared>) {
-    let Ok(events) = AsyncFd::new(events) else {
-        return;
-    };
-    while let Ok(mut ready) = events.readable().await {
-        loop {
-            let Some(shared) = shared.upgrade() else {
-                return;
-            };
-            match events.get_ref().next_event() {
-                Ok(Some(HelperEvent::Gone(wire))) => shared.detach_wire(wire),
-                Ok(None) => break,
-                Err(error) => {
-                    log::warn!(
-                        "{error}; VMMs can attach again, those attached have lost their link"
-                    );
-                    lock(&shared.helper).take();
-                    return;
+/// Removes the ports of VMMs that are gone; ends with the helper.
+fn watch_helper(events: &HelperEvents, shared: &std::sync::Weak<Shared>) {
+    loop {
+        let mut fds = [PollFd::from_borrowed_fd(events.as_fd(), PollFlags::IN)];
+        // An error other than EINTR shows in the receive that follows.
+        let _ = rustix::event::poll(&mut fds, None);
+        let event = events.next_event();
+        let Some(shared) = shared.upgrade() else { return };
+        match event {
+            Ok(Some(HelperEvent::Gone(wire))) => shared.detach_wire(wire),
+            Ok(None) => {}
+            Err(error) => {
+                // Taken already if the network is stopping.
+                if lock(&shared.helper).take().is_some() {
+                    log::warn!("{error}; VMMs can attach again, those attached have lost their link");
                 }
+                return;
             }
         }
-        ready.clear_ready();
     }
 }
 

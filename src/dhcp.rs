@@ -226,7 +226,10 @@ impl DhcpServer {
         out: &mut dyn Outbox,
     ) -> Handled {
         self.counters.requests += 1;
-        if request.server.is_some_and(|server| server != self.config.lan.address) {
+        if request
+            .server
+            .is_some_and(|server| server != self.config.lan.address)
+        {
             self.counters.other_server += 1;
             self.leases().withdraw(client);
             return Ok(());
@@ -256,7 +259,10 @@ impl DhcpServer {
         }
         self.counters.declines += 1;
         // Someone set this address by hand, or plays.
-        log::warn!("{} says that {address} is in use by another guest", client.mac);
+        log::warn!(
+            "{} says that {address} is in use by another guest",
+            client.mac
+        );
         Ok(())
     }
 
@@ -281,13 +287,24 @@ impl DhcpServer {
             required: self.identity(MessageType::Ack, request),
             offered: self.parameters(),
         };
-        let header = ReplyHeader { ciaddr: request.ciaddr, yiaddr: Ipv4Addr::UNSPECIFIED };
-        self.send(request, header, &options, (request.mac, request.ciaddr), out);
+        let header = ReplyHeader {
+            ciaddr: request.ciaddr,
+            yiaddr: Ipv4Addr::UNSPECIFIED,
+        };
+        self.send(
+            request,
+            header,
+            &options,
+            (request.mac, request.ciaddr),
+            out,
+        );
         Ok(())
     }
 
     fn is_for_us(&self, request: &Request) -> bool {
-        request.server.is_none_or(|server| server == self.config.lan.address)
+        request
+            .server
+            .is_none_or(|server| server == self.config.lan.address)
     }
 
     /// What the client asks for, within bounds.
@@ -298,7 +315,11 @@ impl DhcpServer {
     }
 
     fn refuse(&mut self, refusal: Refusal, client: &Client<'_>) -> DropReason {
-        log::debug!("no address for {} on port {}: {refusal}", client.mac, client.port);
+        log::debug!(
+            "no address for {} on port {}: {refusal}",
+            client.mac,
+            client.port
+        );
         match refusal {
             Refusal::Limit => self.counters.limited += 1,
             Refusal::Exhausted => self.counters.exhausted += 1,
@@ -338,10 +359,17 @@ impl DhcpServer {
         if kind == MessageType::Ack && request.kind == MessageType::Discover {
             required.push(DhcpOption::RapidCommit);
         }
-        let options = ReplyOptions { required, offered: self.parameters() };
+        let options = ReplyOptions {
+            required,
+            offered: self.parameters(),
+        };
         let has_address = kind == MessageType::Ack && !request.ciaddr.is_unspecified();
         let header = ReplyHeader {
-            ciaddr: if has_address { request.ciaddr } else { Ipv4Addr::UNSPECIFIED },
+            ciaddr: if has_address {
+                request.ciaddr
+            } else {
+                Ipv4Addr::UNSPECIFIED
+            },
             yiaddr: address,
         };
         let to = if request.flags.broadcast() && !has_address {
@@ -362,7 +390,13 @@ impl DhcpServer {
             yiaddr: Ipv4Addr::UNSPECIFIED,
         };
         // RFC 2131 4.1: always broadcast, the client's address may be wrong.
-        self.send(request, header, &options, (Mac::BROADCAST, Ipv4Addr::BROADCAST), out);
+        self.send(
+            request,
+            header,
+            &options,
+            (Mac::BROADCAST, Ipv4Addr::BROADCAST),
+            out,
+        );
     }
 
     /// Options of every reply. The type stands first: some boot ROMs look for it only there. The
@@ -379,7 +413,9 @@ impl DhcpServer {
     }
 
     fn parameters(&self) -> Vec<DhcpOption> {
-        let DhcpConfig { lan, domain, dns, .. } = &self.config;
+        let DhcpConfig {
+            lan, domain, dns, ..
+        } = &self.config;
         let mut options = vec![
             DhcpOption::SubnetMask(lan.mask()),
             DhcpOption::Router(vec![lan.address]),

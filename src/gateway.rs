@@ -200,7 +200,11 @@ impl Gateway {
             Body::Arp(_) => true,
             Body::Ipv6(_) | Body::Other(_) => false,
         };
-        if concerned { self.dispatch(packet, now, out) } else { None }
+        if concerned {
+            self.dispatch(packet, now, out)
+        } else {
+            None
+        }
     }
 }
 
@@ -299,7 +303,10 @@ pub(crate) mod testing {
     }
 
     pub fn parse(bytes: &[u8]) -> Packet<'_> {
-        let frame = Frame { bytes, offload: Offload::default() };
+        let frame = Frame {
+            bytes,
+            offload: Offload::default(),
+        };
         Packet::parse(frame, PORT).expect("a well-formed frame")
     }
 
@@ -365,7 +372,11 @@ mod tests {
             (lan.address, 123),
             (lan.broadcast(), 53),
         ] {
-            let frame = udp_frame((GUEST_ADDRESS, 5000), (lan.mac, destination, port), b"hello");
+            let frame = udp_frame(
+                (GUEST_ADDRESS, 5000),
+                (lan.mac, destination, port),
+                b"hello",
+            );
             let handled = gateway.handle(&parse(&frame), Instant::ZERO, &mut out);
             assert_eq!(handled, None, "{destination}:{port}");
         }
@@ -375,12 +386,22 @@ mod tests {
 
     #[test]
     fn a_train_is_split_and_an_empty_datagram_is_kept() {
-        let mut udp = Udp { source_port: 1, destination_port: 2, payload: &[1, 2, 3, 4, 5] };
-        let train = Offload { gso: Gso::Udp(2), ..Offload::default() };
+        let mut udp = Udp {
+            source_port: 1,
+            destination_port: 2,
+            payload: &[1, 2, 3, 4, 5],
+        };
+        let train = Offload {
+            gso: Gso::Udp(2),
+            ..Offload::default()
+        };
         let split: Vec<_> = datagrams(train, &udp).collect();
         assert_eq!(split, [&[1u8, 2][..], &[3, 4], &[5]]);
         assert_eq!(datagrams(Offload::default(), &udp).count(), 1);
-        let lying = Offload { gso: Gso::Udp(0), ..Offload::default() };
+        let lying = Offload {
+            gso: Gso::Udp(0),
+            ..Offload::default()
+        };
         assert_eq!(datagrams(lying, &udp).count(), 1);
         udp.payload = &[];
         assert_eq!(datagrams(Offload::default(), &udp).count(), 1);
@@ -392,9 +413,17 @@ mod tests {
         let lan = lan();
         let try_one = |mac, source| {
             let frame = udp_frame((source, 5000), (mac, lan.address, 53), b"");
-            let packet =
-                Packet::parse(Frame { bytes: &frame, offload: Offload::default() }, PORT).unwrap();
-            let Body::Ipv4(ip) = &packet.body else { unreachable!() };
+            let packet = Packet::parse(
+                Frame {
+                    bytes: &frame,
+                    offload: Offload::default(),
+                },
+                PORT,
+            )
+            .unwrap();
+            let Body::Ipv4(ip) = &packet.body else {
+                unreachable!()
+            };
             admit_unicast(&lan, &packet, ip)
         };
         assert_eq!(try_one(lan.mac, GUEST_ADDRESS), Ok(()));
@@ -410,7 +439,11 @@ mod tests {
             lan.network(),
             lan.broadcast(),
         ] {
-            assert_eq!(try_one(lan.mac, foreign), Err(DropReason::ForeignSource), "{foreign}");
+            assert_eq!(
+                try_one(lan.mac, foreign),
+                Err(DropReason::ForeignSource),
+                "{foreign}"
+            );
         }
     }
 }

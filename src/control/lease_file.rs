@@ -61,7 +61,9 @@ impl LeaseFile {
         let contents: Contents = serde_json::from_str(&text).map_err(io::Error::from)?;
         if contents.version != VERSION {
             let version = contents.version;
-            return Err(invalid(format!("version {version}, this lanlet reads {VERSION}")));
+            return Err(invalid(format!(
+                "version {version}, this lanlet reads {VERSION}"
+            )));
         }
         Ok(contents.leases)
     }
@@ -71,7 +73,10 @@ impl LeaseFile {
     /// # Errors
     /// The directory is missing, not writable or full.
     pub fn save(&self, leases: Vec<LeaseRecord>) -> io::Result<()> {
-        let mut text = serde_json::to_vec_pretty(&Contents { version: VERSION, leases })?;
+        let mut text = serde_json::to_vec_pretty(&Contents {
+            version: VERSION,
+            leases,
+        })?;
         text.push(b'\n');
         let mut name = self.path.clone().into_os_string();
         name.push(".new");
@@ -159,12 +164,23 @@ mod tests {
     fn broken_files_are_errors_not_panics() {
         let directory = Directory::new("broken");
         let file = LeaseFile::new(directory.0.join("leases.json"));
-        for text in ["", "{", "[]", "{\"version\":1}", "{\"version\":9,\"leases\":[]}", "\u{0}"] {
+        for text in [
+            "",
+            "{",
+            "[]",
+            "{\"version\":1}",
+            "{\"version\":9,\"leases\":[]}",
+            "\u{0}",
+        ] {
             fs::write(file.path(), text).unwrap();
             assert!(file.load().is_err(), "{text:?}");
         }
         fs::write(file.path(), vec![b' '; FILE_LEN_MAX as usize + 1]).unwrap();
         assert!(file.load().is_err());
-        assert!(LeaseFile::new(directory.0.join("no/such/leases.json")).save(vec![]).is_err());
+        assert!(
+            LeaseFile::new(directory.0.join("no/such/leases.json"))
+                .save(vec![])
+                .is_err()
+        );
     }
 }

@@ -29,6 +29,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::{Bytes, BytesMut};
+use tokio::io::Interest;
 use tokio::net::UdpSocket;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -99,13 +100,21 @@ impl ResolverHandle {
     /// # Errors
     /// The resolver has as much to do as it may, or has ended; gives the query back.
     pub fn ask(&self, query: DnsQuery, sink: &AnswerSink) -> Result<(), DnsQuery> {
-        let ask = Ask { query, sink: Arc::clone(sink) };
-        self.asks.try_send(ask).map_err(|refused| refused.into_inner().query)
+        let ask = Ask {
+            query,
+            sink: Arc::clone(sink),
+        };
+        self.asks
+            .try_send(ask)
+            .map_err(|refused| refused.into_inner().query)
     }
 
     /// The server in use, for DNS over TCP: the one that answered last, else the first known.
     pub fn upstream(&self) -> Option<SocketAddr> {
-        lock(&self.servers).in_order(Instant::now()).first().copied()
+        lock(&self.servers)
+            .in_order(Instant::now())
+            .first()
+            .copied()
     }
 }
 
@@ -120,7 +129,10 @@ impl Resolver {
     pub fn new(config: ResolverConfig) -> (Self, ResolverHandle) {
         let (sender, asks) = mpsc::channel(QUERIES_MAX);
         let servers = Arc::new(Mutex::new(Servers::new(config)));
-        let handle = ResolverHandle { asks: sender, servers: Arc::clone(&servers) };
+        let handle = ResolverHandle {
+            asks: sender,
+            servers: Arc::clone(&servers),
+        };
         (Self { asks, servers }, handle)
     }
 
@@ -138,7 +150,10 @@ impl Resolver {
             let ids = Arc::clone(&ids);
             attempts.spawn(async move {
                 let message = resolve(&query.message, &servers, &ids).await;
-                sink(DnsAnswer { id: query.id, message });
+                sink(DnsAnswer {
+                    id: query.id,
+                    message,
+                });
             });
         }
         while attempts.join_next().await.is_some() {}
@@ -178,7 +193,9 @@ async fn resolve(query: &Bytes, servers: &Mutex<Servers>, ids: &TransactionIds) 
 /// A server that can't or won't serve; the next one may.
 fn is_server_failure(answer: &[u8]) -> bool {
     let failures = [Rcode::ServFail, Rcode::Refused, Rcode::NotImp];
-    failures.iter().any(|&code| message::rcode(answer) == Some(code as u8))
+    failures
+        .iter()
+        .any(|&code| message::rcode(answer) == Some(code as u8))
 }
 
 /// Asks one server once; returns its answer with the guest's transaction id.
@@ -193,7 +210,15 @@ async fn attempt_once(query: &Bytes, server: SocketAddr, id: u16) -> io::Result<
     asked[..2].copy_from_slice(&id.to_be_bytes());
     socket.send(&asked).await?;
     loop {
-        socket.readable().await?;
+        // An ICMP error (port unreachable) makes the socket ready for that alone, not readable.
+        if socket
+            .ready(Interest::READABLE | Interest::ERROR)
+            .await?
+            .is_error()
+        {
+            let error = socket.take_error()?;
+            return Err(error.unwrap_or_else(|| io::ErrorKind::ConnectionRefused.into()));
+        }
         // Reserved, not touched: the pages that an answer doesn't reach cost nothing.
         let mut buffer = BytesMut::with_capacity(ANSWER_LEN_MAX);
         match socket.try_recv_buf(&mut buffer) {
@@ -219,7 +244,9 @@ struct TransactionIds {
 
 impl TransactionIds {
     fn next(&self) -> u16 {
-        let count = self.count.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let count = self
+            .count
+            .fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         // The low 16 bits of a hash are as good as any.
         self.key.hash_one(count) as u16
     }
@@ -236,7 +263,10 @@ struct Servers {
 
 impl Servers {
     fn new(config: ResolverConfig) -> Self {
-        let known = config.servers.iter().map(|&server| (server, config.port).into());
+        let known = config
+            .servers
+            .iter()
+            .map(|&server| (server, config.port).into());
         Self {
             known: known.take(SERVERS_MAX).collect(),
             config,
@@ -261,12 +291,17 @@ impl Servers {
     }
 
     fn refresh(&mut self, now: Instant) {
-        if self.checked_at.is_some_and(|at| now.duration_since(at) < RECHECK) {
+        if self
+            .checked_at
+            .is_some_and(|at| now.duration_since(at) < RECHECK)
+        {
             return;
         }
         self.checked_at = Some(now);
         let path = &self.config.resolv_conf;
-        let modified = std::fs::metadata(path).and_then(|metadata| metadata.modified()).ok();
+        let modified = std::fs::metadata(path)
+            .and_then(|metadata| metadata.modified())
+            .ok();
         if modified == self.modified && modified.is_some() {
             return;
         }

@@ -117,7 +117,10 @@ struct ClientKey {
 impl ClientKey {
     fn new(mac: Mac, id: Option<&[u8]>) -> Self {
         let id = id.filter(|id| !matches!(id, [1, rest @ ..] if rest == mac.0));
-        Self { mac, id: id.map(Box::from) }
+        Self {
+            mac,
+            id: id.map(Box::from),
+        }
     }
 
     /// Which address of the pool to try first: FNV-1a, fixed for ever, so that a guest's address
@@ -143,9 +146,9 @@ enum State {
 impl State {
     fn is_live(self, now: Instant) -> bool {
         match self {
-            State::Offered { until } | State::Bound { until, .. } | State::Quarantined { until } => {
-                now < until
-            }
+            State::Offered { until }
+            | State::Bound { until, .. }
+            | State::Quarantined { until } => now < until,
             State::Attached => true,
         }
     }
@@ -336,7 +339,10 @@ impl LeaseTable {
     /// Forgets the offer to a client that took another server's.
     pub fn withdraw(&mut self, client: &Client<'_>) {
         if let Some(address) = self.find(client)
-            && let Some(Entry { state: State::Offered { .. }, .. }) = self.entries.get(&address)
+            && let Some(Entry {
+                state: State::Offered { .. },
+                ..
+            }) = self.entries.get(&address)
         {
             self.remove(address);
         }
@@ -349,7 +355,14 @@ impl LeaseTable {
         }
         match self.entries.get(&address).map(|entry| entry.state) {
             Some(State::Bound { secs, until }) => {
-                self.put(client, address, State::Bound { until: until.min(now), secs });
+                self.put(
+                    client,
+                    address,
+                    State::Bound {
+                        until: until.min(now),
+                        secs,
+                    },
+                );
             }
             Some(State::Offered { .. }) => {
                 self.remove(address);
@@ -367,7 +380,13 @@ impl LeaseTable {
             return false;
         }
         if self.attached.get(&client.mac) != Some(&address) {
-            self.put(client, address, State::Quarantined { until: now + QUARANTINE_TIME });
+            self.put(
+                client,
+                address,
+                State::Quarantined {
+                    until: now + QUARANTINE_TIME,
+                },
+            );
         }
         true
     }
@@ -381,7 +400,12 @@ impl LeaseTable {
         if self.attached.contains_key(&mac) {
             return Err(Refusal::Taken);
         }
-        let client = Client { mac, id: None, port, hostname: None };
+        let client = Client {
+            mac,
+            id: None,
+            port,
+            hostname: None,
+        };
         let address = match self.find(&client) {
             Some(address) => address,
             None => self.choose(&ClientKey::new(mac, None), None, now)?,
@@ -396,7 +420,10 @@ impl LeaseTable {
             return;
         };
         if let Some(mut entry) = self.remove(address) {
-            entry.state = State::Bound { until: now, secs: 0 };
+            entry.state = State::Bound {
+                until: now,
+                secs: 0,
+            };
             self.insert(address, entry);
         }
     }
@@ -424,7 +451,13 @@ impl LeaseTable {
                 client_id: entry.key.id.clone(),
                 hostname: entry.hostname.clone(),
                 kind,
-                remaining: until.map(|until| if now < until { until - now } else { Duration::ZERO }),
+                remaining: until.map(|until| {
+                    if now < until {
+                        until - now
+                    } else {
+                        Duration::ZERO
+                    }
+                }),
             }
         };
         self.entries.iter().map(view).collect()
@@ -499,7 +532,10 @@ impl LeaseTable {
             key: ClientKey::new(mac, id.as_deref()),
             port: None,
             hostname: record.hostname.as_deref().and_then(clean_hostname),
-            state: State::Bound { until, secs: record.lease_secs },
+            state: State::Bound {
+                until,
+                secs: record.lease_secs,
+            },
         };
         Some((record.address, entry))
     }
@@ -517,7 +553,9 @@ impl LeaseTable {
 
     /// In no live entry.
     fn is_free(&self, address: Ipv4Addr, now: Instant) -> bool {
-        self.entries.get(&address).is_none_or(|entry| !entry.state.is_live(now))
+        self.entries
+            .get(&address)
+            .is_none_or(|entry| !entry.state.is_live(now))
     }
 
     /// An ended lease counts against the limits again when its client comes back for it.
@@ -527,7 +565,11 @@ impl LeaseTable {
         address: Ipv4Addr,
         now: Instant,
     ) -> Result<(), Refusal> {
-        if self.is_free(address, now) { self.check_limits(client, now) } else { Ok(()) }
+        if self.is_free(address, now) {
+            self.check_limits(client, now)
+        } else {
+            Ok(())
+        }
     }
 
     /// A pass over all entries: only clients without a live lease come here.

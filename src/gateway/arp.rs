@@ -83,13 +83,22 @@ impl Arp {
 
     fn defend(&mut self, now: Instant, out: &mut dyn Outbox) {
         self.counters.conflicts += 1;
-        if self.defended_at.is_some_and(|at| now < at + DEFEND_INTERVAL) {
+        if self
+            .defended_at
+            .is_some_and(|at| now < at + DEFEND_INTERVAL)
+        {
             return;
         }
         self.defended_at = Some(now);
         self.counters.defended += 1;
         // An announcement is a request for one's own address (RFC 5227 2.3).
-        self.send(out, REQUEST, Mac::BROADCAST, Mac::default(), self.lan.address.octets());
+        self.send(
+            out,
+            REQUEST,
+            Mac::BROADCAST,
+            Mac::default(),
+            self.lan.address.octets(),
+        );
     }
 
     fn send(
@@ -139,7 +148,13 @@ impl Service for Arp {
             // prober that the address is taken.
             REQUEST if message.target == gateway => {
                 self.counters.replies += 1;
-                self.send(out, REPLY, packet.source, message.sender_mac, message.sender);
+                self.send(
+                    out,
+                    REPLY,
+                    packet.source,
+                    message.sender_mac,
+                    message.sender,
+                );
                 Ok(())
             }
             // Between guests, or a reply to a question that was never asked.
@@ -236,7 +251,10 @@ mod tests {
         assert_eq!(Mac::at(announcement, 22), lan().mac);
         assert_eq!(announcement[28..32], lan().address.octets());
         assert_eq!(announcement[38..42], lan().address.octets());
-        assert_eq!((service.counters.conflicts, service.counters.defended), (60, 2));
+        assert_eq!(
+            (service.counters.conflicts, service.counters.defended),
+            (60, 2)
+        );
     }
 
     #[test]

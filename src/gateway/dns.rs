@@ -142,7 +142,9 @@ impl DnsService {
 
     /// When [`DnsService::expire`] has something to do next.
     pub fn poll_at(&self) -> Option<Instant> {
-        self.outstanding.first_key_value().map(|(_, asked)| asked.deadline)
+        self.outstanding
+            .first_key_value()
+            .map(|(_, asked)| asked.deadline)
     }
 
     /// Queries under way.
@@ -180,7 +182,9 @@ impl DnsService {
             self.counters.stray += 1;
             return Err(DropReason::Malformed);
         }
-        let room = asked.payload_max.min(usize::from(self.lan.mtu).saturating_sub(HEADERS_LEN));
+        let room = asked
+            .payload_max
+            .min(usize::from(self.lan.mtu).saturating_sub(HEADERS_LEN));
         let cut = (answer.message.len() > room).then(|| message::truncate(&answer.message, room));
         let bytes = match cut {
             None => &answer.message[..],
@@ -262,7 +266,12 @@ impl DnsService {
         };
         self.outstanding.insert(id, asked);
         let message = Bytes::copy_from_slice(bytes);
-        self.queue.push_back(DnsQuery { id, port, reply_to, message });
+        self.queue.push_back(DnsQuery {
+            id,
+            port,
+            reply_to,
+            message,
+        });
         Ok(())
     }
 }

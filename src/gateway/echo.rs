@@ -116,7 +116,13 @@ mod tests {
         let len = 8 + payload.len();
         let mut frame = vec![0; 34 + len];
         write_ethernet(&mut frame, mac, GUEST, ETHERTYPE_IPV4);
-        let fields = Ipv4Fields { source, destination, protocol: PROTO_ICMP, ttl: 64, tos: 0xb9 };
+        let fields = Ipv4Fields {
+            source,
+            destination,
+            protocol: PROTO_ICMP,
+            ttl: 64,
+            tos: 0xb9,
+        };
         write_ipv4(&mut frame, fields, len);
         frame[34..36].copy_from_slice(&kind);
         frame[38..42].copy_from_slice(&[0x12, 0x34, 0, 9]);
@@ -127,7 +133,13 @@ mod tests {
     }
 
     fn to_gateway(payload: &[u8]) -> Vec<u8> {
-        ping(lan().mac, GUEST_ADDRESS, lan().address, ECHO_REQUEST, payload)
+        ping(
+            lan().mac,
+            GUEST_ADDRESS,
+            lan().address,
+            ECHO_REQUEST,
+            payload,
+        )
     }
 
     #[test]
@@ -146,7 +158,9 @@ mod tests {
             let Body::Ipv4(ip) = reply.body else { panic!() };
             assert_eq!((ip.source, ip.destination), (lan().address, GUEST_ADDRESS));
             assert_eq!((ip.ttl, ip.tos), (64, 0xb8));
-            let Transport::Icmp(message) = ip.transport else { panic!() };
+            let Transport::Icmp(message) = ip.transport else {
+                panic!()
+            };
             assert_eq!(message[..2], [0, 0]);
             assert_eq!(message[4..8], [0x12, 0x34, 0, 9]);
             assert_eq!(message[8..], payload);
@@ -191,7 +205,10 @@ mod tests {
         ] {
             let packet = parse(&frame);
             assert!(service.claims(&packet));
-            assert_eq!(service.handle(&packet, Instant::ZERO, &mut out), Err(reason));
+            assert_eq!(
+                service.handle(&packet, Instant::ZERO, &mut out),
+                Err(reason)
+            );
         }
         assert!(out.frames.is_empty());
         assert_eq!(service.counters, EchoCounters::default());

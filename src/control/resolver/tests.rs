@@ -67,7 +67,11 @@ fn query(id: u64, message: Vec<u8>) -> DnsQuery {
     DnsQuery {
         id: QueryId(id),
         port: PortId(1),
-        reply_to: (Mac([2, 0, 0, 0, 0, 1]), Ipv4Addr::new(192, 168, 122, 9), 5353),
+        reply_to: (
+            Mac([2, 0, 0, 0, 0, 1]),
+            Ipv4Addr::new(192, 168, 122, 9),
+            5353,
+        ),
         message: message.into(),
     }
 }
@@ -78,7 +82,10 @@ where
     F: FnOnce(ResolverHandle, AnswerSink, mpsc::UnboundedReceiver<DnsAnswer>) -> T,
     T: Future<Output = ()>,
 {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
     runtime.block_on(async {
         let (resolver, handle) = Resolver::new(config);
         let (sender, answers) = mpsc::unbounded_channel();
@@ -88,68 +95,84 @@ where
             .await
             .expect("the test ends");
         // All handles are gone: the task ends by itself.
-        tokio::time::timeout(Duration::from_secs(10), run).await.expect("ends").unwrap();
+        tokio::time::timeout(Duration::from_secs(10), run)
+            .await
+            .expect("ends")
+            .unwrap();
     });
 }
 
 #[test]
 fn forwards_with_another_id_and_port_and_restores_the_guests_id() {
     let port = free_port();
-    with_resolver(config(&[server_address(1)], port), async |handle, sink, mut answers| {
-        let server = serve(server_address(1), port).await;
-        let (mut ids, mut ports) = (Vec::new(), Vec::new());
-        for n in 0..20 {
-            let asked = question("Example.com");
-            handle.ask(query(n, asked.clone()), &sink).unwrap();
-            let (seen, from) = receive(&server).await;
-            assert_eq!(seen[2..], asked[2..]);
-            ids.push(seen[..2].to_vec());
-            ports.push(from.port());
-            server.send_to(&answer_to(&seen, 0), from).await.unwrap();
-            let answer = answers.recv().await.unwrap();
-            assert_eq!(answer.id, QueryId(n));
-            assert_eq!(answer.message[..], answer_to(&asked, 0));
-        }
-        for seen in [ids.len(), ports.len()] {
-            assert_eq!(seen, 20);
-        }
-        ids.sort();
-        ids.dedup();
-        ports.sort();
-        ports.dedup();
-        assert!(ids.len() >= 18 && ports.len() >= 15, "{ids:?} {ports:?}");
-        assert_eq!(handle.upstream(), Some((server_address(1), port).into()));
-    });
+    with_resolver(
+        config(&[server_address(1)], port),
+        async |handle, sink, mut answers| {
+            let server = serve(server_address(1), port).await;
+            let (mut ids, mut ports) = (Vec::new(), Vec::new());
+            for n in 0..20 {
+                let asked = question("Example.com");
+                handle.ask(query(n, asked.clone()), &sink).unwrap();
+                let (seen, from) = receive(&server).await;
+                assert_eq!(seen[2..], asked[2..]);
+                ids.push(seen[..2].to_vec());
+                ports.push(from.port());
+                server.send_to(&answer_to(&seen, 0), from).await.unwrap();
+                let answer = answers.recv().await.unwrap();
+                assert_eq!(answer.id, QueryId(n));
+                assert_eq!(answer.message[..], answer_to(&asked, 0));
+            }
+            for seen in [ids.len(), ports.len()] {
+                assert_eq!(seen, 20);
+            }
+            ids.sort();
+            ids.dedup();
+            ports.sort();
+            ports.dedup();
+            assert!(ids.len() >= 18 && ports.len() >= 15, "{ids:?} {ports:?}");
+            assert_eq!(handle.upstream(), Some((server_address(1), port).into()));
+        },
+    );
 }
 
 #[test]
 fn takes_only_the_answer_to_its_question_from_the_server_asked() {
     let port = free_port();
-    with_resolver(config(&[server_address(1)], port), async |handle, sink, mut answers| {
-        let server = serve(server_address(1), port).await;
-        let stranger = serve(server_address(2), port).await;
-        let asked = question("bank.example");
-        handle.ask(query(1, asked.clone()), &sink).unwrap();
-        let (seen, from) = receive(&server).await;
-        let right = answer_to(&seen, 0);
-        let mut wrong_id = right.clone();
-        wrong_id[0] ^= 1;
-        let mut wrong_name = right.clone();
-        wrong_name[14] = b'z';
-        let mut no_question = right[..12].to_vec();
-        no_question[5] = 0;
-        for forged in [&wrong_id, &wrong_name, &no_question, &seen, &vec![], &vec![0; 11]] {
-            server.send_to(forged, from).await.unwrap();
-        }
-        stranger.send_to(&answer_to(&seen, 3), from).await.unwrap();
-        let mut other_case = right.clone();
-        other_case[13..17].make_ascii_uppercase();
-        server.send_to(&other_case, from).await.unwrap();
-        let answer = answers.recv().await.unwrap();
-        assert_eq!(answer.message[..2], GUEST_ID);
-        assert_eq!(answer.message[2..], other_case[2..]);
-        assert!(answers.try_recv().is_err(), "one answer");
-    });
+    with_resolver(
+        config(&[server_address(1)], port),
+        async |handle, sink, mut answers| {
+            let server = serve(server_address(1), port).await;
+            let stranger = serve(server_address(2), port).await;
+            let asked = question("bank.example");
+            handle.ask(query(1, asked.clone()), &sink).unwrap();
+            let (seen, from) = receive(&server).await;
+            let right = answer_to(&seen, 0);
+            let mut wrong_id = right.clone();
+            wrong_id[0] ^= 1;
+            let mut wrong_name = right.clone();
+            wrong_name[14] = b'z';
+            let mut no_question = right[..12].to_vec();
+            no_question[5] = 0;
+            for forged in [
+                &wrong_id,
+                &wrong_name,
+                &no_question,
+                &seen,
+                &vec![],
+                &vec![0; 11],
+            ] {
+                server.send_to(forged, from).await.unwrap();
+            }
+            stranger.send_to(&answer_to(&seen, 3), from).await.unwrap();
+            let mut other_case = right.clone();
+            other_case[13..17].make_ascii_uppercase();
+            server.send_to(&other_case, from).await.unwrap();
+            let answer = answers.recv().await.unwrap();
+            assert_eq!(answer.message[..2], GUEST_ID);
+            assert_eq!(answer.message[2..], other_case[2..]);
+            assert!(answers.try_recv().is_err(), "one answer");
+        },
+    );
 }
 
 #[test]
@@ -171,14 +194,21 @@ fn fails_over_on_silence_refusal_and_a_closed_port_and_stays_there() {
         good.send_to(&answer_to(&seen, 0), from).await.unwrap();
         assert_eq!(answers.recv().await.unwrap().message[3] & 15, 0);
         let took = started.elapsed();
-        assert!(took >= ATTEMPT_TIMEOUT && took < 2 * ATTEMPT_TIMEOUT, "{took:?}");
+        assert!(
+            took >= ATTEMPT_TIMEOUT && took < 2 * ATTEMPT_TIMEOUT,
+            "{took:?}"
+        );
         assert_eq!(handle.upstream(), Some((servers[3], port).into()));
 
         let started = Instant::now();
         handle.ask(query(2, question("b.example")), &sink).unwrap();
         let (seen, from) = receive(&good).await;
         good.send_to(&answer_to(&seen, 3), from).await.unwrap();
-        assert_eq!(answers.recv().await.unwrap().message[3] & 15, 3, "NXDOMAIN is an answer");
+        assert_eq!(
+            answers.recv().await.unwrap().message[3] & 15,
+            3,
+            "NXDOMAIN is an answer"
+        );
         assert!(started.elapsed() < Duration::from_secs(1));
     });
 }
@@ -186,14 +216,17 @@ fn fails_over_on_silence_refusal_and_a_closed_port_and_stays_there() {
 #[test]
 fn a_lost_query_is_asked_again() {
     let port = free_port();
-    with_resolver(config(&[server_address(1)], port), async |handle, sink, mut answers| {
-        let server = serve(server_address(1), port).await;
-        handle.ask(query(1, question("a.example")), &sink).unwrap();
-        receive(&server).await;
-        let (seen, from) = receive(&server).await;
-        server.send_to(&answer_to(&seen, 0), from).await.unwrap();
-        assert_eq!(answers.recv().await.unwrap().message[3] & 15, 0);
-    });
+    with_resolver(
+        config(&[server_address(1)], port),
+        async |handle, sink, mut answers| {
+            let server = serve(server_address(1), port).await;
+            handle.ask(query(1, question("a.example")), &sink).unwrap();
+            receive(&server).await;
+            let (seen, from) = receive(&server).await;
+            server.send_to(&answer_to(&seen, 0), from).await.unwrap();
+            assert_eq!(answers.recv().await.unwrap().message[3] & 15, 0);
+        },
+    );
 }
 
 #[test]
@@ -204,48 +237,64 @@ fn answers_servfail_when_no_server_is_known_or_none_works() {
         let answer = answers.recv().await.unwrap();
         let mut expected = answer_to(&question("a.example"), 2);
         expected[2] = 0x81;
-        assert_eq!((answer.id, &answer.message[..]), (QueryId(9), &expected[..]));
+        assert_eq!(
+            (answer.id, &answer.message[..]),
+            (QueryId(9), &expected[..])
+        );
     });
     let port = free_port();
-    with_resolver(config(&[server_address(1)], port), async |handle, sink, mut answers| {
-        let server = serve(server_address(1), port).await;
-        handle.ask(query(1, question("a.example")), &sink).unwrap();
-        let (seen, from) = receive(&server).await;
-        let mut detailed = answer_to(&seen, 2);
-        detailed[3] |= 0x20;
-        server.send_to(&detailed, from).await.unwrap();
-        let answer = answers.recv().await.unwrap();
-        assert_eq!(answer.message[3], 0xa2, "the server's own SERVFAIL is passed on");
-    });
+    with_resolver(
+        config(&[server_address(1)], port),
+        async |handle, sink, mut answers| {
+            let server = serve(server_address(1), port).await;
+            handle.ask(query(1, question("a.example")), &sink).unwrap();
+            let (seen, from) = receive(&server).await;
+            let mut detailed = answer_to(&seen, 2);
+            detailed[3] |= 0x20;
+            server.send_to(&detailed, from).await.unwrap();
+            let answer = answers.recv().await.unwrap();
+            assert_eq!(
+                answer.message[3], 0xa2,
+                "the server's own SERVFAIL is passed on"
+            );
+        },
+    );
 }
 
 #[test]
 fn all_queries_of_a_burst_are_answered() {
     let port = free_port();
-    with_resolver(config(&[server_address(1)], port), async |handle, sink, mut answers| {
-        let server = serve(server_address(1), port).await;
-        let count = QUERIES_MAX as u64;
-        for n in 0..count {
-            handle.ask(query(n, question("burst.example")), &sink).unwrap();
-        }
-        let refused = handle.ask(query(count, question("burst.example")), &sink).unwrap_err();
-        assert_eq!(refused.id, QueryId(count));
-        let mut seen = Vec::new();
-        for _ in 0..count {
-            let (query, from) = receive(&server).await;
-            server.send_to(&answer_to(&query, 0), from).await.unwrap();
-            // Reading as we go: the burst must not overflow the socket buffers.
-            while let Ok(answer) = answers.try_recv() {
-                seen.push(answer.id);
+    with_resolver(
+        config(&[server_address(1)], port),
+        async |handle, sink, mut answers| {
+            let server = serve(server_address(1), port).await;
+            let count = QUERIES_MAX as u64;
+            for n in 0..count {
+                handle
+                    .ask(query(n, question("burst.example")), &sink)
+                    .unwrap();
             }
-        }
-        while (seen.len() as u64) < count {
-            seen.push(answers.recv().await.unwrap().id);
-        }
-        seen.sort();
-        seen.dedup();
-        assert_eq!(seen.len() as u64, count);
-    });
+            let refused = handle
+                .ask(query(count, question("burst.example")), &sink)
+                .unwrap_err();
+            assert_eq!(refused.id, QueryId(count));
+            let mut seen = Vec::new();
+            for _ in 0..count {
+                let (query, from) = receive(&server).await;
+                server.send_to(&answer_to(&query, 0), from).await.unwrap();
+                // Reading as we go: the burst must not overflow the socket buffers.
+                while let Ok(answer) = answers.try_recv() {
+                    seen.push(answer.id);
+                }
+            }
+            while (seen.len() as u64) < count {
+                seen.push(answers.recv().await.unwrap().id);
+            }
+            seen.sort();
+            seen.dedup();
+            assert_eq!(seen.len() as u64, count);
+        },
+    );
 }
 
 #[test]
@@ -254,7 +303,8 @@ fn follows_changes_of_resolv_conf() {
     let write = |text: &str, at: u64| {
         std::fs::write(&path, text).unwrap();
         let file = std::fs::File::options().write(true).open(&path).unwrap();
-        file.set_modified(SystemTime::UNIX_EPOCH + Duration::from_secs(at)).unwrap();
+        file.set_modified(SystemTime::UNIX_EPOCH + Duration::from_secs(at))
+            .unwrap();
     };
     let mut servers = Servers::new(ResolverConfig {
         resolv_conf: path.clone(),
@@ -283,11 +333,19 @@ fn reads_resolv_conf_as_the_manual_says() {
     let text = "# nameserver 1.1.1.1\nsearch example.com\n  nameserver\t10.0.0.1 # first\n\
         nameserver fd00::1\nnameserver fe80::1%7\nnameserver fe80::2%lo\nnameserver fe80::3%no/pe\n\
         nameserver nonsense\nnameserver\nnameservers 10.0.0.9\nnameserver 10.0.0.2";
-    let servers: Vec<_> =
-        parse_resolv_conf(text, 53).iter().map(SocketAddr::to_string).collect();
+    let servers: Vec<_> = parse_resolv_conf(text, 53)
+        .iter()
+        .map(SocketAddr::to_string)
+        .collect();
     assert_eq!(
         servers,
-        ["10.0.0.1:53", "[fd00::1]:53", "[fe80::1%7]:53", "[fe80::2%1]:53", "10.0.0.2:53"]
+        [
+            "10.0.0.1:53",
+            "[fd00::1]:53",
+            "[fe80::1%7]:53",
+            "[fe80::2%1]:53",
+            "10.0.0.2:53"
+        ]
     );
     let many = "nameserver 10.0.0.1\n".repeat(100);
     assert_eq!(parse_resolv_conf(&many, 53).len(), SERVERS_MAX);
@@ -301,13 +359,18 @@ fn an_ipv6_server() {
         return;
     }
     let address = IpAddr::from(Ipv6Addr::LOCALHOST);
-    with_resolver(config(&[address], port), async |handle, sink, mut answers| {
-        let server = serve(address, port).await;
-        handle.ask(query(1, question("six.example")), &sink).unwrap();
-        let (seen, from) = receive(&server).await;
-        server.send_to(&answer_to(&seen, 0), from).await.unwrap();
-        assert_eq!(answers.recv().await.unwrap().message[3] & 15, 0);
-    });
+    with_resolver(
+        config(&[address], port),
+        async |handle, sink, mut answers| {
+            let server = serve(address, port).await;
+            handle
+                .ask(query(1, question("six.example")), &sink)
+                .unwrap();
+            let (seen, from) = receive(&server).await;
+            server.send_to(&answer_to(&seen, 0), from).await.unwrap();
+            assert_eq!(answers.recv().await.unwrap().message[3] & 15, 0);
+        },
+    );
 }
 
 #[test]
@@ -326,7 +389,9 @@ fn a_sink_may_belong_to_another_thread() {
         });
         let (seen, from) = receive(&server).await;
         server.send_to(&answer_to(&seen, 0), from).await.unwrap();
-        let answer = tokio::task::spawn_blocking(|| worker.join().unwrap()).await.unwrap();
+        let answer = tokio::task::spawn_blocking(|| worker.join().unwrap())
+            .await
+            .unwrap();
         assert_eq!(answer.id, QueryId(5));
     });
 }
@@ -356,9 +421,13 @@ fn a_real_server_answers() {
         format!("--port={port}"),
         "--address=/guest.example/192.0.2.7".to_owned(),
     ];
-    let program = ["/usr/sbin/dnsmasq", "/usr/bin/dnsmasq", "/usr/local/sbin/dnsmasq"]
-        .into_iter()
-        .find(|path| Path::new(path).exists());
+    let program = [
+        "/usr/sbin/dnsmasq",
+        "/usr/bin/dnsmasq",
+        "/usr/local/sbin/dnsmasq",
+    ]
+    .into_iter()
+    .find(|path| Path::new(path).exists());
     let Some(program) = program else {
         eprintln!("no dnsmasq here");
         return;
@@ -371,21 +440,26 @@ fn a_real_server_answers() {
             .spawn()
             .unwrap(),
     );
-    with_resolver(config(&[address], port), async |handle, sink, mut answers| {
-        // Until dnsmasq listens, its port is closed and the answer is SERVFAIL.
-        let mut answer = None;
-        for n in 0..50 {
-            handle.ask(query(n, question("guest.example")), &sink).unwrap();
-            let got = answers.recv().await.unwrap().message;
-            if got[3] & 15 == 0 {
-                answer = Some(got);
-                break;
+    with_resolver(
+        config(&[address], port),
+        async |handle, sink, mut answers| {
+            // Until dnsmasq listens, its port is closed and the answer is SERVFAIL.
+            let mut answer = None;
+            for n in 0..50 {
+                handle
+                    .ask(query(n, question("guest.example")), &sink)
+                    .unwrap();
+                let got = answers.recv().await.unwrap().message;
+                if got[3] & 15 == 0 {
+                    answer = Some(got);
+                    break;
+                }
+                tokio::time::sleep(Duration::from_millis(100)).await;
             }
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
-        let answer = answer.expect("dnsmasq answers");
-        assert_eq!(answer[..2], GUEST_ID);
-        assert_eq!(answer[6..8], [0, 1]);
-        assert!(answer.ends_with(&[192, 0, 2, 7]));
-    });
+            let answer = answer.expect("dnsmasq answers");
+            assert_eq!(answer[..2], GUEST_ID);
+            assert_eq!(answer[6..8], [0, 1]);
+            assert!(answer.ends_with(&[192, 0, 2, 7]));
+        },
+    );
 }

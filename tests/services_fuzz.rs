@@ -51,7 +51,7 @@ impl Random {
     /// A seed with some bytes changed, cut, or grown; now and then pure noise.
     fn mutate(&mut self, seeds: &[Vec<u8>], into: &mut Vec<u8>) {
         into.clear();
-        into.extend_from_slice(self.pick(seeds));
+        into.extend_from_slice(self.pick::<Vec<u8>>(seeds));
         if self.one_in(50) {
             let len = self.below(700);
             into.clear();

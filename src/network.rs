@@ -691,14 +691,18 @@ fn watch_helper(events: &HelperEvents, shared: &std::sync::Weak<Shared>) {
         // An error other than EINTR shows in the receive that follows.
         let _ = rustix::event::poll(&mut fds, None);
         let event = events.next_event();
-        let Some(shared) = shared.upgrade() else { return };
+        let Some(shared) = shared.upgrade() else {
+            return;
+        };
         match event {
             Ok(Some(HelperEvent::Gone(wire))) => shared.detach_wire(wire),
             Ok(None) => {}
             Err(error) => {
                 // Taken already if the network is stopping.
                 if lock(&shared.helper).take().is_some() {
-                    log::warn!("{error}; VMMs can attach again, those attached have lost their link");
+                    log::warn!(
+                        "{error}; VMMs can attach again, those attached have lost their link"
+                    );
                 }
                 return;
             }

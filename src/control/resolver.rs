@@ -29,6 +29,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::{Bytes, BytesMut};
+use tokio::io::Interest;
 use tokio::net::UdpSocket;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -209,7 +210,15 @@ async fn attempt_once(query: &Bytes, server: SocketAddr, id: u16) -> io::Result<
     asked[..2].copy_from_slice(&id.to_be_bytes());
     socket.send(&asked).await?;
     loop {
-        socket.readable().await?;
+        // An ICMP error (port unreachable) makes the socket ready for that alone, not readable.
+        if socket
+            .ready(Interest::READABLE | Interest::ERROR)
+            .await?
+            .is_error()
+        {
+            let error = socket.take_error()?;
+            return Err(error.unwrap_or_else(|| io::ErrorKind::ConnectionRefused.into()));
+        }
         // Reserved, not touched: the pages that an answer doesn't reach cost nothing.
         let mut buffer = BytesMut::with_capacity(ANSWER_LEN_MAX);
         match socket.try_recv_buf(&mut buffer) {

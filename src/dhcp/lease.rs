@@ -30,16 +30,23 @@
 //! port ([`PORT_SHARE_DIVISOR`]), offers and quarantined addresses included: a guest that invents
 //! MACs or client identifiers, or declines all it is given, takes no more than its share.
 
+mod client;
+mod record;
+mod view;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::Ipv4Addr;
 use std::ops::RangeInclusive;
 
-use serde::{Deserialize, Serialize};
-
 use crate::frame::{Duration, Instant, Mac, PortId};
 use crate::gateway::LanConfig;
+pub use client::{CLIENT_ID_LEN_MAX, Client, HOSTNAME_LEN_MAX};
+use client::{ClientKey, clean_hostname};
+pub use record::LeaseRecord;
+pub use view::{LeaseKind, LeaseView};
 
-/// Entries at most, ended leases included: 16 times the pool of a /24, half a megabyte.
+/// Entries at most, ended leases included: 16 times the pool of a /24; a megabyte, or three if every
+/// client identifier is as long as it may be.
 pub const LEASES_MAX: usize = 4_096;
 /// Live leases of one MAC: ipvlan children and a second operating system, not a pool's worth.
 pub const LEASES_PER_MAC_MAX: usize = 8;
@@ -52,25 +59,6 @@ pub const PORT_SHARE_MIN: usize = 8;
 pub const OFFER_TIME: Duration = Duration::from_secs(30);
 /// How long a declined address is kept back, as dnsmasq does (`DECLINE_BACKOFF`).
 pub const QUARANTINE_TIME: Duration = Duration::from_secs(600);
-/// Longest client identifier that is kept: what one option holds (RFC 2132 9.14).
-pub const CLIENT_ID_LEN_MAX: usize = 255;
-/// Longest host name that is kept: a DNS label (RFC 1035 2.3.4).
-pub const HOSTNAME_LEN_MAX: usize = 63;
-/// Older ends than this are told apart no longer when a lease file is read.
-const AGE_SECS_MAX: u64 = 10 * 365 * 86_400;
-
-/// Who asks for an address.
-#[derive(Clone, Copy, Debug)]
-pub struct Client<'a> {
-    /// Hardware address.
-    pub mac: Mac,
-    /// Client identifier (option 61), type byte included.
-    pub id: Option<&'a [u8]>,
-    /// Port the client is behind.
-    pub port: PortId,
-    /// Name the client gave itself (option 12).
-    pub hostname: Option<&'a str>,
-}
 
 /// Why a client does not get an address.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
@@ -108,33 +96,6 @@ pub enum PoolError {
     OnlyGateway,
 }
 
-#[derive(Clone, PartialEq, Eq, Hash, Debug)]
-struct ClientKey {
-    mac: Mac,
-    id: Option<Box<[u8]>>,
-}
-
-impl ClientKey {
-    fn new(mac: Mac, id: Option<&[u8]>) -> Self {
-        let id = id.filter(|id| !matches!(id, [1, rest @ ..] if rest == mac.0));
-        Self {
-            mac,
-            id: id.map(Box::from),
-        }
-    }
-
-    /// Which address of the pool to try first: FNV-1a, fixed for ever, so that a guest's address
-    /// survives a lost lease file.
-    fn hash(&self) -> u64 {
-        let bytes = self.mac.0.iter().chain(self.id.iter().flatten());
-        let mixed = bytes.fold(0xcbf2_9ce4_8422_2325u64, |hash, &byte| {
-            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-        });
-        // FNV's low bits hardly depend on the first bytes.
-        mixed ^ (mixed >> 32)
-    }
-}
-
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum State {
     Offered { until: Instant },
@@ -161,57 +122,6 @@ struct Entry {
     port: Option<PortId>,
     hostname: Option<String>,
     state: State,
-}
-
-/// What `status` shows of an entry.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct LeaseView {
-    /// Leased address.
-    pub address: Ipv4Addr,
-    /// The client's MAC.
-    pub mac: Mac,
-    /// The client's identifier, unless it is its MAC.
-    pub client_id: Option<Box<[u8]>>,
-    /// The client's name.
-    pub hostname: Option<String>,
-    /// What the address is doing.
-    pub kind: LeaseKind,
-    /// Time left; `None` for [`LeaseKind::Attached`].
-    pub remaining: Option<Duration>,
-}
-
-/// What an address is doing.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum LeaseKind {
-    /// Offered, not taken yet.
-    Offered,
-    /// Leased.
-    Bound,
-    /// Ended or released; kept for its former client.
-    Ended,
-    /// As long as its port.
-    Attached,
-    /// Declined by a client, not handed out for a while.
-    Quarantined,
-}
-
-/// A lease as it is kept across restarts: with the wall clock's time.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct LeaseRecord {
-    /// Leased address.
-    pub address: Ipv4Addr,
-    /// The client's MAC.
-    pub mac: String,
-    /// The client's identifier in hexadecimal, unless it is its MAC.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub client_id: Option<String>,
-    /// The client's name.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub hostname: Option<String>,
-    /// End, seconds since 1970.
-    pub expires_unix: u64,
-    /// Seconds it was granted for: bounds what a wall clock set back can make of `expires_unix`.
-    pub lease_secs: u32,
 }
 
 /// The lease table.
@@ -435,111 +345,6 @@ impl LeaseTable {
         (holds && entry.state.is_live(now)).then_some((entry.key.mac, entry.port))
     }
 
-    /// All entries by address.
-    pub fn snapshot(&self, now: Instant) -> Vec<LeaseView> {
-        let view = |(&address, entry): (&Ipv4Addr, &Entry)| {
-            let (kind, until) = match entry.state {
-                State::Offered { until } => (LeaseKind::Offered, Some(until)),
-                State::Bound { until, .. } if now < until => (LeaseKind::Bound, Some(until)),
-                State::Bound { until, .. } => (LeaseKind::Ended, Some(until)),
-                State::Attached => (LeaseKind::Attached, None),
-                State::Quarantined { until } => (LeaseKind::Quarantined, Some(until)),
-            };
-            LeaseView {
-                address,
-                mac: entry.key.mac,
-                client_id: entry.key.id.clone(),
-                hostname: entry.hostname.clone(),
-                kind,
-                remaining: until.map(|until| {
-                    if now < until {
-                        until - now
-                    } else {
-                        Duration::ZERO
-                    }
-                }),
-            }
-        };
-        self.entries.iter().map(view).collect()
-    }
-
-    /// What to keep across a restart: leases, ended ones included (they remember addresses), and
-    /// attached ones as ended. `unix_now` is the wall clock at `now`, in seconds.
-    pub fn records(&self, now: Instant, unix_now: u64) -> Vec<LeaseRecord> {
-        let record = |(&address, entry): (&Ipv4Addr, &Entry)| {
-            let (until, lease_secs) = match entry.state {
-                State::Bound { until, secs } => (until, secs),
-                State::Attached => (now, 0),
-                State::Offered { .. } | State::Quarantined { .. } => return None,
-            };
-            // Rounded up: a lease must not end here before it ends at its client.
-            let expires_unix = if now < until {
-                unix_now.saturating_add((until - now).total_micros().div_ceil(1_000_000))
-            } else {
-                unix_now.saturating_sub((now - until).secs())
-            };
-            Some(LeaseRecord {
-                address,
-                mac: entry.key.mac.to_string(),
-                client_id: entry.key.id.as_deref().map(to_hex),
-                hostname: entry.hostname.clone(),
-                expires_unix,
-                lease_secs,
-            })
-        };
-        self.entries.iter().filter_map(record).collect()
-    }
-
-    /// Takes up the leases of an earlier run. Records that don't fit (outside the range, malformed, a
-    /// second one for an address or a client) are left out; returns how many were taken.
-    ///
-    /// A wall clock that was set back makes no lease longer than it was granted for; one that was set
-    /// forward ends leases early, but their addresses are the last to be given to others.
-    pub fn restore(&mut self, records: &[LeaseRecord], now: Instant, unix_now: u64) -> usize {
-        let mut taken = 0;
-        for record in records {
-            let Some((address, entry)) = self.revive(record, now, unix_now) else {
-                continue;
-            };
-            if self.entries.len() < LEASES_MAX
-                && self.in_pool(address)
-                && !self.entries.contains_key(&address)
-                && !self.by_client.contains_key(&entry.key)
-            {
-                self.insert(address, entry);
-                taken += 1;
-            }
-        }
-        taken
-    }
-
-    fn revive(
-        &self,
-        record: &LeaseRecord,
-        now: Instant,
-        unix_now: u64,
-    ) -> Option<(Ipv4Addr, Entry)> {
-        let mac: Mac = record.mac.parse().ok()?;
-        let id = match &record.client_id {
-            Some(text) => Some(from_hex(text).filter(|id| id.len() <= CLIENT_ID_LEN_MAX)?),
-            None => None,
-        };
-        let until = match record.expires_unix.checked_sub(unix_now) {
-            Some(left) => now + Duration::from_secs(left.min(u64::from(record.lease_secs))),
-            None => now - Duration::from_secs((unix_now - record.expires_unix).min(AGE_SECS_MAX)),
-        };
-        let entry = Entry {
-            key: ClientKey::new(mac, id.as_deref()),
-            port: None,
-            hostname: record.hostname.as_deref().and_then(clean_hostname),
-            state: State::Bound {
-                until,
-                secs: record.lease_secs,
-            },
-        };
-        Some((record.address, entry))
-    }
-
     fn find(&self, client: &Client<'_>) -> Option<Ipv4Addr> {
         let attached = self.attached.get(&client.mac);
         attached
@@ -713,26 +518,6 @@ impl LeaseTable {
         }
         Some(entry)
     }
-}
-
-/// A name from a guest, if it is a host name (RFC 1123 2.1): it ends up on terminals and in files.
-fn clean_hostname(name: &str) -> Option<String> {
-    let good = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'.';
-    (!name.is_empty() && name.len() <= HOSTNAME_LEN_MAX && name.bytes().all(good))
-        .then(|| name.to_owned())
-}
-
-fn to_hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-fn from_hex(text: &str) -> Option<Vec<u8>> {
-    let digit = |byte: u8| char::from(byte).to_digit(16);
-    let pair = |pair: &[u8]| match pair {
-        &[high, low] => u8::try_from(digit(high)? << 4 | digit(low)?).ok(),
-        _ => None,
-    };
-    text.as_bytes().chunks(2).map(pair).collect()
 }
 
 #[cfg(test)]

@@ -29,10 +29,9 @@ const MESSAGE_SIZE_MIN: u16 = 576;
 const HEADERS_LEN: usize = 28;
 /// Everything a reply MUST hold, with the longest client identifier, has to fit the least size:
 /// type, server, lease time, T1, T2, identifier, rapid commit, mask, router, end.
-const _: () = assert!(
-    HEADER_LEN + 3 + 6 + 6 + 6 + 6 + 2 + CLIENT_ID_LEN_MAX + 2 + 6 + 6 + 1
-        <= MESSAGE_SIZE_MIN as usize - HEADERS_LEN
-);
+const REQUIRED_LEN_MAX: usize =
+    HEADER_LEN + 3 + 6 + 6 + 6 + 6 + (2 + CLIENT_ID_LEN_MAX) + 2 + 6 + 6 + 1;
+const _: () = assert!(REQUIRED_LEN_MAX <= MESSAGE_SIZE_MIN as usize - HEADERS_LEN);
 
 /// A client's message.
 #[derive(Clone, PartialEq, Eq, Debug)]

@@ -40,8 +40,8 @@ use crate::wire::{
     UDP4_PAYLOAD_AT, Udp, checksum,
 };
 
-/// Bounds by default. Each mapping is an open file: a quarter of the usual hard limit of 20,000 and
-/// more leaves TCP its share; a guest that resolves for a whole network gets 2,048 queries under way.
+/// Bounds by default. Each mapping is an open file: where a process may have 20,000 of them, TCP keeps
+/// its 10,000. A guest that resolves for a whole network has 2,048 queries under way.
 pub const LIMITS: Limits = Limits {
     total: 8192,
     per_guest: 2048,

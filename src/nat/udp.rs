@@ -7,14 +7,14 @@
 //! the kernel coalesced becomes one super-frame. Checksums are left to the egress port.
 //!
 //! # State
-//! One [`Mapping`] per guest address and port whatever the destination (RFC 4787 REQ-1), on the same
+//! One mapping per guest address and port whatever the destination (RFC 4787 REQ-1), on the same
 //! host port where that is free (REQ-3). It remembers whom the guest wrote to, and only they get
 //! through (REQ-8, address- and port-dependent filtering): the socket is open to the whole of the
 //! host's networks, its guest need not be.
 //!
 //! # Timers
 //! A use in either direction refreshes (REQ-6; inbound counts, since filtering lets only peers of the
-//! guest's choice in). Between 30 and 300 seconds by class, see [`CLASSES`].
+//! guest's choice in). Between 10 and 300 seconds by class, see `CLASSES`.
 //!
 //! # Limits
 //! [`LIMITS`], or the host's on open files; [`MappingTable`] says who gives way. What the host's

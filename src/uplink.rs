@@ -97,6 +97,10 @@ pub struct HostUplink {
     free: Vec<u32>,
     batch: mmsg::RecvBatch,
     routes: RouteTable,
+    /// Keeps UDP_GRO in use. The kernel patches its code when the first such socket of the machine
+    /// opens and when the last one closes (`udp_encap_needed_key`): measured, 140 microseconds per
+    /// mapping on a host where no one else has one.
+    _gro: OwnedFd,
     random: [u8; 256],
     random_left: usize,
 }
@@ -105,14 +109,19 @@ impl HostUplink {
     /// Sockets that report to `epoll`.
     ///
     /// # Errors
-    /// The kernel gives no netlink socket.
+    /// The kernel gives no netlink or UDP socket.
     pub fn new(epoll: Arc<OwnedFd>) -> io::Result<Self> {
+        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+        let gro = socket_with(AddressFamily::INET, SocketType::DGRAM, flags, None)?;
+        // A kernel before 5.0 has none, and then nothing to patch.
+        let _ = socket::set_udp_gro(gro.as_fd());
         Ok(Self {
             epoll,
             sockets: Vec::new(),
             free: Vec::new(),
             batch: mmsg::RecvBatch::new(),
             routes: RouteTable::open()?,
+            _gro: gro,
             random: [0; 256],
             random_left: 0,
         })

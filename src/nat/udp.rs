@@ -7,14 +7,14 @@
 //! the kernel coalesced becomes one super-frame. Checksums are left to the egress port.
 //!
 //! # State
-//! One [`Mapping`] per guest address and port whatever the destination (RFC 4787 REQ-1), on the same
+//! One mapping per guest address and port whatever the destination (RFC 4787 REQ-1), on the same
 //! host port where that is free (REQ-3). It remembers whom the guest wrote to, and only they get
 //! through (REQ-8, address- and port-dependent filtering): the socket is open to the whole of the
 //! host's networks, its guest need not be.
 //!
 //! # Timers
 //! A use in either direction refreshes (REQ-6; inbound counts, since filtering lets only peers of the
-//! guest's choice in). Between 30 and 300 seconds by class, see [`CLASSES`].
+//! guest's choice in). Between 10 and 300 seconds by class, see `CLASSES`.
 //!
 //! # Limits
 //! [`LIMITS`], or the host's on open files; [`MappingTable`] says who gives way. What the host's
@@ -40,8 +40,8 @@ use crate::wire::{
     UDP4_PAYLOAD_AT, Udp, checksum,
 };
 
-/// Bounds by default. Each mapping is an open file: a quarter of the usual hard limit of 20,000 and
-/// more leaves TCP its share; a guest that resolves for a whole network gets 2,048 queries under way.
+/// Bounds by default. Each mapping is an open file: where a process may have 20,000 of them, TCP keeps
+/// its 10,000. A guest that resolves for a whole network has 2,048 queries under way.
 pub const LIMITS: Limits = Limits {
     total: 8192,
     per_guest: 2048,

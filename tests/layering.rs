@@ -113,10 +113,8 @@ fn bare(text: &str) -> String {
             quoted(rest)
         } else if let Some(len) = raw_string(rest, code.chars().next_back()) {
             len
-        } else if let Some(len) = character(rest) {
-            len
         } else {
-            0
+            character(rest).unwrap_or_default()
         };
         if skipped == 0 {
             let next = rest.chars().next().unwrap();

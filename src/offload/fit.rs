@@ -1,6 +1,7 @@
 //! Adapts a frame to what its egress port can do.
 
-use super::layout::{Headers, network};
+use super::layout::{Headers, headers_len, network};
+use super::segment::segment;
 use super::{Caps, Csum, Gso, Offload};
 use crate::frame::{ETH_HEADER_LEN, Frame};
 use crate::stats::DropReason;
@@ -26,7 +27,8 @@ pub fn fit(
 ) -> Result<(), DropReason> {
     match frame.offload.gso {
         Gso::None => {
-            if frame.bytes.len() > ETH_HEADER_LEN + mtu && packet_len(frame.bytes) > mtu {
+            let len = frame.bytes.len();
+            if len > ETH_HEADER_LEN + mtu && len > network_at(frame.bytes) + mtu {
                 return Err(DropReason::EgressTooBig);
             }
             if caps.take(frame.offload) {
@@ -37,24 +39,26 @@ pub fn fit(
         }
         gso @ (Gso::Tcp4(size) | Gso::Tcp6(size) | Gso::Udp(size)) => {
             let size = usize::from(size);
-            let headers = Headers::of(frame.bytes, gso).ok_or(DropReason::BadOffload)?;
-            if headers.payload_at - headers.ip.network_at + size > mtu {
+            let headers_len =
+                headers_len(frame.bytes, frame.offload).ok_or(DropReason::BadOffload)?;
+            if network_at(frame.bytes) + mtu < headers_len + size {
                 return Err(DropReason::EgressTooBig);
             }
             if caps.take(frame.offload) {
                 emit(frame);
             } else {
-                super::segment::segment(frame.bytes, &headers, size, scratch, emit)?;
+                let headers = Headers::of(frame.bytes, gso).ok_or(DropReason::BadOffload)?;
+                segment(frame.bytes, &headers, size, scratch, emit)?;
             }
         }
     }
     Ok(())
 }
 
-/// Bytes behind Ethernet header and VLAN tags.
-fn packet_len(bytes: &[u8]) -> usize {
-    // Behind a third tag nobody measures: all of it counts.
-    bytes.len() - network(bytes).map_or(ETH_HEADER_LEN, |(at, _)| at)
+/// Where the bytes that an MTU counts begin. Behind a third tag nobody measures: it counts.
+#[inline]
+fn network_at(bytes: &[u8]) -> usize {
+    network(bytes).map_or(ETH_HEADER_LEN, |(at, _)| at)
 }
 
 /// A copy of `frame` in `scratch` whose checksum is complete. The sum starts from what the sender

@@ -1,6 +1,6 @@
 //! Where the headers of a frame lie, as far as offload claims need to know.
 
-use super::Gso;
+use super::{Csum, Gso, Offload};
 use crate::wire::{
     ETHERTYPE_IPV4, ETHERTYPE_IPV6, ETHERTYPE_VLAN, IPV4_HEADER_LEN, PROTO_TCP, PROTO_UDP,
     UDP_HEADER_LEN, be16,
@@ -27,6 +27,7 @@ const TCP_NOT_IN_TRAINS: u8 = 0x02 | 0x04;
 
 /// EtherType behind the VLAN tags and the place of what follows it; `None` if the frame ends
 /// before or has too many tags.
+#[inline]
 pub(super) fn network(bytes: &[u8]) -> Option<(usize, u16)> {
     let mut at = 12;
     for _ in 0..=VLAN_TAGS_MAX {
@@ -66,6 +67,7 @@ pub(super) struct Ip {
 
 impl Ip {
     /// The IP headers at `network_at`, for one of the two EtherTypes of IP.
+    #[inline]
     pub fn at(bytes: &[u8], network_at: usize, ethertype: u16) -> Option<Ip> {
         match ethertype {
             ETHERTYPE_IPV4 => Self::v4(bytes, network_at),
@@ -74,6 +76,7 @@ impl Ip {
         }
     }
 
+    #[inline]
     fn v4(bytes: &[u8], network_at: usize) -> Option<Ip> {
         let header: &[u8; IPV4_HEADER_LEN] = bytes.get(network_at..)?.first_chunk()?;
         let header_len = usize::from(header[0] & 0x0f) * 4;
@@ -160,6 +163,7 @@ pub(super) struct Headers {
 
 impl Headers {
     /// The headers that `gso` promises, if they are there.
+    #[inline]
     pub fn of(bytes: &[u8], gso: Gso) -> Option<Headers> {
         let (network_at, ethertype) = network(bytes)?;
         let ip = Ip::at(bytes, network_at, ethertype)?;
@@ -192,4 +196,19 @@ fn tcp_train_header_len(tcp: &[u8]) -> Option<usize> {
     let header_len = usize::from(header[12] >> 4) * 4;
     (header_len >= TCP_HEADER_LEN && header[TCP_FLAGS_AT] & TCP_NOT_IN_TRAINS == 0)
         .then_some(header_len)
+}
+
+/// Length of all headers of a super-frame, without another walk over them: [`super::admit`] made
+/// sure that the checksum starts where the transport header does.
+#[inline]
+pub(super) fn headers_len(bytes: &[u8], offload: Offload) -> Option<usize> {
+    let Csum::Partial { start, .. } = offload.csum else {
+        return None;
+    };
+    let start = usize::from(start);
+    match offload.gso {
+        Gso::None => None,
+        Gso::Tcp4(_) | Gso::Tcp6(_) => Some(start + usize::from(bytes.get(start + 12)? >> 4) * 4),
+        Gso::Udp(_) => Some(start + UDP_HEADER_LEN),
+    }
 }

@@ -5,7 +5,7 @@
 //! TUNSETVNETBE says otherwise, and we set neither. (A VMM sets TUNSETVNETLE on its own tap; the
 //! kernel keeps that per device and writes our side's header for our side.)
 
-use super::layout::{Headers, Ip, TCP_CSUM_AT, TCP_HEADER_LEN, UDP_CSUM_AT, network};
+use super::layout::{Headers, Ip, TCP_CSUM_AT, TCP_HEADER_LEN, UDP_CSUM_AT, headers_len, network};
 use super::{Csum, Gso, Offload};
 use crate::frame::{ETH_HEADER_LEN, FRAME_LEN_MAX, Frame};
 use crate::stats::DropReason;
@@ -197,11 +197,8 @@ pub fn encode(frame: Frame<'_>) -> [u8; VNET_HEADER_LEN] {
     };
     if gso != Gso::None {
         put(4, size);
-        // Headers are at most 14 + 8 + 40 bytes + 8 extensions of 2 KiB + 60: far below 65,536.
-        put(
-            2,
-            Headers::of(frame.bytes, gso).map_or(0, |headers| headers.payload_at as u16),
-        );
+        let len = headers_len(frame.bytes, frame.offload).unwrap_or(0);
+        put(2, u16::try_from(len).unwrap_or(0));
     }
     header[0] = flags;
     header[1] = if ecn { gso_type | GSO_ECN } else { gso_type };

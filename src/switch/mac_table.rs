@@ -2,16 +2,17 @@
 //!
 //! ```text
 //!  word   | 63..16 MAC | 15..12 stamp | 11..0 port |      0 = free
-//!  table  | 8 words = one cache line | 8 words | ...
+//!  table  | window: 4 quarters of 4 words, two cache lines | window | ...
 //! ```
 //!
-//! An address may lie in the line its hash names or in that line's neighbour (index ^ 1), which the
-//! CPU fetches along with it: a search reads one or two lines whatever the table holds, and removal
-//! needs no tombstones. A whole entry is one word, so every change is one compare-and-swap, and
-//! whoever loses one leaves the entry as the winner made it. Only the winner adjusts the counts,
-//! so they never drift.
+//! The hash of an address names a window and a quarter of it. The address lies in that quarter, or
+//! anywhere in the window if the quarter was full (1 in 270 is, at the load below). So a search
+//! reads one cache line, or the two of a window, whatever the table holds, and removal needs no
+//! tombstones. A whole entry is one word, so every change is one compare-and-swap, and whoever loses
+//! one leaves the entry as the winner made it. Only the winner adjusts the counts, so they never
+//! drift.
 //!
-//! | load | stations per line pair | pairs that overflow (Poisson) |
+//! | load | stations per window | windows that overflow (Poisson) |
 //! |---|---|---|
 //! | 1/2 | 8 | 1 in 270 |
 //! | 1/3 | 5.3 | 1 in 23,000 |
@@ -29,7 +30,9 @@ use std::sync::{Mutex, TryLockError};
 
 use crate::frame::{Mac, PortId};
 
-const LINE_WORDS: usize = 8;
+const QUARTERS: usize = 4;
+const QUARTER_WORDS: usize = 4;
+const WINDOW_WORDS: usize = QUARTERS * QUARTER_WORDS;
 const WORDS_PER_STATION: usize = 4;
 const PORT_BITS: u32 = 12;
 const STAMP_BITS: u32 = 4;
@@ -80,15 +83,38 @@ impl TableCounters {
     }
 }
 
-/// One cache line of entries.
+/// Two cache lines, which the CPU fetches together. See the module's head.
 #[derive(Debug, Default)]
-#[repr(align(64))]
-struct Line([AtomicU64; LINE_WORDS]);
+#[repr(align(128))]
+struct Window([[AtomicU64; QUARTER_WORDS]; QUARTERS]);
+
+impl Window {
+    /// The word of `mac` among `quarters`, or 0.
+    ///
+    /// Compares all of them without a branch for each: which one matches can't be predicted, and a
+    /// branch on it would make the next search wait for this one's cache miss.
+    #[inline]
+    fn search(quarters: &[[AtomicU64; QUARTER_WORDS]], mac: u64) -> u64 {
+        let key = mac << MAC_SHIFT;
+        quarters.iter().flatten().fold(0, |found, entry| {
+            let word = entry.load(Relaxed);
+            if word ^ key < 1 << MAC_SHIFT {
+                word
+            } else {
+                found
+            }
+        })
+    }
+
+    fn entries(&self) -> impl Iterator<Item = &AtomicU64> {
+        self.0.iter().flatten()
+    }
+}
 
 /// See the module's head.
 #[derive(Debug)]
 pub(super) struct MacTable {
-    lines: Box<[Line]>,
+    windows: Box<[Window]>,
     hash_keys: [u64; 2],
     /// Step that entries are stamped with.
     step: AtomicI64,
@@ -106,7 +132,7 @@ pub(super) struct MacTable {
 impl MacTable {
     pub fn new(stations_max: usize, stations_per_port_max: usize, seed: u64) -> Self {
         let words = (stations_max.max(1) * WORDS_PER_STATION).next_power_of_two();
-        let lines = (words / LINE_WORDS).max(2);
+        let windows = (words / WINDOW_WORDS).max(1);
         // Two keys out of one seed: steps of SplitMix64 (Steele et al. 2014), forced odd.
         let key = |n: u64| {
             let mut z = seed.wrapping_add(n.wrapping_mul(0x9e37_79b9_7f4a_7c15));
@@ -115,7 +141,7 @@ impl MacTable {
             (z ^ z >> 31) | 1
         };
         Self {
-            lines: (0..lines).map(|_| Line::default()).collect(),
+            windows: (0..windows).map(|_| Window::default()).collect(),
             hash_keys: [key(1), key(2)],
             step: AtomicI64::new(0),
             ageing: Mutex::new(()),
@@ -132,65 +158,81 @@ impl MacTable {
     /// The port a station was last seen on.
     #[inline]
     pub fn find_port(&self, mac: u64) -> Option<PortId> {
-        self.find(mac).map(|(_, word)| port_of(word))
+        match self.find(mac) {
+            0 => None,
+            word => Some(port_of(word)),
+        }
     }
 
     /// Notes that `mac`, which is not zero, was seen on `port` in the present step.
     #[inline]
     pub fn learn(&self, mac: u64, port: PortId) {
-        let Some(of_port) = self.of_port.get(usize::from(port.0)) else {
-            count(&self.refused_port_full);
-            return;
-        };
         let stamp = self.step.load(Relaxed) as u64 & STAMP_MASK;
         let word = mac << MAC_SHIFT | stamp << PORT_BITS | u64::from(port.0);
-        match self.find(mac) {
-            Some((_, found)) if found == word => {}
-            Some((entry, found)) if port_of(found) == port => {
-                replace(entry, found, word);
-            }
-            Some((entry, found)) => self.move_station(entry, found, word, of_port),
-            None => self.insert(mac, word, of_port),
+        let found = self.find(mac);
+        // A port beyond the field spills into the stamp, where it may look like another port.
+        if found != word || usize::from(port.0) >= PORTS_MAX {
+            self.change(found, word, port);
         }
     }
 
-    /// The two lines `mac` may lie in.
+    /// The window and the quarter that `mac` hashes to.
     #[inline]
-    fn window(&self, mac: u64) -> [&Line; 2] {
+    fn home(&self, mac: u64) -> (&Window, usize) {
         let [a, b] = self.hash_keys;
         // Twice: addresses given out in sequence still show through one round.
         let hash = fold_multiply(fold_multiply(mac ^ a, b), a);
-        let home = hash as usize & (self.lines.len() - 1);
-        [&self.lines[home], &self.lines[home ^ 1]]
+        let window = hash as usize & (self.windows.len() - 1);
+        (&self.windows[window], (hash >> 62) as usize)
     }
 
+    /// The word of `mac`, or 0.
     #[inline]
-    fn find(&self, mac: u64) -> Option<(&AtomicU64, u64)> {
-        for line in self.window(mac) {
-            for entry in &line.0 {
-                let word = entry.load(Relaxed);
-                if word >> MAC_SHIFT == mac {
-                    // A free word reads as the zero address, which is nobody's.
-                    return (mac != 0).then_some((entry, word));
-                }
-            }
+    fn find(&self, mac: u64) -> u64 {
+        let (window, quarter) = self.home(mac);
+        match Window::search(&window.0[quarter..=quarter], mac) {
+            0 => Self::find_astray(window, mac),
+            word => word,
         }
-        None
     }
 
     #[cold]
+    #[inline(never)]
+    fn find_astray(window: &Window, mac: u64) -> u64 {
+        // A free word reads as the zero address, which is nobody's: 0 is right there too.
+        Window::search(&window.0, mac)
+    }
+
+    /// Makes `word` of what was `found`: a refresh, a move or a station not seen before.
+    #[cold]
+    #[inline(never)]
+    fn change(&self, found: u64, word: u64, port: PortId) {
+        let Some(of_port) = self.of_port.get(usize::from(port.0)) else {
+            return count(&self.refused_port_full);
+        };
+        let mac = word >> MAC_SHIFT;
+        if found == 0 {
+            return self.insert(mac, word, of_port);
+        }
+        let (window, _) = self.home(mac);
+        let Some(entry) = window.entries().find(|entry| entry.load(Relaxed) == found) else {
+            return;
+        };
+        if port_of(found) == port {
+            replace(entry, found, word);
+        } else {
+            self.move_station(entry, found, word, of_port);
+        }
+    }
+
     fn insert(&self, mac: u64, word: u64, of_port: &AtomicU32) {
         if !reserve(of_port, self.of_port_max) {
             return count(&self.refused_port_full);
         }
         if reserve(&self.stations, self.stations_max) {
-            let [home, neighbour] = self.window(mac);
-            let placed = home
-                .0
-                .iter()
-                .chain(&neighbour.0)
-                .any(|entry| replace(entry, 0, word));
-            if placed {
+            let (window, quarter) = self.home(mac);
+            let mut at_home_first = window.0[quarter].iter().chain(window.entries());
+            if at_home_first.any(|entry| replace(entry, 0, word)) {
                 return;
             }
             self.stations.fetch_sub(1, Relaxed);
@@ -200,7 +242,6 @@ impl MacTable {
     }
 
     /// A port that is full can't draw stations from others: the entry stays as it is.
-    #[cold]
     fn move_station(&self, entry: &AtomicU64, found: u64, word: u64, of_port: &AtomicU32) {
         if !reserve(of_port, self.of_port_max) {
             return count(&self.refused_port_full);
@@ -224,9 +265,9 @@ impl MacTable {
     }
 
     fn entries(&self) -> impl Iterator<Item = (&AtomicU64, u64)> {
-        self.lines
+        self.windows
             .iter()
-            .flat_map(|line| &line.0)
+            .flat_map(Window::entries)
             .map(|entry| (entry, entry.load(Relaxed)))
             .filter(|&(_, word)| word != 0)
     }
@@ -350,7 +391,7 @@ mod tests {
             table.learn(mac(1 << 30), PortId(1));
             assert!(table.counters().stations <= 16_384);
         }
-        // 20 times 8,192 line pairs at a load of 1/4.
+        // 20 times 4,096 windows at a load of 1/4.
         assert!(refused <= 3, "{refused}");
     }
 

@@ -6,7 +6,7 @@ mod kernel;
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::thread::sleep;
@@ -18,7 +18,7 @@ use lanlet::offload::{Caps, Csum, Gso};
 use lanlet::port::{DropSource, KernelDrops, PortRx, PortTx};
 use lanlet::stats::PortCounters;
 use lanlet::sys::tun;
-use lanlet::tap::{Event, TX_QUEUE_LEN, TapError, WireDrops, WireKind, WireOptions};
+use lanlet::tap::{Event, Helper, TX_QUEUE_LEN, TapError, WireDrops, WireKind, WireOptions};
 
 /// Set in children of these tests: what to do instead of testing.
 const ROLE: &str = "LANLET_TEST_ROLE";
@@ -27,8 +27,10 @@ const KINDS: [WireKind; 2] = [WireKind::Mirred, WireKind::Packet];
 /// Not a test: where the child of another begins.
 #[test]
 fn child_entry() {
-    if std::env::var_os(ROLE).is_some() {
-        client_child();
+    match std::env::var(ROLE).as_deref() {
+        Ok("client") => client_child(),
+        Ok("attempt") => attempt_child(),
+        _ => {}
     }
 }
 
@@ -256,6 +258,70 @@ fn the_helper_ends_with_a_killed_client() {
     client.kill().unwrap();
     client.wait().unwrap();
     wait_for("the helper's end", || (!alive()).then_some(()));
+}
+
+/// Says how far it comes with a wire.
+fn attempt_child() {
+    let program = std::env::var_os("LANLET_TEST_PROGRAM").map_or(PROGRAM.into(), PathBuf::from);
+    let wire = Helper::spawn(Some(&program)).and_then(|(helper, _events)| {
+        let wire = helper.create_wire(WireOptions::default())?;
+        helper.drops(wire.id)
+    });
+    match wire {
+        Ok(_) => println!("wire made"),
+        Err(error) => println!("error: {error}"),
+    }
+}
+
+/// Output of [`attempt_child`] on a host that `setup`, a shell command run as root of a user and
+/// mount namespace, made worse. With `capable` it may still do what root may.
+fn attempt(setup: &str, capable: bool) -> String {
+    let drop = if capable {
+        ""
+    } else {
+        "setpriv --bounding-set -all --inh-caps -all"
+    };
+    let output = Command::new("unshare")
+        .args(["--user", "--map-root-user", "--mount", "sh", "-ec"])
+        .arg(format!(
+            "{setup}; exec {drop} \"$0\" --exact child_entry --nocapture"
+        ))
+        .arg(std::env::current_exe().unwrap())
+        .env(ROLE, "attempt")
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(
+        output.status.success(),
+        "{text}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    text
+}
+
+#[test]
+fn forbidden_user_namespaces_are_named_with_their_sysctl() {
+    let forbid = "echo 0 > /proc/sys/user/max_user_namespaces";
+    let output = attempt(forbid, false);
+    assert!(
+        output.contains("sysctl -w user.max_user_namespaces="),
+        "{output}"
+    );
+    // Root does without.
+    let output = attempt(forbid, true);
+    assert!(output.contains("wire made"), "{output}");
+}
+
+#[test]
+fn a_missing_or_forbidden_tun_device_is_named() {
+    let hide = "mount -t tmpfs none /dev/net";
+    let output = attempt(hide, true);
+    assert!(output.contains("modprobe tun"), "{output}");
+    let output = attempt(
+        &format!("{hide}; touch /dev/net/tun; chmod 0 /dev/net/tun"),
+        false,
+    );
+    assert!(output.contains("chmod 0666 /dev/net/tun"), "{output}");
 }
 
 /// All of the above as an ordinary user.

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use super::tap::{LiveCaps, send_with_header};
 use super::{DropSource, KernelDrops, More, PortRx, PortTx};
-use crate::frame::{Batch, Frame};
+use crate::frame::{BATCH_FRAMES_MAX, Batch, Frame};
 use crate::offload::{self, Caps, Offload, VNET_HEADER_LEN};
 use crate::stats::{DropReason, PortCounters};
 use crate::sys::packet_ring::{self, PacketRing, RING_VNET_HEADER_LEN, RingFrame};
@@ -60,7 +60,10 @@ impl PortRx for PacketRx {
 
     fn recv(&mut self, batch: &mut Batch, counters: &PortCounters) -> io::Result<More> {
         let mut idle = true;
-        while let Some(buffer) = batch.next_buffer() {
+        for _ in 0..BATCH_FRAMES_MAX {
+            let Some(buffer) = batch.next_buffer() else {
+                break;
+            };
             match self.ring.next(|slot| assemble(slot, buffer)) {
                 Some((len, result)) => {
                     idle = false;

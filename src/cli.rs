@@ -6,7 +6,7 @@
 
 mod check;
 mod child;
-//mod demo;
+mod demo;
 mod docs;
 mod exec;
 mod lan;
@@ -99,7 +99,7 @@ enum Command {
     Exec(exec::Args),
     Status(status::Args),
     Down(up::DownArgs),
-    //Demo(demo::Args),
+    Demo(demo::Args),
     Check(check::Args),
     Man(docs::ManArgs),
     Completions(docs::CompletionsArgs),
@@ -184,7 +184,7 @@ pub fn main() -> ExitCode {
         Command::Exec(args) => exec::exec(&args),
         Command::Status(args) => status::status(&args),
         Command::Down(args) => up::down(&args),
-        //Command::Demo(args) => demo::demo(&args),
+        Command::Demo(args) => demo::demo(&args),
         Command::Check(args) => check::check(&args),
         Command::Man(args) => docs::man(&args),
         Command::Completions(args) => docs::completions(&args),

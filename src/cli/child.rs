@@ -118,25 +118,27 @@ pub(super) fn this_program() -> Command {
     command
 }
 
-/// Starts a command which inherits `fd`, with the given environment added.
-///
-/// # Errors
-/// The process can't be made. That the command does not exist shows in its exit status.
-pub(super) fn spawn(
-    command: &[OsString],
-    fd: &OwnedFd,
-    environment: &[(&str, String)],
-) -> Result<Child, Failure> {
-    rustix::io::fcntl_setfd(fd, FdFlags::empty())
-        .map_err(|error| Failure::io("cannot pass the tap on")(error.into()))?;
-    this_program()
+/// This program about to become the command whose words are added: it ends with this process, and
+/// has no signal held back.
+pub(super) fn init_command() -> Command {
+    let mut command = this_program();
+    command
         .arg("child-init")
         .arg(std::process::id().to_string())
-        .arg("--")
-        .args(command)
-        .envs(environment.iter().map(|(key, value)| (key, value)))
-        .spawn()
-        .map_err(Failure::io("cannot start a process"))
+        .arg("--");
+    command
+}
+
+/// A command which inherits `fd` under the same number.
+///
+/// # Errors
+/// Of fcntl.
+pub(super) fn with_fd(words: &[OsString], fd: &OwnedFd) -> Result<Command, Failure> {
+    rustix::io::fcntl_setfd(fd, FdFlags::empty())
+        .map_err(|error| Failure::io("cannot pass the tap on")(error.into()))?;
+    let mut command = init_command();
+    command.args(words);
+    Ok(command)
 }
 
 /// Waits for a command, passes signals on to it, and warns once if `gone`, the network's connection,
@@ -150,8 +152,7 @@ pub(super) fn supervise(
     mut gone: Option<BorrowedFd<'_>>,
 ) -> Result<ExitCode, Failure> {
     let failed = |error: rustix::io::Errno| Failure::io("cannot watch the command")(error.into());
-    let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
-    let pid = pid.ok_or_else(|| Failure::because("the command has no process id"))?;
+    let pid = Pid::from_child(&child);
     let process = rustix::process::pidfd_open(pid, PidfdFlags::empty()).map_err(failed)?;
     loop {
         let mut fds = vec![

@@ -51,7 +51,7 @@ pub(super) fn qemu(args: &Args) -> Result<ExitCode, Failure> {
 }
 
 /// QEMU's command line with the card added.
-fn command(program: &Path, arguments: &[OsString], tap: &Tap) -> Vec<OsString> {
+pub(super) fn command(program: &Path, arguments: &[OsString], tap: &Tap) -> Vec<OsString> {
     let (id, card_is_given) = netdev_id(arguments);
     let mut command = vec![program.as_os_str().to_owned()];
     command.extend_from_slice(arguments);

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use super::lan::Lan;
 use super::options::{NameOption, NetworkOptions, PortFlags};
 use super::{Failure, child, replace_in};
-use crate::network::PortOptions;
+use crate::network::{PortOptions, VmmPort};
 use crate::sys::signal::SignalFd;
 
 /// Run a VMM (or any command) with a tap of the network as an inherited descriptor
@@ -58,6 +58,17 @@ pub(super) struct Tap {
     pub(super) mac: String,
 }
 
+impl Tap {
+    /// Of a port whose descriptor keeps its number in the command.
+    pub(super) fn of(port: &VmmPort) -> Self {
+        Self {
+            fd: port.fd.as_raw_fd().to_string(),
+            ifname: port.ifname.clone(),
+            mac: port.mac.to_string(),
+        }
+    }
+}
+
 /// Attaches a tap, runs the command that `command` makes of it, and waits for its end.
 pub(super) fn with_tap(
     mut lan: Lan,
@@ -70,17 +81,16 @@ pub(super) fn with_tap(
         mac: flags.mac,
         no_offload: flags.no_offload,
     })?;
-    let tap = Tap {
-        fd: port.fd.as_raw_fd().to_string(),
-        ifname: port.ifname,
-        mac: port.mac.to_string(),
-    };
+    let tap = Tap::of(&port);
     let environment = [
         ("LANLET_FD", tap.fd.clone()),
         ("LANLET_IFNAME", tap.ifname.clone()),
         ("LANLET_MAC", tap.mac.clone()),
     ];
-    let child = child::spawn(&command(&tap), &port.fd, &environment)?;
+    let child = child::with_fd(&command(&tap), &port.fd)?
+        .envs(environment)
+        .spawn()
+        .map_err(Failure::io("cannot start a process"))?;
     // The command has the only copy: when it goes, so does the port.
     drop(port.fd);
     child::supervise(child, signals, lan.gone())

@@ -3,6 +3,9 @@
 # One line for machines: say key=value [key=value...]
 say() { echo "@@LANLET $*"; }
 
+# The shell would take its own applet.
+nc() { nc.openbsd "$@"; }
+
 uptime_secs() { cut -d' ' -f1 /proc/uptime; }
 
 # Waits until the host writes WORD and a newline to the guest's serial line: await WORD
@@ -12,6 +15,9 @@ await() {
     done
     return 1
 }
+
+# Waits until something listens on a TCP port: listening PORT
+listening() { until netstat -ltn | grep -q ":$1 "; do sleep 0.1; done; }
 
 # Runs a command, says how it went and in how many milliseconds: step NAME CMD...
 step() {

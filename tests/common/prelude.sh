@@ -75,8 +75,12 @@ guest() {
 
 tell() { echo "$2" >"$1.in"; }
 
-# Waits for a marker on a guest's console: marker NAME KEY [SECONDS]
-marker() { wait_for "$1.console" "^@@LANLET .*\<$2=" "${3:-30}"; }
+# Waits for a marker on a guest's console; a guest that ended first is a failure:
+# marker NAME KEY [SECONDS]
+marker() {
+    wait_for "$1.console" "@@LANLET (.* )?($2|exit)=" "${3:-30}"
+    grep -aqE -- "@@LANLET (.* )?$2=" "$1.console" || fail "guest $1 ended without $2"
+}
 
 # The last value of a marker: value NAME KEY
-value() { tr -d '\r' <"$1.console" | grep -a '^@@LANLET ' | grep -ao "\<$2=[^ ]*" | tail -1 | cut -d= -f2-; }
+value() { tr -d '\r' <"$1.console" | grep -a '@@LANLET ' | grep -ao "\<$2=[^ ]*" | tail -1 | cut -d= -f2-; }

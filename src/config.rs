@@ -74,7 +74,10 @@ impl Default for NetworkConfig {
             gateway: Ipv4Addr::new(192, 168, 122, 1),
             prefix: 24,
             mtu: 1500,
-            dhcp_range: (Ipv4Addr::new(192, 168, 122, 2), Ipv4Addr::new(192, 168, 122, 254)),
+            dhcp_range: (
+                Ipv4Addr::new(192, 168, 122, 2),
+                Ipv4Addr::new(192, 168, 122, 254),
+            ),
             lease_time: Duration::from_secs(3600),
             domain: None,
             dns: Vec::new(),

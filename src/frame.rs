@@ -158,7 +158,9 @@ impl Batch {
     /// Keeps the frame that lies at `range` of the slice which [`Batch::next_buffer`] gave.
     pub fn commit(&mut self, range: Range<usize>, offload: Offload) {
         let start = self.used;
-        self.used = (start + range.end).next_multiple_of(64).min(self.buffer.len());
+        self.used = (start + range.end)
+            .next_multiple_of(64)
+            .min(self.buffer.len());
         self.frames
             .push((start + range.start..start + range.end, offload));
     }
@@ -197,7 +199,13 @@ mod tests {
         let mac: Mac = "52:54:00:12:34:56".parse().unwrap();
         assert_eq!(mac.to_string(), "52:54:00:12:34:56");
         assert_eq!(mac.to_u64(), 0x5254_0012_3456);
-        for bad in ["", "52:54:00:12:34", "52:54:00:12:34:56:78", "5:54:00:12:34:56", "zz:54:00:12:34:56"] {
+        for bad in [
+            "",
+            "52:54:00:12:34",
+            "52:54:00:12:34:56:78",
+            "5:54:00:12:34:56",
+            "zz:54:00:12:34:56",
+        ] {
             assert!(bad.parse::<Mac>().is_err(), "{bad}");
         }
     }
@@ -212,7 +220,12 @@ mod tests {
             super_frames += 1;
         }
         assert_eq!(super_frames, 7);
-        assert!(batch.frames().enumerate().all(|(n, frame)| frame.bytes[0] == n as u8));
+        assert!(
+            batch
+                .frames()
+                .enumerate()
+                .all(|(n, frame)| frame.bytes[0] == n as u8)
+        );
         batch.clear();
         for _ in 0..BATCH_FRAMES_MAX {
             batch.next_buffer().unwrap();

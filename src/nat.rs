@@ -169,7 +169,13 @@ pub trait Uplink {
     fn ping_open(&mut self, owner: SockOwner) -> Result<SockId, HostError>;
 
     /// Sends a datagram: a UDP payload, or a whole ICMP echo message on a ping socket.
-    fn send_to(&mut self, socket: SockId, to: SocketAddrV4, payload: &[u8], options: SendOptions) -> Io;
+    fn send_to(
+        &mut self,
+        socket: SockId,
+        to: SocketAddrV4,
+        payload: &[u8],
+        options: SendOptions,
+    ) -> Io;
 
     /// Receives all that waits, at most one batch, and hands each datagram to `sink`. Returns whether
     /// more may be waiting.

@@ -174,7 +174,12 @@ impl<'a> Packet<'a> {
     /// The IPv4 packet and its UDP datagram, if it is one.
     pub fn udp4(&self) -> Option<(&Ipv4<'a>, &Udp<'a>)> {
         match &self.body {
-            Body::Ipv4(ip @ Ipv4 { transport: Transport::Udp(udp), .. }) => Some((ip, udp)),
+            Body::Ipv4(
+                ip @ Ipv4 {
+                    transport: Transport::Udp(udp),
+                    ..
+                },
+            ) => Some((ip, udp)),
             _ => None,
         }
     }
@@ -216,7 +221,8 @@ fn parse_transport<'a>(
     let protocol = ip.protocol().0;
     let right = |covered: &[u8]| {
         offload.csum != Csum::Unchecked
-            || checksum::transport4(ip.source_addr(), ip.destination_addr(), protocol, covered) == 0xffff
+            || checksum::transport4(ip.source_addr(), ip.destination_addr(), protocol, covered)
+                == 0xffff
     };
     Ok(match protocol {
         PROTO_TCP => {
@@ -235,7 +241,8 @@ fn parse_transport<'a>(
             })
         }
         PROTO_UDP => {
-            let udp = UdpHeaderSlice::from_slice(payload).map_err(|_| refusal(payload, UDP_HEADER_LEN))?;
+            let udp = UdpHeaderSlice::from_slice(payload)
+                .map_err(|_| refusal(payload, UDP_HEADER_LEN))?;
             // The length field of a super-frame covers all its datagrams.
             let len = match (udp.length(), offload.gso) {
                 (_, Gso::Udp(_)) => payload.len(),
@@ -270,7 +277,11 @@ fn parse_transport<'a>(
 
 /// Too few bytes for the header, or a header that contradicts itself.
 fn refusal(bytes: &[u8], header_len: usize) -> DropReason {
-    if bytes.len() < header_len { DropReason::Truncated } else { DropReason::Malformed }
+    if bytes.len() < header_len {
+        DropReason::Truncated
+    } else {
+        DropReason::Malformed
+    }
 }
 
 /// Big-endian 16 bits at `at`.
@@ -312,7 +323,8 @@ pub const TTL_DEFAULT: u8 = 64;
 /// # Panics
 /// If header and payload exceed 65,535 bytes.
 pub fn write_ipv4(buffer: &mut [u8], fields: Ipv4Fields, payload_len: usize) {
-    let total = u16::try_from(IPV4_HEADER_LEN + payload_len).expect("an IPv4 packet holds 65,535 bytes");
+    let total =
+        u16::try_from(IPV4_HEADER_LEN + payload_len).expect("an IPv4 packet holds 65,535 bytes");
     let header = &mut buffer[ETH_HEADER_LEN..ETH_HEADER_LEN + IPV4_HEADER_LEN];
     header[0] = 0x45;
     header[1] = fields.tos;
@@ -337,7 +349,13 @@ pub fn write_udp4(
 ) -> usize {
     let udp_len = UDP_HEADER_LEN + payload_len;
     write_ethernet(buffer, destination_mac, source_mac, ETHERTYPE_IPV4);
-    let fields = Ipv4Fields { source, destination, protocol: PROTO_UDP, ttl: TTL_DEFAULT, tos: 0 };
+    let fields = Ipv4Fields {
+        source,
+        destination,
+        protocol: PROTO_UDP,
+        ttl: TTL_DEFAULT,
+        tos: 0,
+    };
     write_ipv4(buffer, fields, udp_len);
     let udp = &mut buffer[ETH_HEADER_LEN + IPV4_HEADER_LEN..][..udp_len];
     udp[..2].copy_from_slice(&source_port.to_be_bytes());

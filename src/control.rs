@@ -11,6 +11,8 @@
 
 pub mod api;
 pub mod client;
+pub mod lease_file;
+pub mod resolver;
 pub mod server;
 
 mod message;

@@ -3,13 +3,31 @@
 //! A service says what it claims and what it answers; the registry asks them in order, what none
 //! claims goes to the NAT. Answers leave through an [`Outbox`], which re-enters the switch as
 //! ingress of [`crate::frame::PortId::GATEWAY`].
+//!
+//! # The path of a packet
+//! [`Gateway::handle`] looks at the destination first: nearly every packet is on its way outside and
+//! costs one comparison here. What is for the gateway's address, a broadcast or ARP goes down the
+//! registry: [`arp`], [`crate::dhcp`], [`dns`], [`echo`]. A claimed packet is answered or dropped
+//! with a reason; it never falls through to the NAT, so a refusal here is final.
+//!
+//! # What a hostile guest can try
+//! Every service answers only unicast, only inside the LAN and with at most one frame per datagram,
+//! so none can be used as an amplifier or reflector towards another guest beyond what a plain frame
+//! could do. State is bounded per guest and in total ([`crate::dhcp::lease`], [`dns`]).
+
+pub mod arp;
+pub mod dns;
+pub mod echo;
 
 use std::net::Ipv4Addr;
+use std::sync::{Arc, Mutex};
 
+use crate::dhcp::lease::LeaseTable;
+use crate::dhcp::{DhcpConfig, DhcpServer};
 use crate::frame::{Instant, Mac};
-use crate::offload::Offload;
+use crate::offload::{Gso, Offload};
 use crate::stats::DropReason;
-use crate::wire::Packet;
+use crate::wire::{Body, Ipv4, Packet, Udp};
 
 /// The addresses the gateway's services answer with.
 #[derive(Clone, Debug)]
@@ -44,6 +62,14 @@ impl LanConfig {
     pub fn contains(&self, address: Ipv4Addr) -> bool {
         address.to_bits() & self.mask().to_bits() == self.network().to_bits()
     }
+
+    /// Whether `address` is one that a guest of this LAN may have.
+    pub fn is_guest(&self, address: Ipv4Addr) -> bool {
+        self.contains(address)
+            && address != self.address
+            && address != self.network()
+            && address != self.broadcast()
+    }
 }
 
 /// Where the gateway and the NAT put the frames they make. One frame at a time: write it into
@@ -74,4 +100,350 @@ pub trait Service {
     /// # Errors
     /// The reason to count the packet as dropped for.
     fn handle(&mut self, packet: &Packet<'_>, now: Instant, out: &mut dyn Outbox) -> Handled;
+
+    /// The service's counters by the names that `lanlet status` shows, in a fixed order.
+    fn counters(&self) -> impl Iterator<Item = (&'static str, u64)>;
+}
+
+/// Declares the counters of a service: a struct of numbers and their names for `lanlet status`.
+macro_rules! service_counters {
+    ($(#[$meta:meta])* $name:ident { $($(#[$doc:meta])* $field:ident = $label:literal,)* }) => {
+        $(#[$meta])*
+        #[derive(Clone, Debug, Default, PartialEq, Eq)]
+        pub struct $name { $($(#[$doc])* pub $field: u64,)* }
+
+        impl $name {
+            /// Names and values, in the order of declaration.
+            pub fn iter(&self) -> impl Iterator<Item = (&'static str, u64)> + use<> {
+                [$(($label, self.$field),)*].into_iter()
+            }
+        }
+    };
+}
+pub(crate) use service_counters;
+
+/// The registry: a service's field is its line here, and the order of lines is the order of claims.
+macro_rules! registry {
+    ($($(#[$doc:meta])* $field:ident: $service:ty,)*) => {
+        /// The gateway's services.
+        pub struct Gateway {
+            lan: LanConfig,
+            $($(#[$doc])* pub $field: $service,)*
+        }
+
+        impl Gateway {
+            /// Names of the services in the order they are asked.
+            pub fn services(&self) -> impl Iterator<Item = &'static str> + use<> {
+                [$(self.$field.name(),)*].into_iter()
+            }
+
+            /// Counters of all services, in registry order.
+            pub fn counters(&self) -> impl Iterator<Item = (&'static str, u64)> + '_ {
+                std::iter::empty()$(.chain(self.$field.counters()))*
+            }
+
+            fn dispatch(
+                &mut self,
+                packet: &Packet<'_>,
+                now: Instant,
+                out: &mut dyn Outbox,
+            ) -> Option<Handled> {
+                $(if self.$field.claims(packet) {
+                    return Some(self.$field.handle(packet, now, out));
+                })*
+                None
+            }
+        }
+    };
+}
+
+registry! {
+    /// Address resolution for the gateway's address.
+    arp: arp::Arp,
+    /// DHCPv4.
+    dhcp: DhcpServer,
+    /// DNS over UDP; the worker moves its queries to the resolver and the answers back.
+    dns: dns::DnsService,
+    /// ICMP echo.
+    echo: echo::Echo,
+}
+
+impl Gateway {
+    /// The services of one worker. Workers share the lease table.
+    pub fn new(config: DhcpConfig, leases: Arc<Mutex<LeaseTable>>) -> Self {
+        let lan = config.lan.clone();
+        Self {
+            arp: arp::Arp::new(lan.clone()),
+            dhcp: DhcpServer::new(config, leases),
+            dns: dns::DnsService::new(lan.clone()),
+            echo: echo::Echo::new(lan.clone()),
+            lan,
+        }
+    }
+
+    /// The addresses the services answer with.
+    pub fn lan(&self) -> &LanConfig {
+        &self.lan
+    }
+
+    /// Offers a packet to the services. `None`: not claimed, the NAT decides. `Some(Err(reason))`:
+    /// claimed and dropped.
+    #[inline]
+    pub fn handle(
+        &mut self,
+        packet: &Packet<'_>,
+        now: Instant,
+        out: &mut dyn Outbox,
+    ) -> Option<Handled> {
+        let concerned = match &packet.body {
+            Body::Ipv4(ip) => is_for_gateway(&self.lan, ip.destination),
+            Body::Arp(_) => true,
+            Body::Ipv6(_) | Body::Other(_) => false,
+        };
+        if concerned {
+            self.dispatch(packet, now, out)
+        } else {
+            None
+        }
+    }
+}
+
+/// Whether the gateway itself is among the receivers of `destination`.
+fn is_for_gateway(lan: &LanConfig, destination: Ipv4Addr) -> bool {
+    destination == lan.address
+        || destination == Ipv4Addr::BROADCAST
+        || destination == lan.broadcast()
+}
+
+/// Refuses packets whose answer could not be a unicast to a guest of this LAN: sent by link-layer
+/// broadcast to a unicast address (RFC 1122 3.3.6), or from an address that no guest may have.
+pub(crate) fn admit_unicast(
+    lan: &LanConfig,
+    packet: &Packet<'_>,
+    ip: &Ipv4<'_>,
+) -> Result<(), DropReason> {
+    if packet.destination != lan.mac {
+        return Err(DropReason::ForbiddenDestination);
+    }
+    if packet.source.is_group() {
+        return Err(DropReason::GroupSource);
+    }
+    if !lan.is_guest(ip.source) {
+        return Err(DropReason::ForeignSource);
+    }
+    Ok(())
+}
+
+/// The datagrams of a UDP frame: one, or the train that a guest's UDP segmentation offload or our own
+/// coalescing put into one frame.
+pub(crate) fn datagrams<'a>(
+    offload: Offload,
+    udp: &Udp<'a>,
+) -> impl Iterator<Item = &'a [u8]> + use<'a> {
+    let payload = udp.payload;
+    let size = match offload.gso {
+        Gso::Udp(size) if size != 0 => usize::from(size),
+        _ => payload.len().max(1),
+    };
+    // An empty datagram is a datagram too: its service decides what to do with it.
+    let empty = payload.is_empty().then_some(payload);
+    payload.chunks(size).chain(empty)
+}
+
+#[cfg(test)]
+pub(crate) mod testing {
+    //! What the services' tests share: a LAN, frames from a guest, and an outbox that keeps.
+
+    use super::*;
+    use crate::frame::{FRAME_BUFFER_LEN, Frame, PortId};
+    use crate::wire::{UDP4_PAYLOAD_AT, write_udp4};
+
+    pub const GUEST: Mac = Mac([0x52, 0x54, 0, 0, 0, 7]);
+    pub const GUEST_ADDRESS: Ipv4Addr = Ipv4Addr::new(192, 168, 122, 77);
+    pub const PORT: PortId = PortId(3);
+
+    pub fn lan() -> LanConfig {
+        LanConfig {
+            mac: Mac([0x52, 0x55, 0, 0, 0, 1]),
+            address: Ipv4Addr::new(192, 168, 122, 1),
+            prefix: 24,
+            mtu: 1500,
+        }
+    }
+
+    pub struct Kept {
+        buffer: Vec<u8>,
+        pub frames: Vec<Vec<u8>>,
+    }
+
+    impl Kept {
+        pub fn new() -> Self {
+            // Not zero: a service must not rely on a clean buffer.
+            Self {
+                buffer: vec![0xa5; FRAME_BUFFER_LEN],
+                frames: Vec::new(),
+            }
+        }
+
+        pub fn take(&mut self) -> Vec<u8> {
+            assert_eq!(self.frames.len(), 1, "exactly one answer");
+            self.frames.remove(0)
+        }
+    }
+
+    impl Outbox for Kept {
+        fn buffer(&mut self) -> &mut [u8] {
+            &mut self.buffer
+        }
+
+        fn send(&mut self, len: usize, offload: Offload) {
+            assert_eq!(offload, Offload::default(), "answers leave complete");
+            self.frames.push(self.buffer[..len].to_vec());
+        }
+    }
+
+    pub fn parse(bytes: &[u8]) -> Packet<'_> {
+        let frame = Frame {
+            bytes,
+            offload: Offload::default(),
+        };
+        Packet::parse(frame, PORT).expect("a well-formed frame")
+    }
+
+    /// A UDP frame from [`GUEST`] to the gateway.
+    pub fn udp_frame(
+        (source, source_port): (Ipv4Addr, u16),
+        (destination_mac, destination, destination_port): (Mac, Ipv4Addr, u16),
+        payload: &[u8],
+    ) -> Vec<u8> {
+        let mut frame = vec![0; UDP4_PAYLOAD_AT + payload.len()];
+        frame[UDP4_PAYLOAD_AT..].copy_from_slice(payload);
+        write_udp4(
+            &mut frame,
+            (GUEST, source, source_port),
+            (destination_mac, destination, destination_port),
+            payload.len(),
+        );
+        frame
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::testing::*;
+    use super::*;
+    use crate::frame::Frame;
+
+    fn gateway() -> Gateway {
+        let config = DhcpConfig::new(lan());
+        let leases = LeaseTable::new(config.range(), &config.lan).unwrap();
+        Gateway::new(config, Arc::new(Mutex::new(leases)))
+    }
+
+    #[test]
+    fn services_are_asked_in_the_documented_order() {
+        let names: Vec<_> = gateway().services().collect();
+        assert_eq!(names, ["arp", "dhcp", "dns", "echo"]);
+    }
+
+    #[test]
+    fn counter_names_are_unique_and_carry_their_service() {
+        let gateway = gateway();
+        let names: Vec<_> = gateway.counters().map(|(name, _)| name).collect();
+        for (at, name) in names.iter().enumerate() {
+            assert!(!names[at + 1..].contains(name), "{name} twice");
+            assert!(
+                gateway.services().any(|service| name.starts_with(service)),
+                "{name} of which service?"
+            );
+        }
+    }
+
+    #[test]
+    fn transit_traffic_is_not_claimed() {
+        let mut gateway = gateway();
+        let mut out = Kept::new();
+        let lan = lan();
+        for (destination, port) in [
+            (Ipv4Addr::new(1, 1, 1, 1), 53),
+            (Ipv4Addr::new(1, 1, 1, 1), 67),
+            (Ipv4Addr::new(192, 168, 122, 9), 53),
+            (lan.address, 68),
+            (lan.address, 123),
+            (lan.broadcast(), 53),
+        ] {
+            let frame = udp_frame(
+                (GUEST_ADDRESS, 5000),
+                (lan.mac, destination, port),
+                b"hello",
+            );
+            let handled = gateway.handle(&parse(&frame), Instant::ZERO, &mut out);
+            assert_eq!(handled, None, "{destination}:{port}");
+        }
+        assert!(gateway.counters().all(|(_, count)| count == 0));
+        assert!(out.frames.is_empty());
+    }
+
+    #[test]
+    fn a_train_is_split_and_an_empty_datagram_is_kept() {
+        let mut udp = Udp {
+            source_port: 1,
+            destination_port: 2,
+            payload: &[1, 2, 3, 4, 5],
+        };
+        let train = Offload {
+            gso: Gso::Udp(2),
+            ..Offload::default()
+        };
+        let split: Vec<_> = datagrams(train, &udp).collect();
+        assert_eq!(split, [&[1u8, 2][..], &[3, 4], &[5]]);
+        assert_eq!(datagrams(Offload::default(), &udp).count(), 1);
+        let lying = Offload {
+            gso: Gso::Udp(0),
+            ..Offload::default()
+        };
+        assert_eq!(datagrams(lying, &udp).count(), 1);
+        udp.payload = &[];
+        assert_eq!(datagrams(Offload::default(), &udp).count(), 1);
+        assert_eq!(datagrams(train, &udp).count(), 1);
+    }
+
+    #[test]
+    fn unicast_admission() {
+        let lan = lan();
+        let try_one = |mac, source| {
+            let frame = udp_frame((source, 5000), (mac, lan.address, 53), b"");
+            let packet = Packet::parse(
+                Frame {
+                    bytes: &frame,
+                    offload: Offload::default(),
+                },
+                PORT,
+            )
+            .unwrap();
+            let Body::Ipv4(ip) = &packet.body else {
+                unreachable!()
+            };
+            admit_unicast(&lan, &packet, ip)
+        };
+        assert_eq!(try_one(lan.mac, GUEST_ADDRESS), Ok(()));
+        assert_eq!(
+            try_one(Mac::BROADCAST, GUEST_ADDRESS),
+            Err(DropReason::ForbiddenDestination)
+        );
+        for foreign in [
+            Ipv4Addr::UNSPECIFIED,
+            Ipv4Addr::BROADCAST,
+            Ipv4Addr::new(8, 8, 8, 8),
+            lan.address,
+            lan.network(),
+            lan.broadcast(),
+        ] {
+            assert_eq!(
+                try_one(lan.mac, foreign),
+                Err(DropReason::ForeignSource),
+                "{foreign}"
+            );
+        }
+    }
 }

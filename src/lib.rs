@@ -56,6 +56,7 @@
 pub mod cli;
 pub mod config;
 pub mod control;
+pub mod dhcp;
 pub mod frame;
 pub mod gateway;
 pub mod nat;
@@ -63,6 +64,9 @@ pub mod network;
 pub mod offload;
 pub mod port;
 pub mod stats;
+pub mod switch;
 pub mod sys;
 pub mod tap;
+pub mod uplink;
 pub mod wire;
+pub mod worker;

@@ -1,10 +1,27 @@
 //! Offload metadata: what a frame's sender left for the device to do.
 //!
+//! ```text
+//!  port rx -> admit -> Frame { bytes, offload } -> switch, gateway, NAT -> fit -> encode -> port tx
+//! ```
+//!
 //! It travels beside the bytes from [`admit`], the one place where a guest's virtio-net header is
-//! believed or refused, to [`fit`], the one place where it is adapted to the egress port.
+//! believed or refused, to [`fit`], the one place where it is adapted to the egress port. Nothing
+//! here holds state; a stage that merges frames (GRO) would sit between the switch and [`fit`] and
+//! yield the same [`Offload`] that [`admit`] does.
+//!
+//! What a hostile guest can try: a checksum position inside a MAC, a VLAN tag, an IP address or a
+//! port number, so that completing the sum rewrites a header after the switch decided on it; a
+//! segment size that turns one frame into 65,000; headers that are not there. All are refused as
+//! [`DropReason::BadOffload`](crate::stats::DropReason::BadOffload). A malformed IP packet in a
+//! frame without claims is none of a switch's business and passes.
 
-/// Bytes of `struct virtio_net_hdr_v1` (linux/virtio_net.h), the header of all our tap ports.
-pub const VNET_HEADER_LEN: usize = 12;
+mod fit;
+mod layout;
+mod segment;
+mod vnet;
+
+pub use fit::fit;
+pub use vnet::{SEGMENTS_MAX, VNET_HEADER_LEN, admit, admit_plain, encode};
 
 /// State of the transport checksum.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -44,7 +61,7 @@ pub enum Gso {
 pub struct Offload {
     /// Transport checksum.
     pub csum: Csum,
-    /// Segmentation.
+    /// Segmentation. Anything but [`Gso::None`] goes with [`Csum::Partial`] at the transport header.
     pub gso: Gso,
     /// The TCP super-frame has CWR set (VIRTIO_NET_HDR_GSO_ECN).
     pub ecn: bool,
@@ -55,77 +72,21 @@ pub struct Offload {
 pub struct Caps {
     /// Frames with [`Csum::Partial`].
     pub csum: bool,
-    /// [`Gso::Tcp4`] and [`Gso::Tcp6`].
+    /// [`Gso::Tcp4`] and [`Gso::Tcp6`]; means nothing without `csum`.
     pub tso: bool,
-    /// [`Gso::Udp`].
+    /// [`Gso::Udp`]; means nothing without `csum`.
     pub uso: bool,
 }
 
-// REPLACE ON MERGE: the offload engineer's admit/encode take the place of everything below.
-
-/// Checks a virtio-net header and its frame.
-///
-/// # Errors
-/// The reason to drop it.
-pub fn admit(raw: &[u8]) -> Result<Offload, crate::stats::DropReason> {
-    use crate::stats::DropReason;
-    if raw.len() < VNET_HEADER_LEN + crate::frame::ETH_HEADER_LEN {
-        return Err(DropReason::Truncated);
-    }
-    if raw.len() > VNET_HEADER_LEN + crate::frame::FRAME_LEN_MAX {
-        return Err(DropReason::Oversized);
-    }
-    let word = |at: usize| u16::from_le_bytes([raw[at], raw[at + 1]]);
-    let csum = match raw[0] & 3 {
-        0 => Csum::Unchecked,
-        2 => Csum::Valid,
-        _ if VNET_HEADER_LEN + usize::from(word(6)) + usize::from(word(8)) + 2 > raw.len() => {
-            return Err(DropReason::BadOffload);
-        }
-        _ => Csum::Partial {
-            start: word(6),
-            offset: word(8),
-        },
-    };
-    let gso = match raw[1] & 0x7f {
-        0 => Gso::None,
-        1 => Gso::Tcp4(word(4)),
-        4 => Gso::Tcp6(word(4)),
-        5 => Gso::Udp(word(4)),
-        _ => return Err(DropReason::BadOffload),
-    };
-    Ok(Offload {
-        csum,
-        gso,
-        ecn: raw[1] & 0x80 != 0,
-    })
-}
-
-/// The header to send a frame with.
-pub fn encode(frame: &crate::frame::Frame<'_>) -> [u8; VNET_HEADER_LEN] {
-    let mut header = [0; VNET_HEADER_LEN];
-    let (kind, size) = match frame.offload.gso {
-        Gso::None => (0, 0),
-        Gso::Tcp4(size) => (1, size),
-        Gso::Tcp6(size) => (4, size),
-        Gso::Udp(size) => (5, size),
-    };
-    header[1] = kind | if frame.offload.ecn { 0x80 } else { 0 };
-    header[4..6].copy_from_slice(&size.to_le_bytes());
-    match frame.offload.csum {
-        Csum::Unchecked => {}
-        Csum::Valid => header[0] = 2,
-        Csum::Partial { start, offset } => {
-            header[0] = 1;
-            header[6..8].copy_from_slice(&start.to_le_bytes());
-            header[8..10].copy_from_slice(&offset.to_le_bytes());
-            let doff = frame
-                .bytes
-                .get(usize::from(start) + 12)
-                .map_or(20, |b| u16::from(b >> 4) * 4);
-            let hdr_len = start + if kind == 5 { 8 } else { doff };
-            header[2..4].copy_from_slice(&hdr_len.to_le_bytes());
+impl Caps {
+    /// Whether the port takes a frame with this much left to do. A super-frame always has its
+    /// checksums to do as well, so segmentation without `csum` takes nothing.
+    pub fn take(self, offload: Offload) -> bool {
+        let csum = self.csum || !matches!(offload.csum, Csum::Partial { .. });
+        csum && match offload.gso {
+            Gso::None => true,
+            Gso::Tcp4(_) | Gso::Tcp6(_) => self.csum && self.tso,
+            Gso::Udp(_) => self.csum && self.uso,
         }
     }
-    header
 }

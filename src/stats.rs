@@ -72,6 +72,14 @@ drop_reasons! {
     TooBig = "too_big",
     /// A flow was ended because handling its packet failed inside the TCP stack.
     FlowFault = "flow_fault",
+    /// ARP that claims the gateway's address for another station (RFC 5227 2.4).
+    AddressConflict = "address_conflict",
+    /// A hardware address inside a message (DHCP chaddr) that is not its sender's.
+    Spoofed = "spoofed",
+    /// A DHCP message that came through a relay agent; this server has one link.
+    Relayed = "relayed",
+    /// DHCP RELEASE or DECLINE of an address that its sender has no lease for.
+    NoLease = "no_lease",
 }
 
 /// Number of drop reasons.
@@ -106,7 +114,7 @@ impl Default for PortCounters {
 
 impl PortCounters {
     /// Counts one dropped frame.
-    pub fn drop(&self, reason: DropReason) {
+    pub fn count_drop(&self, reason: DropReason) {
         self.drops[reason as usize].fetch_add(1, Relaxed);
     }
 

@@ -1,14 +1,18 @@
-//! System calls that need care: everything `unsafe` of the crate lives under this module.
+//! System calls that need care: everything `unsafe` of the crate lives under this module, each block
+//! with the reasons why it is sound.
 //!
 //! Each submodule wraps one kernel interface and takes and returns owned or borrowed fds; what is
 //! built from them reads like ordinary code.
 
+pub mod arena;
 pub mod fd_pass;
 pub mod inherited;
+pub mod mmsg;
 pub mod namespace;
 pub mod netlink;
 pub mod option;
 pub mod packet_ring;
 pub mod rtnl;
 pub mod signal;
+pub mod socket;
 pub mod tun;

@@ -38,7 +38,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::port::{DropSource, KernelDrops};
 use crate::sys::netlink::{NetlinkError, RouteSocket};
-use crate::sys::tun::TUN_PATH;
+use crate::sys::tun::{self, TUN_PATH};
 
 /// Entries of a tap's queue. A guest without TSO turns a 64 KB super-frame into 45 of them, and the
 /// default of 1,000 holds one flow's window: 16,384 holds the windows of sixteen, in 128 KiB.
@@ -146,7 +146,9 @@ impl TapError {
     fn tap_open(name: &str, error: &io::Error) -> Self {
         match error.raw_os_error() {
             Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => Self::TunMissing,
-            // EPERM comes from a device cgroup, and from TUNSETIFF without CAP_NET_ADMIN.
+            // The device could be opened: it is the namespace that lacks CAP_NET_ADMIN, as with
+            // AppArmor's restriction.
+            Some(libc::EPERM) if tun::open().is_ok() => Self::namespace(error),
             Some(libc::EACCES | libc::EPERM) => Self::TunDenied,
             _ => Self::tap(name, error),
         }

@@ -1,49 +1,37 @@
-//! Wires, the helper process and namespace guests on the real kernel, as the user who runs the
-//! tests; and once more as `nobody` when that user is root.
+//! Wires, their ports and the helper process on the real kernel, as the user who runs the tests;
+//! and once more as `nobody` when that user is root.
 
 mod kernel;
 
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader};
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use kernel::*;
-use lanlet::frame::{Batch, Mac};
+use lanlet::frame::Batch;
 use lanlet::offload::{Caps, Csum, Gso};
-use lanlet::port::{DropSource, KernelDrops, More, PortRx, PortTx};
+use lanlet::port::{DropSource, KernelDrops, PortRx, PortTx};
 use lanlet::stats::PortCounters;
-use lanlet::sys::{fd_pass, tun};
-use lanlet::tap::guest::{GUEST_IFNAME, Guest, GuestConfig};
-use lanlet::tap::{Event, LinkDrops, TX_QUEUE_LEN, TapError, WireDrops, WireKind, WireOptions};
+use lanlet::sys::tun;
+use lanlet::tap::{Event, Helper, TX_QUEUE_LEN, TapError, WireDrops, WireKind, WireOptions};
 
 /// Set in children of these tests: what to do instead of testing.
 const ROLE: &str = "LANLET_TEST_ROLE";
 const KINDS: [WireKind; 2] = [WireKind::Mirred, WireKind::Packet];
 
-/// Not a test: where the children of the others begin. They need a process with one thread, which
-/// `--test-threads=1` gives.
+/// Not a test: where the child of another begins.
 #[test]
 fn child_entry() {
     match std::env::var(ROLE).as_deref() {
         Ok("client") => client_child(),
-        Ok("guest") => guest_child(),
+        Ok("attempt") => attempt_child(),
         _ => {}
     }
-}
-
-fn child(role: &str) -> Command {
-    let mut command = Command::new(std::env::current_exe().unwrap());
-    command
-        .args(["--exact", "child_entry", "--nocapture", "--test-threads=1"])
-        .env(ROLE, role)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped());
-    command
 }
 
 #[test]
@@ -249,7 +237,12 @@ fn client_child() {
 
 #[test]
 fn the_helper_ends_with_a_killed_client() {
-    let mut client = child("client").spawn().unwrap();
+    let mut client = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "child_entry", "--nocapture"])
+        .env(ROLE, "client")
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
     let lines = BufReader::new(client.stdout.take().unwrap()).lines();
     let helper: u32 = lines
         .map_while(Result::ok)
@@ -267,90 +260,68 @@ fn the_helper_ends_with_a_killed_client() {
     wait_for("the helper's end", || (!alive()).then_some(()));
 }
 
-/// Enters, hands the fds over by its standard input, and reports what it sees.
-fn guest_child() {
-    let mut guest = Guest::enter(true).unwrap();
-    let fds = guest.take_fds().unwrap();
-    let control = std::io::stdin();
-    fd_pass::send(
-        control.as_fd(),
-        b"fds",
-        &[fds.tap.as_fd(), fds.netlink.as_fd()],
-    )
-    .unwrap();
-    drop(fds);
-    let mut go = [0; 2];
-    fd_pass::recv(control.as_fd(), &mut go).unwrap();
-    let config = GuestConfig {
-        mac: GUEST_MAC.parse().unwrap(),
-        address: [192, 168, 122, 7].into(),
-        prefix: 24,
-        gateway: [192, 168, 122, 1].into(),
-        mtu: 1400,
-    };
-    guest.configure(&config).unwrap();
-    guest.set_resolv_conf("nameserver 192.168.122.1\n").unwrap();
-    let script = "ip -br addr; ip route; cat /etc/resolv.conf; id -u; \
-                  cat /sys/class/net/eth0/tx_queue_len /proc/sys/net/ipv4/ping_group_range; \
-                  ip link show eth0; ping -c 1 -W 1 192.168.122.1 || true; echo end";
-    let status = Command::new("sh").args(["-c", script]).status().unwrap();
-    assert!(status.success());
+/// Says how far it comes with a wire.
+fn attempt_child() {
+    let program = std::env::var_os("LANLET_TEST_PROGRAM").map_or(PROGRAM.into(), PathBuf::from);
+    let wire = Helper::spawn(Some(&program)).and_then(|(helper, _events)| {
+        let wire = helper.create_wire(WireOptions::default())?;
+        helper.drops(wire.id)
+    });
+    match wire {
+        Ok(_) => println!("wire made"),
+        Err(error) => println!("error: {error}"),
+    }
 }
 
-const GUEST_MAC: &str = "52:54:00:aa:bb:01";
+/// Output of [`attempt_child`] on a host that `setup`, a shell command run as root of a user and
+/// mount namespace, made worse. With `capable` it may still do what root may.
+fn attempt(setup: &str, capable: bool) -> String {
+    let drop = if capable {
+        ""
+    } else {
+        "setpriv --bounding-set -all --inh-caps -all"
+    };
+    let output = Command::new("unshare")
+        .args(["--user", "--map-root-user", "--mount", "sh", "-ec"])
+        .arg(format!(
+            "{setup}; exec {drop} \"$0\" --exact child_entry --nocapture"
+        ))
+        .arg(std::env::current_exe().unwrap())
+        .env(ROLE, "attempt")
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(
+        output.status.success(),
+        "{text}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    text
+}
 
 #[test]
-fn a_namespace_guest_speaks_on_its_tap() {
-    let before = fs::read_to_string("/etc/resolv.conf").unwrap();
-    let (ours, theirs) = seqpacket_pair();
-    let mut process = child("guest").stdin(theirs).spawn().unwrap();
-    let (_, fds) = fd_pass::recv(ours.as_fd(), &mut [0; 8]).unwrap();
-    let [tap, netlink]: [OwnedFd; 2] = fds.try_into().unwrap();
-    let drops = LinkDrops::new(netlink, GUEST_IFNAME).unwrap();
-    assert_eq!(drops.kernel_drops().unwrap(), KernelDrops::default());
-    let (mut rx, tx) = lanlet::port::tap::open(tap).unwrap();
-    fd_pass::send(ours.as_fd(), b"go", &[]).unwrap();
-
-    let mut batch = Batch::new();
-    let counters = PortCounters::default();
-    let gateway: Mac = "52:54:00:00:00:01".parse().unwrap();
-    let echo = wait_for("an echo request", || {
-        batch.clear();
-        assert_eq!(rx.recv(&mut batch, &counters).unwrap(), More::No);
-        for frame in batch.frames() {
-            assert_eq!(frame.source().to_string(), GUEST_MAC);
-            if let Some(reply) = arp_reply(frame.bytes, gateway) {
-                tx.send(as_frame(&reply)).unwrap();
-            }
-            if frame.destination() == gateway {
-                return Some(frame.bytes.to_vec());
-            }
-        }
-        None
-    });
-    assert_eq!(
-        (echo[12..14].to_vec(), echo[23]),
-        (vec![8, 0], 1),
-        "ICMP over IPv4"
+fn forbidden_user_namespaces_are_named_with_their_sysctl() {
+    let forbid = "echo 0 > /proc/sys/user/max_user_namespaces";
+    let output = attempt(forbid, false);
+    assert!(
+        output.contains("sysctl -w user.max_user_namespaces="),
+        "{output}"
     );
+    // Root does without.
+    let output = attempt(forbid, true);
+    assert!(output.contains("wire made"), "{output}");
+}
 
-    let mut output = String::new();
-    for line in BufReader::new(process.stdout.take().unwrap()).lines() {
-        output += &(line.unwrap() + "\n");
-    }
-    assert!(process.wait().unwrap().success(), "{output}");
-    for part in [
-        "192.168.122.7/24",
-        "default via 192.168.122.1 dev eth0",
-        "nameserver 192.168.122.1",
-        "mtu 1400",
-        "\n0\n",
-        "qlen 16384",
-        GUEST_MAC,
-    ] {
-        assert!(output.contains(part), "{part:?} is missing in\n{output}");
-    }
-    assert_eq!(fs::read_to_string("/etc/resolv.conf").unwrap(), before);
+#[test]
+fn a_missing_or_forbidden_tun_device_is_named() {
+    let hide = "mount -t tmpfs none /dev/net";
+    let output = attempt(hide, true);
+    assert!(output.contains("modprobe tun"), "{output}");
+    let output = attempt(
+        &format!("{hide}; touch /dev/net/tun; chmod 0 /dev/net/tun"),
+        false,
+    );
+    assert!(output.contains("chmod 0666 /dev/net/tun"), "{output}");
 }
 
 /// All of the above as an ordinary user.
@@ -359,30 +330,7 @@ fn everything_works_for_nobody() {
     if !rustix::process::geteuid().is_root() {
         return; // It is being done.
     }
-    let directory = std::env::temp_dir().join(format!("lanlet-nobody.{}", std::process::id()));
-    fs::create_dir(&directory).unwrap();
-    let copy = |from: &Path| {
-        let to = directory.join(from.file_name().unwrap());
-        fs::copy(from, &to).unwrap();
-        to
-    };
-    let tests = copy(&std::env::current_exe().unwrap());
-    let program = copy(Path::new(PROGRAM));
-    let output = Command::new("setpriv")
-        .args(["--reuid", "65534", "--regid", "65534", "--clear-groups"])
-        .arg(tests)
-        .env("LANLET_TEST_PROGRAM", program)
-        .env_remove("XDG_RUNTIME_DIR")
-        .current_dir("/")
-        .output()
-        .unwrap();
-    fs::remove_dir_all(&directory).unwrap();
-    let _ = std::io::stderr().write_all(&output.stderr);
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stdout)
-    );
+    run_as_nobody(&[]);
 }
 
 /// A wire with a port on the switch's end.

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use super::tap::{LiveCaps, send_with_header};
 use super::{DropSource, KernelDrops, More, PortRx, PortTx};
-use crate::frame::{Batch, Frame};
+use crate::frame::{BATCH_FRAMES_MAX, Batch, Frame};
 use crate::offload::{self, Caps, Offload, VNET_HEADER_LEN};
 use crate::stats::{DropReason, PortCounters};
 use crate::sys::packet_ring::{self, PacketRing, RING_VNET_HEADER_LEN, RingFrame};
@@ -60,7 +60,10 @@ impl PortRx for PacketRx {
 
     fn recv(&mut self, batch: &mut Batch, counters: &PortCounters) -> io::Result<More> {
         let mut idle = true;
-        while let Some(buffer) = batch.next_buffer() {
+        for _ in 0..BATCH_FRAMES_MAX {
+            let Some(buffer) = batch.next_buffer() else {
+                break;
+            };
             match self.ring.next(|slot| assemble(slot, buffer)) {
                 Some((len, result)) => {
                     idle = false;
@@ -69,7 +72,7 @@ impl PortRx for PacketRx {
                         Ok(offload) => {
                             batch.commit(VNET_HEADER_LEN..VNET_HEADER_LEN + len, offload);
                         }
-                        Err(reason) => counters.drop(reason),
+                        Err(reason) => counters.count_drop(reason),
                     }
                 }
                 // Woken for nothing: an error may wait, and it would wake us for ever.
@@ -130,7 +133,7 @@ impl PortTx for PacketTx {
     }
 
     fn send(&self, frame: Frame<'_>) -> Result<(), DropReason> {
-        let header = offload::encode(&frame);
+        let header = offload::encode(frame);
         send_with_header(
             self.fd.as_fd(),
             &header[..RING_VNET_HEADER_LEN],

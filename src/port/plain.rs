@@ -7,7 +7,7 @@ use std::sync::Arc;
 use rustix::io::Errno;
 
 use super::{More, PortRx, PortTx, refusal};
-use crate::frame::{Batch, Frame};
+use crate::frame::{BATCH_FRAMES_MAX, Batch, Frame};
 use crate::offload::{self, Caps, VNET_HEADER_LEN};
 use crate::stats::{DropReason, PortCounters};
 use crate::sys::tun;
@@ -43,7 +43,10 @@ impl PortRx for PlainRx {
     }
 
     fn recv(&mut self, batch: &mut Batch, counters: &PortCounters) -> io::Result<More> {
-        while let Some(buffer) = batch.next_buffer() {
+        for _ in 0..BATCH_FRAMES_MAX {
+            let Some(buffer) = batch.next_buffer() else {
+                break;
+            };
             // An empty header makes the frame pass through the one place that checks frames.
             let (header, room) = buffer.split_at_mut(VNET_HEADER_LEN);
             header.fill(0);
@@ -56,7 +59,7 @@ impl PortRx for PlainRx {
             counters.rx(len);
             match offload::admit(&buffer[..VNET_HEADER_LEN + len]) {
                 Ok(offload) => batch.commit(VNET_HEADER_LEN..VNET_HEADER_LEN + len, offload),
-                Err(reason) => counters.drop(reason),
+                Err(reason) => counters.count_drop(reason),
             }
         }
         Ok(More::Yes)

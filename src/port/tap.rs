@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 use rustix::io::Errno;
 
 use super::{More, PortRx, PortTx, refusal};
-use crate::frame::{Batch, Frame};
+use crate::frame::{BATCH_FRAMES_MAX, Batch, Frame};
 use crate::offload::{self, Caps, Csum, Gso, VNET_HEADER_LEN};
 use crate::stats::{DropReason, PortCounters};
 use crate::sys::tun;
@@ -70,7 +70,11 @@ impl PortRx for TapRx {
     }
 
     fn recv(&mut self, batch: &mut Batch, counters: &PortCounters) -> io::Result<More> {
-        while let Some(buffer) = batch.next_buffer() {
+        // Refused frames count too: a guest that sends nothing else must not hold the worker.
+        for _ in 0..BATCH_FRAMES_MAX {
+            let Some(buffer) = batch.next_buffer() else {
+                break;
+            };
             let len = match rustix::io::read(&self.fd, &mut *buffer) {
                 Ok(len) => len,
                 Err(Errno::AGAIN) => return Ok(More::No),
@@ -87,7 +91,7 @@ impl PortRx for TapRx {
                 }
                 Err(reason) => {
                     counters.rx(len.saturating_sub(VNET_HEADER_LEN));
-                    counters.drop(reason);
+                    counters.count_drop(reason);
                 }
             }
         }
@@ -108,7 +112,7 @@ impl PortTx for TapTx {
     }
 
     fn send(&self, frame: Frame<'_>) -> Result<(), DropReason> {
-        let header = offload::encode(&frame);
+        let header = offload::encode(frame);
         send_with_header(self.fd.as_fd(), &header, frame, &self.caps)
     }
 }

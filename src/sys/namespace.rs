@@ -39,7 +39,7 @@ pub fn map_to_root(uid: u32, gid: u32) -> io::Result<()> {
 }
 
 /// Closes every fd from `first` on: what a parent leaked into a freshly executed process.
-pub fn close_from(first: u32) {
+pub(crate) fn close_from(first: u32) {
     // SAFETY: called by a process that has just started and owns no fd above its standard ones, so
     // no live object loses its fd. Failure (a kernel before 5.9) leaves them open, which is safe.
     unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, 0) };

@@ -46,6 +46,8 @@ pub fn open(index: u32) -> io::Result<OwnedFd> {
     // Before the ring: the kernel lays the slots out with room for it.
     set(libc::PACKET_VNET_HDR, 1)?;
     set(libc::PACKET_IGNORE_OUTGOING, 1)?;
+    // Not PACKET_QDISC_BYPASS: on that path the kernel drops what the guest needs segmented
+    // (__dev_direct_xmit in net/core/dev.c), and the tap has no queueing discipline to bypass.
     let ring = libc::tpacket_req {
         tp_block_size: (BLOCK_SLOTS * SLOT_LEN) as u32,
         tp_block_nr: BLOCKS as u32,

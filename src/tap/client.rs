@@ -3,6 +3,7 @@
 use std::env;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, PoisonError};
@@ -31,7 +32,7 @@ pub struct WireOptions {
     /// MTU of the taps, 68..=65,521. It limits nothing that passes the wire; it is what a VMM sees
     /// that asks its tap.
     pub mtu: u32,
-    /// Queues of the VMM's tap, 1..=16.
+    /// Queues of the VMM's tap: 1..=16, cut to that.
     pub queues: u16,
     /// `None`: the best that the kernel can.
     pub kind: Option<WireKind>,
@@ -100,6 +101,8 @@ impl Helper {
             .arg(HELPER_SUBCOMMAND)
             .stdin(child_control)
             .stdout(Stdio::null())
+            // A Ctrl-C is for lanlet, which still needs the helper on its way out.
+            .process_group(0)
             .spawn()
             .map_err(failed)?;
         let helper = Self {
@@ -131,9 +134,13 @@ impl Helper {
                     vm_ifname,
                     sw_ifname,
                     uso,
+                    fallback,
                 },
                 mut vm,
             ) => {
+                if let Some(why) = fallback {
+                    log::warn!("{vm_ifname}: a packet socket takes the place of a tap pair: {why}");
+                }
                 let sw = vm
                     .pop()
                     .ok_or_else(|| TapError::not_a_tap("no fd came with the wire"))?;

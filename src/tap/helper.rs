@@ -29,12 +29,15 @@ const FIRST_EXTRA_FD: u32 = 3;
 /// switch.
 const WIRES_MAX: usize = 4096;
 
-/// Body of the hidden subcommand: serves the client on standard input until it goes.
+/// Body of the hidden subcommand: serves the client on standard input until it goes. It must be the
+/// first thing that the process does: it closes every other fd.
 ///
 /// # Errors
 /// Standard input is no socket, or the client broke the protocol.
 pub fn run_on_stdin() -> io::Result<()> {
     namespace::close_from(FIRST_EXTRA_FD);
+    // Keeps no directory of the client's busy.
+    std::env::set_current_dir("/")?;
     run(io::stdin().as_fd().try_clone_to_owned()?)
 }
 
@@ -157,6 +160,7 @@ impl Server {
                     vm_ifname,
                     sw_ifname,
                     uso: made.uso,
+                    fallback: made.fallback,
                 };
                 let fds: Vec<_> = made.fds.iter().map(AsFd::as_fd).collect();
                 protocol::send(control, &reply, &fds)
@@ -209,10 +213,13 @@ impl Server {
 /// namespace alone.
 fn enter_namespace() -> Result<(), TapError> {
     let (uid, gid) = (geteuid(), getegid());
-    match namespace::unshare(true, false) {
-        Ok(()) => namespace::map_to_root(uid.as_raw(), gid.as_raw()),
+    let entered = match namespace::unshare(true, false) {
+        // Root without CAP_SETFCAP may not map itself (user_namespaces(7)), and has its
+        // capabilities in the namespace all the same.
+        Ok(()) => namespace::map_to_root(uid.as_raw(), gid.as_raw())
+            .or_else(|error| if uid.is_root() { Ok(()) } else { Err(error) }),
         Err(error) if uid.is_root() => namespace::unshare(false, false).map_err(|_| error),
         Err(error) => Err(error),
-    }
-    .map_err(|error| TapError::namespace(&error))
+    };
+    entered.map_err(|error| TapError::namespace(&error))
 }

@@ -45,6 +45,8 @@ pub(super) enum Reply {
         vm_ifname: String,
         sw_ifname: String,
         uso: bool,
+        /// Why it is not the kind that was tried first.
+        fallback: Option<TapError>,
     },
     /// To `Drops`.
     Drops(KernelDrops),

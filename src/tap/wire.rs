@@ -9,6 +9,11 @@ use crate::sys::netlink::{NetlinkError, RouteSocket};
 use crate::sys::rtnl::{Link, LinkChange};
 use crate::sys::{packet_ring, tun};
 
+/// Queues of a VMM's tap at most: their fds travel in one message, and no worker count of a little
+/// LAN needs more.
+const QUEUES_MAX: u16 = 16;
+const _: () = assert!((QUEUES_MAX as usize) < crate::sys::fd_pass::FDS_MAX);
+
 /// What the helper remembers of a wire. It keeps no fd of it.
 #[derive(Debug)]
 pub(super) struct WireEnds {
@@ -28,6 +33,8 @@ pub(super) struct Made {
     /// The VMM's queues, then the switch's end.
     pub fds: Vec<OwnedFd>,
     pub uso: bool,
+    /// Why it is no pair, where one was tried.
+    pub fallback: Option<TapError>,
 }
 
 /// Makes wire number `id`: as a pair of taps if the kernel can, else with a packet socket.
@@ -40,48 +47,34 @@ pub(super) fn make(
 ) -> Result<Made, TapError> {
     let vm_ifname = format!("vm{id}");
     let (vm, mut fds) = open_tap(route, &vm_ifname, mtu, queues)?;
-    let kinds: &[WireKind] = match kind {
-        Some(WireKind::Mirred) => &[WireKind::Mirred],
-        Some(WireKind::Packet) => &[WireKind::Packet],
-        None => &[WireKind::Mirred, WireKind::Packet],
+    let sw_ifname = format!("sw{id}");
+    let (kind, (fd, uso), fallback) = match kind {
+        Some(WireKind::Mirred) => (
+            WireKind::Mirred,
+            pair_end(route, vm, &sw_ifname, mtu)?,
+            None,
+        ),
+        Some(WireKind::Packet) => (WireKind::Packet, packet_end(vm)?, None),
+        None => match pair_end(route, vm, &sw_ifname, mtu) {
+            Ok(end) => (WireKind::Mirred, end, None),
+            Err(why) => (WireKind::Packet, packet_end(vm)?, Some(why)),
+        },
     };
-    let mut result = Err(TapError::NotATap {
-        cause: "no kind of wire".to_owned(),
-    });
-    for &kind in kinds {
-        let sw_ifname = format!("sw{id}");
-        let end = match kind {
-            WireKind::Mirred => pair_end(route, vm, &sw_ifname, mtu),
-            WireKind::Packet => packet_end(vm),
-        };
-        match end {
-            Ok((fd, uso)) => {
-                fds.push(fd);
-                let paired = kind == WireKind::Mirred;
-                let sw_ifname = if paired { sw_ifname } else { vm_ifname.clone() };
-                let ends = WireEnds {
-                    vm,
-                    vm_ifname: vm_ifname.clone(),
-                    sw_ifname: paired.then(|| sw_ifname.clone()),
-                };
-                return Ok(Made {
-                    ends,
-                    kind,
-                    vm_ifname,
-                    sw_ifname,
-                    fds,
-                    uso,
-                });
-            }
-            Err(error) => {
-                if kinds.len() > 1 && kind == WireKind::Mirred {
-                    log::warn!("no tap pair, a packet socket takes its place: {error}");
-                }
-                result = Err(error);
-            }
-        }
-    }
-    result
+    fds.push(fd);
+    let paired = kind == WireKind::Mirred;
+    Ok(Made {
+        ends: WireEnds {
+            vm,
+            vm_ifname: vm_ifname.clone(),
+            sw_ifname: paired.then(|| sw_ifname.clone()),
+        },
+        kind,
+        sw_ifname: if paired { sw_ifname } else { vm_ifname.clone() },
+        vm_ifname,
+        fds,
+        uso,
+        fallback,
+    })
 }
 
 /// The switch's end as a second tap.
@@ -127,7 +120,8 @@ fn open_tap(
     mtu: u32,
     queues: u16,
 ) -> Result<(Link, Vec<OwnedFd>), TapError> {
-    let fds = (0..queues.max(1))
+    let queues = queues.clamp(1, QUEUES_MAX);
+    let fds = (0..queues)
         .map(|_| tun::open_vnet(name, queues > 1).map(|(fd, _)| fd))
         .collect::<Result<Vec<_>, _>>()
         .map_err(|error| TapError::tap_open(name, &error))?;

@@ -1,9 +1,11 @@
 //! Frames and the helper, for the tests that run on the real kernel.
 #![allow(dead_code)] // Each test binary uses a part.
 
+use std::fs;
 use std::io::IoSlice;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use lanlet::frame::{Frame, Mac};
@@ -17,6 +19,36 @@ pub const MSS: u16 = 1448;
 pub fn spawn_helper() -> (Helper, HelperEvents) {
     let program = std::env::var_os("LANLET_TEST_PROGRAM").map_or(PROGRAM.into(), PathBuf::from);
     Helper::spawn(Some(&program)).unwrap()
+}
+
+/// Runs this very test program as an ordinary user, from a place where that user finds it.
+pub fn run_as_nobody(arguments: &[&str]) {
+    let directory = std::env::temp_dir().join(format!("lanlet-nobody.{}", std::process::id()));
+    fs::create_dir(&directory).unwrap();
+    let copy = |from: &Path| {
+        let to = directory.join(from.file_name().unwrap());
+        fs::copy(from, &to).unwrap();
+        to
+    };
+    let tests = copy(&std::env::current_exe().unwrap());
+    let program = copy(Path::new(PROGRAM));
+    let output = Command::new("setpriv")
+        .args(["--reuid", "65534", "--regid", "65534", "--clear-groups"])
+        .arg(tests)
+        .args(arguments)
+        .env("LANLET_TEST_PROGRAM", program)
+        .env_remove("XDG_RUNTIME_DIR")
+        .current_dir("/")
+        .output()
+        .unwrap();
+    fs::remove_dir_all(&directory).unwrap();
+    let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+    assert!(
+        output.status.success(),
+        "{}{}",
+        text(&output.stdout),
+        text(&output.stderr)
+    );
 }
 
 /// Calls `poll` until it yields something, for five seconds at most.
@@ -125,9 +157,13 @@ pub fn tcp_checksum_is_right(frame: &[u8]) -> bool {
     fold(pseudo_sum(&frame[14..]) + sum(&frame[34..])) == 0xffff
 }
 
+pub fn udp_checksum_is_right(frame: &[u8]) -> bool {
+    fold(pseudo_sum(&frame[14..]) + sum(&frame[34..])) == 0xffff
+}
+
 fn pseudo_sum(ip: &[u8]) -> u64 {
     let len = u64::from(u16::from_be_bytes([ip[2], ip[3]])) - 20;
-    sum(&ip[12..20]) + 6 + len
+    sum(&ip[12..20]) + u64::from(ip[9]) + len
 }
 
 fn sum(bytes: &[u8]) -> u64 {

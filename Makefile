@@ -1,0 +1,62 @@
+# Everything installs what it needs on a bare Debian 12 machine with Rust (lab/setup).
+
+CARGO ?= cargo
+TARGET = $(or $(CARGO_TARGET_DIR),target)
+export LANLET_BIN ?= $(abspath $(TARGET)/release/lanlet)
+
+.PHONY: all demo test check e2e image release bench compare clean
+
+all: release
+
+# Two real QEMU guests on one rootless network, as an unprivileged user.
+demo:
+	lab/setup demo
+	lab/guest-image/build
+	$(CARGO) build --release --locked --bin lanlet
+	stage=$$(lab/stage) && "$$stage/lab/as-user" "$$stage/lanlet" demo --lab "$$stage/lab"
+
+# What CI runs. Library, benches, clippy and the fuzz targets share the dev profile's dependencies;
+# only the binary under test is built for release. The benches run each case once, to keep them alive.
+test:
+	lab/setup test
+	lab/guest-image/build
+	$(MAKE) --no-print-directory check
+	$(CARGO) build --release --locked --bin lanlet
+	$(CARGO) test --locked --benches -- --test
+	$(MAKE) --no-print-directory e2e
+
+# What needs no lab.
+check:
+	$(CARGO) fmt --check
+	$(CARGO) clippy --locked --all-targets -- -D warnings
+	if [ -e fuzz/Cargo.toml ]; then \
+		$(CARGO) fmt --check --manifest-path fuzz/Cargo.toml && \
+		$(CARGO) check --manifest-path fuzz/Cargo.toml --target-dir $(TARGET); \
+	fi
+
+# Unit, property and layering tests, then those in namespaces and with QEMU guests: the binary under
+# test runs as an unprivileged user (lab/as-user), from a copy that this user can reach (lab/stage).
+e2e:
+	$(CARGO) test --locked --lib --bins --tests --no-fail-fast
+	$(CARGO) test --locked --doc
+
+image:
+	lab/setup demo
+	lab/guest-image/build
+
+release:
+	$(CARGO) build --release --locked --bin lanlet
+
+bench:
+	lab/setup demo
+	$(CARGO) bench --locked
+
+# lanlet, pasta, slirp4netns and the kernel's NAT, interleaved, as a table.
+compare:
+	lab/setup test
+	$(CARGO) build --release --locked --bin lanlet
+	lab/compare
+
+clean:
+	$(CARGO) clean
+	rm -rf lab/out

@@ -1,0 +1,68 @@
+//! The table as `lanlet status` shows it.
+
+use std::net::Ipv4Addr;
+
+use super::{Entry, LeaseTable, State};
+use crate::frame::{Duration, Instant, Mac};
+
+/// What `status` shows of an entry.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct LeaseView {
+    /// Leased address.
+    pub address: Ipv4Addr,
+    /// The client's MAC.
+    pub mac: Mac,
+    /// The client's identifier, unless it is its MAC.
+    pub client_id: Option<Box<[u8]>>,
+    /// The client's name.
+    pub hostname: Option<String>,
+    /// What the address is doing.
+    pub kind: LeaseKind,
+    /// Time left; `None` for [`LeaseKind::Attached`].
+    pub remaining: Option<Duration>,
+}
+
+/// What an address is doing.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum LeaseKind {
+    /// Offered, not taken yet.
+    Offered,
+    /// Leased.
+    Bound,
+    /// Ended or released; kept for its former client.
+    Ended,
+    /// As long as its port.
+    Attached,
+    /// Declined by a client, not handed out for a while.
+    Quarantined,
+}
+
+impl LeaseTable {
+    /// All entries by address.
+    pub fn snapshot(&self, now: Instant) -> Vec<LeaseView> {
+        let view = |(&address, entry): (&Ipv4Addr, &Entry)| {
+            let (kind, until) = match entry.state {
+                State::Offered { until } => (LeaseKind::Offered, Some(until)),
+                State::Bound { until, .. } if now < until => (LeaseKind::Bound, Some(until)),
+                State::Bound { until, .. } => (LeaseKind::Ended, Some(until)),
+                State::Attached => (LeaseKind::Attached, None),
+                State::Quarantined { until } => (LeaseKind::Quarantined, Some(until)),
+            };
+            LeaseView {
+                address,
+                mac: entry.key.mac,
+                client_id: entry.key.id.clone(),
+                hostname: entry.hostname.clone(),
+                kind,
+                remaining: until.map(|until| {
+                    if now < until {
+                        until - now
+                    } else {
+                        Duration::ZERO
+                    }
+                }),
+            }
+        };
+        self.entries.iter().map(view).collect()
+    }
+}

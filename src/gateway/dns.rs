@@ -1,0 +1,319 @@
+//! DNS to the gateway's address over UDP: checks queries, hands them out, frames the answers.
+//!
+//! # Path
+//! [`DnsService`] validates a query (a message that is none never reaches the host's resolver), notes
+//! who asked, and queues it. The worker takes it with [`DnsService::poll_query`], sends it to the
+//! control plane (`control/resolver.rs`), and gives what comes back to
+//! [`DnsService::handle_answer`]. Nothing is cached: the host's resolver does that, and a cache
+//! shared by guests is something to poison. DNS over TCP to the gateway is the NAT's: it connects the
+//! flow to the resolver in use.
+//!
+//! # Answers that don't fit
+//! An answer larger than the guest's EDNS size (512 without EDNS), or than the LAN's MTU, is cut to
+//! header, question and OPT with TC set, so that the guest asks again over TCP (RFC 2181 9).
+//!
+//! # Limits
+//! Outstanding queries: [`QUERIES_MAX`] in total, [`QUERIES_PER_PORT_MAX`] of a port,
+//! [`QUERIES_PER_MAC_MAX`] of a MAC. A query unanswered for [`QUERY_LIFETIME`] is forgotten.
+//!
+//! # What a hostile guest can try
+//! Guess answers for another guest: answers come from the resolver alone, by a number that guests
+//! never see. Exhaust the host's sockets: the limits. Reach the resolver's parser with rubbish:
+//! [`message`] accepts exactly one question and nothing else but OPT or a signature behind it, and
+//! ambiguous messages are refused, not passed on. Reflect: the source has to be a guest's address.
+
+pub mod message;
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::net::Ipv4Addr;
+
+use bytes::Bytes;
+
+use super::{Handled, LanConfig, Outbox, Service, admit_unicast, datagrams, service_counters};
+use crate::frame::{Duration, Instant, Mac, PortId};
+use crate::offload::Offload;
+use crate::stats::DropReason;
+use crate::wire::{Ipv4, Packet, UDP4_PAYLOAD_AT, Udp, write_udp4};
+use message::{Query, QueryError};
+
+/// DNS (RFC 1035 4.2).
+pub const DNS_PORT: u16 = 53;
+/// Queries under way at most: each holds a host socket, and DESIGN's test machines allow 20,000 files.
+pub const QUERIES_MAX: usize = 1_024;
+/// Of one port: four busy guests don't starve a fifth.
+pub const QUERIES_PER_PORT_MAX: usize = 224;
+/// Of one MAC: more than any stub resolver has open, below a port's share so that one guest behind a
+/// port leaves room for the next.
+pub const QUERIES_PER_MAC_MAX: usize = 128;
+const _: () = assert!(QUERIES_PER_PORT_MAX * 4 < QUERIES_MAX);
+const _: () = assert!(QUERIES_PER_MAC_MAX < QUERIES_PER_PORT_MAX);
+/// Longer than the resolver ever takes (`control/resolver.rs` asserts it): an answer later than this
+/// will not come.
+pub const QUERY_LIFETIME: Duration = Duration::from_secs(10);
+/// IP and UDP header.
+const HEADERS_LEN: usize = 28;
+
+/// Number of a query, unique for its service's life.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct QueryId(pub u64);
+
+/// A query for the host's resolver.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct DnsQuery {
+    /// To be given back in the answer.
+    pub id: QueryId,
+    /// Port the guest is behind.
+    pub port: PortId,
+    /// The guest's MAC, address and UDP port.
+    pub reply_to: (Mac, Ipv4Addr, u16),
+    /// The whole DNS message as the guest sent it.
+    pub message: Bytes,
+}
+
+/// The answer to a [`DnsQuery`].
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct DnsAnswer {
+    /// The query's number.
+    pub id: QueryId,
+    /// The whole DNS message, with the guest's transaction id.
+    pub message: Bytes,
+}
+
+service_counters! {
+    /// What the DNS service did.
+    DnsCounters {
+        /// Queries passed to the resolver.
+        queries = "dns_queries",
+        /// Answers sent to guests.
+        answers = "dns_answers",
+        /// Of these, cut because they did not fit.
+        truncated = "dns_truncated",
+        /// Queries refused with an error of our own (FORMERR, NOTIMP, REFUSED).
+        refused = "dns_refused",
+        /// Messages dropped that were no queries.
+        malformed = "dns_malformed",
+        /// Queries dropped because a limit was reached.
+        limited = "dns_limited",
+        /// Queries that the resolver never answered.
+        expired = "dns_expired",
+        /// Answers to queries that had expired, and unusable ones.
+        stray = "dns_stray_answers",
+    }
+}
+
+struct Outstanding {
+    deadline: Instant,
+    port: PortId,
+    reply_to: (Mac, Ipv4Addr, u16),
+    /// The largest UDP payload the guest takes.
+    payload_max: usize,
+}
+
+/// The DNS service.
+pub struct DnsService {
+    lan: LanConfig,
+    next: u64,
+    /// In order of deadline too, since ids grow and every query lives equally long.
+    outstanding: BTreeMap<QueryId, Outstanding>,
+    per_mac: HashMap<Mac, usize>,
+    per_port: HashMap<PortId, usize>,
+    queue: VecDeque<DnsQuery>,
+    counters: DnsCounters,
+}
+
+impl DnsService {
+    /// A service for the gateway of `lan`.
+    pub fn new(lan: LanConfig) -> Self {
+        Self {
+            lan,
+            next: 0,
+            outstanding: BTreeMap::new(),
+            per_mac: HashMap::new(),
+            per_port: HashMap::new(),
+            queue: VecDeque::new(),
+            counters: DnsCounters::default(),
+        }
+    }
+
+    /// The next query for the resolver. The worker drains this after each batch.
+    pub fn poll_query(&mut self) -> Option<DnsQuery> {
+        self.queue.pop_front()
+    }
+
+    /// When [`DnsService::expire`] has something to do next.
+    pub fn poll_at(&self) -> Option<Instant> {
+        self.outstanding
+            .first_key_value()
+            .map(|(_, asked)| asked.deadline)
+    }
+
+    /// Queries under way.
+    pub fn outstanding(&self) -> usize {
+        self.outstanding.len()
+    }
+
+    /// Forgets queries that the resolver never answered.
+    pub fn expire(&mut self, now: Instant) {
+        while let Some((&id, asked)) = self.outstanding.first_key_value()
+            && asked.deadline <= now
+        {
+            self.finish(id);
+            self.counters.expired += 1;
+        }
+    }
+
+    /// Forgets a query that could not be handed to the resolver.
+    pub fn abandon(&mut self, id: QueryId) {
+        if self.finish(id).is_some() {
+            self.counters.limited += 1;
+        }
+    }
+
+    /// Sends the resolver's answer to the guest that asked.
+    ///
+    /// # Errors
+    /// [`DropReason::NoFlow`] if nobody waits for it, [`DropReason::Malformed`] if it is no DNS answer.
+    pub fn handle_answer(&mut self, answer: &DnsAnswer, out: &mut dyn Outbox) -> Handled {
+        let Some(asked) = self.finish(answer.id) else {
+            self.counters.stray += 1;
+            return Err(DropReason::NoFlow);
+        };
+        if !message::is_response(&answer.message) {
+            self.counters.stray += 1;
+            return Err(DropReason::Malformed);
+        }
+        let room = asked
+            .payload_max
+            .min(usize::from(self.lan.mtu).saturating_sub(HEADERS_LEN));
+        let cut = (answer.message.len() > room).then(|| message::truncate(&answer.message, room));
+        let bytes = match cut {
+            None => &answer.message[..],
+            Some(Some(ref cut)) => {
+                self.counters.truncated += 1;
+                cut
+            }
+            Some(None) => {
+                self.counters.stray += 1;
+                return Err(DropReason::Malformed);
+            }
+        };
+        self.counters.answers += 1;
+        self.send(bytes, asked.reply_to, out);
+        Ok(())
+    }
+
+    fn send(&self, bytes: &[u8], to: (Mac, Ipv4Addr, u16), out: &mut dyn Outbox) {
+        let buffer = out.buffer();
+        buffer[UDP4_PAYLOAD_AT..][..bytes.len()].copy_from_slice(bytes);
+        let from = (self.lan.mac, self.lan.address, DNS_PORT);
+        let len = write_udp4(buffer, from, to, bytes.len());
+        out.send(len, Offload::default());
+    }
+
+    fn finish(&mut self, id: QueryId) -> Option<Outstanding> {
+        let asked = self.outstanding.remove(&id)?;
+        decrement(&mut self.per_mac, asked.reply_to.0);
+        decrement(&mut self.per_port, asked.port);
+        Some(asked)
+    }
+
+    fn datagram<'p, 'a>(&self, packet: &'p Packet<'a>) -> Option<(&'p Ipv4<'a>, &'p Udp<'a>)> {
+        let (ip, udp) = packet.udp4()?;
+        (udp.destination_port == DNS_PORT && ip.destination == self.lan.address)
+            .then_some((ip, udp))
+    }
+
+    fn ask(
+        &mut self,
+        port: PortId,
+        reply_to: (Mac, Ipv4Addr, u16),
+        bytes: &[u8],
+        now: Instant,
+        out: &mut dyn Outbox,
+    ) -> Handled {
+        let query = match Query::parse(bytes) {
+            Ok(query) => query,
+            Err(QueryError::Drop(reason)) => {
+                self.counters.malformed += 1;
+                return Err(reason);
+            }
+            Err(QueryError::Answer(code)) => {
+                self.counters.refused += 1;
+                self.send(&message::header_only(bytes, code), reply_to, out);
+                return Ok(());
+            }
+        };
+        let of_mac = self.per_mac.get(&reply_to.0).copied().unwrap_or(0);
+        let of_port = self.per_port.get(&port).copied().unwrap_or(0);
+        // The queue outgrows what is outstanding only if nobody drains it.
+        if self.outstanding.len().max(self.queue.len()) >= QUERIES_MAX
+            || of_mac >= QUERIES_PER_MAC_MAX
+            || of_port >= QUERIES_PER_PORT_MAX
+        {
+            self.counters.limited += 1;
+            return Err(DropReason::Limit);
+        }
+        let id = QueryId(self.next);
+        self.next += 1;
+        self.counters.queries += 1;
+        *self.per_mac.entry(reply_to.0).or_default() += 1;
+        *self.per_port.entry(port).or_default() += 1;
+        let asked = Outstanding {
+            deadline: now + QUERY_LIFETIME,
+            port,
+            reply_to,
+            payload_max: usize::from(query.payload_max),
+        };
+        self.outstanding.insert(id, asked);
+        let message = Bytes::copy_from_slice(bytes);
+        self.queue.push_back(DnsQuery {
+            id,
+            port,
+            reply_to,
+            message,
+        });
+        Ok(())
+    }
+}
+
+fn decrement<K: std::hash::Hash + Eq>(counts: &mut HashMap<K, usize>, key: K) {
+    if let std::collections::hash_map::Entry::Occupied(mut count) = counts.entry(key) {
+        *count.get_mut() -= 1;
+        if *count.get() == 0 {
+            count.remove();
+        }
+    }
+}
+
+impl Service for DnsService {
+    fn name(&self) -> &'static str {
+        "dns"
+    }
+
+    fn claims(&self, packet: &Packet<'_>) -> bool {
+        self.datagram(packet).is_some()
+    }
+
+    fn handle(&mut self, packet: &Packet<'_>, now: Instant, out: &mut dyn Outbox) -> Handled {
+        let (ip, udp) = self.datagram(packet).ok_or(DropReason::Unclaimed)?;
+        admit_unicast(&self.lan, packet, ip)?;
+        if udp.source_port == 0 {
+            // RFC 768: no port to answer to.
+            return Err(DropReason::Malformed);
+        }
+        self.expire(now);
+        let reply_to = (packet.source, ip.source, udp.source_port);
+        let mut handled = Ok(());
+        for bytes in datagrams(packet.offload, udp) {
+            handled = handled.and(self.ask(packet.ingress, reply_to, bytes, now, out));
+        }
+        handled
+    }
+
+    fn counters(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        self.counters.iter()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,714 @@
+//! TCP of the NAT: a guest's connection is ended here and carried on by a socket of the host.
+//!
+//! # Theory of operation
+//! A flow has two ends. The guest's end is a [`TcpEngine`] that speaks TCP with the guest as if it
+//! were the outside server. The host's end is a non-blocking socket of the [`Uplink`]. Between them
+//! bytes go from ring to socket and from socket to ring; what one end can't take closes the other
+//! end's window, so nothing queues without a bound.
+//!
+//! ```text
+//!  guest SYN ─► Connecting: SYN kept, host connect() under way, no ring memory
+//!                 │ refused: RST   unreachable, timed out: ICMP
+//!                 ▼ connected
+//!               Open: SYN-ACK, data, FINs both ways ─► gone (host socket closed, slot free)
+//! ```
+//! The guest sees a SYN-ACK only once the outside server has answered, so "connection refused" and
+//! "unreachable" mean what they say. While a flow is `Connecting`, the guest's SYN retransmissions
+//! are ignored and a RST ends it.
+//!
+//! # Batches
+//! [`TcpNat::handle_packet`] and [`TcpNat::handle_ready`] only note what happened and mark the flow
+//! dirty; [`TcpNat::flush`], at the end of each batch, moves bytes and polls each dirty flow once:
+//! one ACK and one `send()` per flow and batch. A flow that still has work after its share of
+//! [`DOWN_BYTES_PER_FLUSH`] stays dirty, see [`TcpNat::has_backlog`].
+//!
+//! # Lossless toward the guest
+//! smoltcp recovers from loss slowly (RTO at least 1 s, no SACK), so what is in flight to one port
+//! stays below that port's queue: [`GUEST_SEGMENTS_IN_FLIGHT`] over all its busy flows.
+//!
+//! # Timers (RFC 5382)
+//! Established flows end after [`ESTABLISHED_IDLE`] without a segment or byte (REQ-5: at least 2 h 4
+//! min), handshakes and flows with a FIN on either side after [`TRANSITORY_IDLE`] (at least 4 min).
+//! A flow is forgotten with the last FIN's ACK: the link to the guest loses nothing, so TIME-WAIT has
+//! nothing to wait for, and a SYN that reuses the ports starts a fresh flow.
+//!
+//! # A hostile guest
+//! can open flows up to the limits ([`TcpNat::new`], [`CONNECTING_MAX`]); more are refused with RST
+//! and counted. It can't exceed its rings, can't reach another guest's flow (the key has its address,
+//! the switch guards that) and, should it make the engine panic, loses that flow only.
+
+mod device;
+mod engine;
+mod syn;
+
+use std::net::SocketAddrV4;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use hashbrown::HashMap;
+
+use self::device::reset;
+use self::engine::{Phase, SmolEngine, TcpEngine};
+use self::syn::{Peer, SavedSyn};
+use super::flow_table::{FlowTable, TimerWheel};
+use super::icmp::{ErrorKind, write_about};
+use super::{FlowId, HostError, Io, Ready, SockId, SockOwner, Uplink};
+use crate::frame::{Duration, Instant, PortId};
+use crate::gateway::{LanConfig, Outbox};
+use crate::offload::Offload;
+use crate::stats::DropReason;
+use crate::sys::arena::Arena;
+use crate::wire::{Ipv4, Packet, Tcp};
+
+/// Flows whose host connect is under way, at most. Each costs a host socket and 200 bytes; Linux
+/// keeps as many half-open connections in a listener's queue (net.core.somaxconn).
+pub const CONNECTING_MAX: usize = 4_096;
+/// RFC 5382 REQ-5: an established connection may idle for 2 hours 4 minutes.
+pub const ESTABLISHED_IDLE: Duration = Duration::from_secs(2 * 3600 + 4 * 60);
+/// RFC 5382 REQ-5: a partially open or closing connection may idle for 4 minutes.
+pub const TRANSITORY_IDLE: Duration = Duration::from_secs(4 * 60);
+/// Packets on their way to one port at most, over all its flows: half of the queue of 16,384 entries
+/// that its tap has, each of which holds one packet for a guest without TSO.
+pub const GUEST_SEGMENTS_IN_FLIGHT: usize = 8_192;
+/// Bytes read from one host socket in one flush: four super-frames fit the L2 cache beside the rest,
+/// and other flows get their turn.
+pub const DOWN_BYTES_PER_FLUSH: usize = 512 * 1024;
+/// Bytes of one read from a host socket.
+const DOWN_READ_BYTES: usize = 256 * 1024;
+/// Idle time after which a flow's empty rings are given back to the system.
+const IDLE_RELEASE: Duration = Duration::from_secs(2);
+
+/// A guest's connection as its segments name it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+struct FlowKey {
+    guest: SocketAddrV4,
+    outside: SocketAddrV4,
+}
+
+/// Where a flow stands.
+enum State {
+    /// The host's connect is under way. May: be ended by a RST of the guest or by the connect's
+    /// failure. Must not: hold ring memory or answer the guest. Moved on by `handle_ready`.
+    Connecting(Box<SavedSyn>),
+    /// The guest's end exists. Moved on by `flush_flow`, which removes the flow once the engine's
+    /// phase is `Closed`.
+    Open(Box<SmolEngine>),
+}
+
+struct Flow {
+    key: FlowKey,
+    port: PortId,
+    peer: Peer,
+    host: SockId,
+    state: State,
+    /// The host socket may have something to read (edge-triggered: true until it says "blocked").
+    host_readable: bool,
+    host_writable: bool,
+    /// EOF was read from the host and passed on as FIN.
+    host_finished: bool,
+    /// The guest's FIN was passed on as SHUT_WR.
+    guest_finished: bool,
+    /// Counted in its port's busy flows: data is on its way to the guest.
+    busy: bool,
+    dirty: bool,
+    /// Data moved since ring memory was last given back.
+    touched: bool,
+    active_at: Instant,
+    /// When the wheel will call for this flow.
+    armed: Option<Instant>,
+}
+
+/// What happened, for `lanlet status`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct TcpCounters {
+    /// Connections that reached the outside.
+    pub opened: u64,
+    /// Connects that failed, whatever the cause.
+    pub failed: u64,
+    /// Flows refused at a limit.
+    pub limited: u64,
+    /// Flows ended by a reset of either side.
+    pub reset: u64,
+    /// Flows ended by an idle timer.
+    pub idled_out: u64,
+    /// Flows ended because the engine failed on them.
+    pub faults: u64,
+}
+
+impl TcpCounters {
+    /// Names and values.
+    pub fn iter(self) -> impl Iterator<Item = (&'static str, u64)> {
+        let Self {
+            opened,
+            failed,
+            limited,
+            reset,
+            idled_out,
+            faults,
+        } = self;
+        [
+            ("tcp_opened", opened),
+            ("tcp_connect_failed", failed),
+            ("tcp_limited", limited),
+            ("tcp_reset", reset),
+            ("tcp_idled_out", idled_out),
+            ("tcp_faults", faults),
+        ]
+        .into_iter()
+    }
+}
+
+/// All TCP flows of one worker.
+pub struct TcpNat {
+    lan: LanConfig,
+    flows: FlowTable<Flow>,
+    keys: HashMap<FlowKey, FlowId>,
+    arena: Arena,
+    wheel: TimerWheel,
+    connecting: usize,
+    dirty: Vec<FlowId>,
+    spare: Vec<FlowId>,
+    /// Busy flows by port.
+    busy: Vec<u32>,
+    counters: TcpCounters,
+}
+
+/// What a flush left of a flow.
+enum Rest {
+    /// Nothing more to do until something happens.
+    Idle,
+    /// Its share was used up: come back after the others.
+    Backlog,
+    /// It has ended and is to be removed.
+    Ended,
+}
+
+impl TcpNat {
+    /// No flows yet, `flows_max` at most.
+    pub fn new(lan: LanConfig, flows_max: usize, now: Instant) -> Self {
+        Self {
+            lan,
+            flows: FlowTable::new(flows_max),
+            keys: HashMap::new(),
+            // Rounded up: the arena maps whole chunks, the table is what limits.
+            arena: Arena::new(flows_max),
+            wheel: TimerWheel::new(now),
+            connecting: 0,
+            dirty: Vec::new(),
+            spare: Vec::new(),
+            busy: Vec::new(),
+            counters: TcpCounters::default(),
+        }
+    }
+
+    /// Number of flows.
+    pub fn len(&self) -> usize {
+        self.flows.len()
+    }
+
+    /// Whether there is no flow.
+    pub fn is_empty(&self) -> bool {
+        self.flows.is_empty()
+    }
+
+    /// Counters so far.
+    pub fn counters(&self) -> TcpCounters {
+        self.counters
+    }
+
+    /// Takes a guest's segment. `connect_to` is where a new flow's host socket goes: the segment's
+    /// destination, or what the gateway maps it to.
+    ///
+    /// # Errors
+    /// The reason to count the segment as dropped for.
+    pub fn handle_packet<U: Uplink + ?Sized, O: Outbox + ?Sized>(
+        &mut self,
+        packet: &Packet<'_>,
+        (ip, tcp): (&Ipv4<'_>, &Tcp<'_>),
+        connect_to: SocketAddrV4,
+        now: Instant,
+        (up, out): (&mut U, &mut O),
+    ) -> Result<(), DropReason> {
+        if tcp.source_port == 0 || tcp.destination_port == 0 {
+            return Err(DropReason::Malformed);
+        }
+        let key = FlowKey {
+            guest: SocketAddrV4::new(ip.source, tcp.source_port),
+            outside: SocketAddrV4::new(ip.destination, tcp.destination_port),
+        };
+        let Some(&id) = self.keys.get(&key) else {
+            return self.handle_stray(packet, (ip, tcp), key, connect_to, now, (up, out));
+        };
+        let Some(flow) = self.flows.get_mut(id) else {
+            return Err(DropReason::NoFlow);
+        };
+        flow.active_at = now;
+        flow.peer.guest = packet.source;
+        if flow.port != packet.ingress {
+            if std::mem::take(&mut flow.busy) {
+                self.busy[usize::from(flow.port.0)] -= 1;
+            }
+            flow.port = packet.ingress;
+        }
+        match &mut flow.state {
+            State::Connecting(_) => {
+                if tcp.flags & Tcp::RST != 0 {
+                    self.counters.reset += 1;
+                    self.remove(id, up, true);
+                }
+            }
+            State::Open(engine) => {
+                flow.touched |= !tcp.payload.is_empty();
+                let peer = &flow.peer;
+                let handled = catch_unwind(AssertUnwindSafe(|| {
+                    engine.handle_segment(ip, tcp, now, peer, out)
+                }));
+                if handled.is_err() {
+                    self.fault(id, up);
+                    return Err(DropReason::FlowFault);
+                }
+                self.mark_dirty(id);
+            }
+        }
+        Ok(())
+    }
+
+    /// A segment of no flow: the start of one, or answered with RST.
+    fn handle_stray<U: Uplink + ?Sized, O: Outbox + ?Sized>(
+        &mut self,
+        packet: &Packet<'_>,
+        (ip, tcp): (&Ipv4<'_>, &Tcp<'_>),
+        key: FlowKey,
+        connect_to: SocketAddrV4,
+        now: Instant,
+        (up, out): (&mut U, &mut O),
+    ) -> Result<(), DropReason> {
+        let peer = Peer::from_syn(self.lan.mac, packet.source, tcp, self.lan.mtu);
+        let opens = tcp.flags & (Tcp::SYN | Tcp::ACK | Tcp::RST | Tcp::FIN) == Tcp::SYN;
+        let syn = SavedSyn::new(ip, tcp).filter(|_| opens);
+        let Some(syn) = syn else {
+            if tcp.flags & Tcp::RST == 0 {
+                reset(ip.packet, &peer, now, out);
+            }
+            return Err(DropReason::NoFlow);
+        };
+        if self.connecting >= CONNECTING_MAX {
+            self.counters.limited += 1;
+            reset(syn.packet(), &peer, now, out);
+            return Err(DropReason::Limit);
+        }
+        let opened = self.flows.insert_with(None, |id| {
+            let host = up
+                .tcp_connect(connect_to, SockOwner::Tcp(id))
+                .map_err(Some)?;
+            Ok(Flow {
+                key,
+                port: packet.ingress,
+                peer,
+                host,
+                state: State::Connecting(Box::new(syn.clone())),
+                host_readable: false,
+                host_writable: false,
+                host_finished: false,
+                guest_finished: false,
+                busy: false,
+                dirty: false,
+                touched: false,
+                active_at: now,
+                armed: None,
+            })
+        });
+        match opened {
+            Ok(id) => {
+                self.keys.insert(key, id);
+                self.connecting += 1;
+                self.arm(id, now + TRANSITORY_IDLE);
+                Ok(())
+            }
+            Err(None) => {
+                self.counters.limited += 1;
+                reset(syn.packet(), &peer, now, out);
+                Err(DropReason::Limit)
+            }
+            Err(Some(error)) => {
+                self.counters.failed += 1;
+                answer_failure(&self.lan, &syn, &peer, error, now, out);
+                Err(DropReason::HostRefused)
+            }
+        }
+    }
+
+    /// Refuses a SYN, or resets a stray segment, without looking for a flow.
+    pub fn refuse<O: Outbox + ?Sized>(
+        &self,
+        packet: &Packet<'_>,
+        ip: &Ipv4<'_>,
+        tcp: &Tcp<'_>,
+        now: Instant,
+        out: &mut O,
+    ) {
+        if tcp.flags & Tcp::RST == 0 {
+            let peer = Peer::from_syn(self.lan.mac, packet.source, tcp, self.lan.mtu);
+            reset(ip.packet, &peer, now, out);
+        }
+    }
+
+    /// Takes a readiness event of a flow's host socket.
+    pub fn handle_ready<U: Uplink + ?Sized, O: Outbox + ?Sized>(
+        &mut self,
+        id: FlowId,
+        ready: Ready,
+        now: Instant,
+        (up, out): (&mut U, &mut O),
+    ) {
+        let Some(flow) = self.flows.get_mut(id) else {
+            return;
+        };
+        flow.host_readable |= ready.readable | ready.error;
+        flow.host_writable |= ready.writable;
+        if let State::Connecting(syn) = &flow.state {
+            match up.tcp_connected(flow.host) {
+                Ok(false) => return,
+                Ok(true) => {
+                    let Some(socket) = self.arena.socket() else {
+                        self.counters.limited += 1;
+                        reset(syn.packet(), &flow.peer, now, out);
+                        self.remove(id, up, true);
+                        return;
+                    };
+                    let engine = SmolEngine::accept(socket, up.random(), syn, now, &flow.peer, out);
+                    flow.state = State::Open(Box::new(engine));
+                    flow.active_at = now;
+                    // The first bytes may have come with the same edge.
+                    flow.host_readable = true;
+                    flow.host_writable = true;
+                    self.connecting -= 1;
+                    self.counters.opened += 1;
+                }
+                Err(error) => {
+                    self.counters.failed += 1;
+                    answer_failure(&self.lan, syn, &flow.peer, error, now, out);
+                    self.remove(id, up, false);
+                    return;
+                }
+            }
+        }
+        self.mark_dirty(id);
+    }
+
+    /// Moves bytes and answers the guests, for every flow that something happened to.
+    pub fn flush<U: Uplink + ?Sized, O: Outbox + ?Sized>(
+        &mut self,
+        now: Instant,
+        up: &mut U,
+        out: &mut O,
+    ) {
+        if self.dirty.is_empty() {
+            return;
+        }
+        let mut batch = std::mem::replace(&mut self.dirty, std::mem::take(&mut self.spare));
+        for id in batch.drain(..) {
+            let Some(flow) = self.flows.get_mut(id) else {
+                continue;
+            };
+            flow.dirty = false;
+            self.flush_one(id, now, up, out);
+        }
+        self.spare = batch;
+    }
+
+    /// Whether [`TcpNat::flush`] left work that needs no event to go on.
+    pub fn has_backlog(&self) -> bool {
+        !self.dirty.is_empty()
+    }
+
+    fn flush_one<U: Uplink + ?Sized, O: Outbox + ?Sized>(
+        &mut self,
+        id: FlowId,
+        now: Instant,
+        up: &mut U,
+        out: &mut O,
+    ) {
+        let Some(flow) = self.flows.get_mut(id) else {
+            return;
+        };
+        let port = usize::from(flow.port.0);
+        if self.busy.len() <= port {
+            self.busy.resize(port + 1, 0);
+        }
+        let was_busy = flow.busy;
+        let busy_flows = self.busy[port].max(1) as usize;
+        let share = (GUEST_SEGMENTS_IN_FLIGHT / busy_flows).max(2) * usize::from(flow.peer.mss);
+        let flushed = catch_unwind(AssertUnwindSafe(|| flow.flush(share, now, up, out)));
+        if flow.busy != was_busy {
+            if flow.busy {
+                self.busy[port] += 1;
+            } else {
+                self.busy[port] -= 1;
+            }
+        }
+        match flushed {
+            Err(_) => self.fault(id, up),
+            Ok(Rest::Ended) => self.remove(id, up, false),
+            Ok(Rest::Backlog) => self.mark_dirty(id),
+            Ok(Rest::Idle) => {
+                let next = flow.poll_timeout(now);
+                self.arm(id, next);
+            }
+        }
+    }
+
+    /// When [`TcpNat::handle_timeout`] next has something to do.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        self.wheel.poll_timeout()
+    }
+
+    /// Runs the timers that are due.
+    pub fn handle_timeout<U: Uplink + ?Sized, O: Outbox + ?Sized>(
+        &mut self,
+        now: Instant,
+        up: &mut U,
+        out: &mut O,
+    ) {
+        let mut due = std::mem::take(&mut self.spare);
+        self.wheel.expire(now, &mut due);
+        for id in due.drain(..) {
+            let Some(flow) = self.flows.get_mut(id) else {
+                continue;
+            };
+            flow.armed = None;
+            if now >= flow.active_at + flow.idle_limit() {
+                self.counters.idled_out += 1;
+                self.abort(id, now, up, out);
+                continue;
+            }
+            if flow.touched && now >= flow.active_at + IDLE_RELEASE {
+                if let State::Open(engine) = &mut flow.state {
+                    engine.release_idle_memory();
+                    flow.touched = false;
+                }
+            }
+            self.flush_one(id, now, up, out);
+        }
+        self.spare = due;
+    }
+
+    /// Ends all flows of the guests behind a port that is gone.
+    pub fn forget_port<U: Uplink + ?Sized>(&mut self, port: PortId, up: &mut U) {
+        let ids: Vec<_> = self.flows.ids().collect();
+        for id in ids {
+            if self.flows.get_mut(id).is_some_and(|flow| flow.port == port) {
+                self.remove(id, up, true);
+            }
+        }
+    }
+
+    /// Ends a flow with RST on both sides.
+    fn abort<U: Uplink + ?Sized, O: Outbox + ?Sized>(
+        &mut self,
+        id: FlowId,
+        now: Instant,
+        up: &mut U,
+        out: &mut O,
+    ) {
+        if let Some(flow) = self.flows.get_mut(id) {
+            let peer = &flow.peer;
+            match &mut flow.state {
+                State::Connecting(syn) => reset(syn.packet(), peer, now, out),
+                State::Open(engine) => {
+                    engine.abort();
+                    let _ = catch_unwind(AssertUnwindSafe(|| engine.poll_egress(now, peer, out)));
+                }
+            }
+            self.remove(id, up, true);
+        }
+    }
+
+    fn fault<U: Uplink + ?Sized>(&mut self, id: FlowId, up: &mut U) {
+        if self.counters.faults == 0 {
+            log::warn!("a TCP flow failed inside its engine and was ended; the others go on");
+        }
+        self.counters.faults += 1;
+        self.remove(id, up, true);
+    }
+
+    fn remove<U: Uplink + ?Sized>(&mut self, id: FlowId, up: &mut U, abort: bool) {
+        let Some(flow) = self.flows.remove(id) else {
+            return;
+        };
+        self.keys.remove(&flow.key);
+        if flow.busy {
+            self.busy[usize::from(flow.port.0)] -= 1;
+        }
+        match flow.state {
+            State::Connecting(_) => self.connecting -= 1,
+            // Both FINs went through, or the guest's side was reset: then the host's is, too.
+            State::Open(_) if !(flow.host_finished && flow.guest_finished) => {
+                self.counters.reset += 1;
+                up.tcp_abort_on_close(flow.host);
+            }
+            State::Open(_) if abort => up.tcp_abort_on_close(flow.host),
+            State::Open(_) => {}
+        }
+        up.close(flow.host);
+    }
+
+    fn mark_dirty(&mut self, id: FlowId) {
+        if let Some(flow) = self.flows.get_mut(id) {
+            if !flow.dirty {
+                flow.dirty = true;
+                self.dirty.push(id);
+            }
+        }
+    }
+
+    /// Arms the wheel unless it calls for this flow early enough anyway.
+    fn arm(&mut self, id: FlowId, deadline: Instant) {
+        if let Some(flow) = self.flows.get_mut(id) {
+            if flow.armed.is_none_or(|armed| deadline < armed) {
+                flow.armed = Some(self.wheel.arm(id, deadline));
+            }
+        }
+    }
+}
+
+impl Flow {
+    fn flush<U: Uplink + ?Sized, O: Outbox + ?Sized>(
+        &mut self,
+        share: usize,
+        now: Instant,
+        up: &mut U,
+        out: &mut O,
+    ) -> Rest {
+        let State::Open(engine) = &mut self.state else {
+            return Rest::Idle;
+        };
+        let mut broken = false;
+
+        // Guest to host.
+        while self.host_writable && !broken && engine.received() > 0 {
+            engine.recv(|bytes| match up.tcp_send(self.host, bytes) {
+                Io::Done(sent) => {
+                    self.host_writable = sent == bytes.len();
+                    self.active_at = now;
+                    sent
+                }
+                Io::Blocked => {
+                    self.host_writable = false;
+                    0
+                }
+                Io::Eof | Io::Failed(_) => {
+                    broken = true;
+                    0
+                }
+            });
+        }
+        if !self.guest_finished && !broken && engine.guest_finished() {
+            self.guest_finished = true;
+            up.tcp_shutdown(self.host);
+        }
+
+        // Host to guest.
+        let mut budget = DOWN_BYTES_PER_FLUSH;
+        loop {
+            let room = engine
+                .room()
+                .min(share.saturating_sub(engine.unacknowledged()))
+                .min(DOWN_READ_BYTES);
+            if broken || !self.host_readable || self.host_finished || room == 0 || budget == 0 {
+                break;
+            }
+            engine.send(room, |room| match up.tcp_recv(self.host, room) {
+                Io::Done(received) => {
+                    budget = budget.saturating_sub(received);
+                    self.active_at = now;
+                    self.touched = true;
+                    received
+                }
+                Io::Blocked => {
+                    self.host_readable = false;
+                    0
+                }
+                Io::Eof => {
+                    self.host_finished = true;
+                    0
+                }
+                Io::Failed(_) => {
+                    broken = true;
+                    0
+                }
+            });
+            engine.poll_egress(now, &self.peer, out);
+        }
+        if broken {
+            engine.abort();
+        } else if self.host_finished {
+            engine.close();
+        }
+        engine.poll_egress(now, &self.peer, out);
+
+        self.busy = engine.unacknowledged() > 0;
+        match engine.phase() {
+            Phase::Closed => {
+                // The ACK of our FIN and the guest's FIN may come in one segment.
+                self.guest_finished |= !broken && engine.guest_finished();
+                Rest::Ended
+            }
+            _ if budget == 0 => Rest::Backlog,
+            _ => Rest::Idle,
+        }
+    }
+
+    fn idle_limit(&self) -> Duration {
+        match &self.state {
+            State::Open(engine)
+                if engine.phase() == Phase::Open && !self.host_finished && !self.guest_finished =>
+            {
+                ESTABLISHED_IDLE
+            }
+            _ => TRANSITORY_IDLE,
+        }
+    }
+
+    fn poll_timeout(&mut self, now: Instant) -> Instant {
+        let mut next = self.active_at + self.idle_limit();
+        if self.touched {
+            next = next.min(self.active_at + IDLE_RELEASE);
+        }
+        if let State::Open(engine) = &mut self.state {
+            if let Some(due) = engine.poll_timeout(now) {
+                // "At once" can't be meant: egress was just polled dry. The next tick it is.
+                next = next.min(due.max(now));
+            }
+        }
+        next
+    }
+}
+
+/// Tells the guest why its connection failed (RFC 5382 REQ-4 and RFC 1122 4.2.3.9 let it react).
+fn answer_failure<O: Outbox + ?Sized>(
+    lan: &LanConfig,
+    syn: &SavedSyn,
+    peer: &Peer,
+    error: HostError,
+    now: Instant,
+    out: &mut O,
+) {
+    let kind = match error {
+        HostError::HostUnreachable | HostError::TimedOut => ErrorKind::HostUnreachable,
+        HostError::NetUnreachable => ErrorKind::NetUnreachable,
+        HostError::Prohibited => ErrorKind::Prohibited,
+        HostError::Refused
+        | HostError::Reset
+        | HostError::TooBig
+        | HostError::Exhausted
+        | HostError::Other(_) => {
+            reset(syn.packet(), peer, now, out);
+            return;
+        }
+    };
+    let len = write_about(out.buffer(), lan, kind, peer.guest, syn.packet());
+    out.send(len, Offload::default());
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,232 @@
+//! smoltcp's device: one packet in, frames to the guest out, within one call.
+
+use smoltcp::iface::{Config, Interface, SocketSet};
+use smoltcp::phy::{self, ChecksumCapabilities, DeviceCapabilities, Medium};
+use smoltcp::wire::HardwareAddress;
+
+use super::syn::{Peer, TCP_HEADER_LEN, be32};
+use crate::frame::{ETH_HEADER_LEN, Instant};
+use crate::gateway::Outbox;
+use crate::offload::{Csum, Gso, Offload};
+use crate::wire::{self, ETHERTYPE_IPV4, IPV4_HEADER_LEN, PROTO_TCP, Tcp, be16, checksum};
+
+/// MTU that smoltcp believes in: its segments are super-frames.
+const ENGINE_MTU: usize = 65_535;
+
+/// Answers a segment of no flow, or a refused SYN, with RST (RFC 9293 3.10.7.1).
+pub fn reset<O: Outbox + ?Sized>(packet: &[u8], peer: &Peer, now: Instant, out: &mut O) {
+    let mut device = Device::new(Some(packet), peer, out, 0);
+    let mut set = SocketSet::new(Vec::new());
+    interface(0, now).poll_ingress_single(now, &mut device, &mut set);
+}
+
+/// An interface of 96 bytes that takes packets for any address.
+pub fn interface(seed: u64, now: Instant) -> Interface {
+    let mut config = Config::new(HardwareAddress::Ip);
+    config.random_seed = seed;
+    let mut interface = Interface::new(config, &mut Capabilities, now);
+    interface.set_any_ip(true);
+    interface
+}
+
+/// What a sent segment told the guest.
+#[derive(Clone, Copy)]
+pub struct Shown {
+    /// Acknowledgment number.
+    pub acknowledged: u32,
+    /// Right edge of the window.
+    pub edge: u32,
+    /// Our window scale.
+    pub window_shift: u8,
+}
+
+/// smoltcp's device for the length of one call: at most one packet in, frames out as they are made.
+pub struct Device<'a, O: ?Sized> {
+    input: Option<&'a [u8]>,
+    peer: &'a Peer,
+    out: &'a mut O,
+    window_shift: u8,
+    /// The newest segment that went out, if it was no RST.
+    pub shown: Option<Shown>,
+}
+
+impl<'a, O: Outbox + ?Sized> Device<'a, O> {
+    /// A device that gives `input` and sends to `peer` through `out`.
+    pub fn new(input: Option<&'a [u8]>, peer: &'a Peer, out: &'a mut O, window_shift: u8) -> Self {
+        Self {
+            input,
+            peer,
+            out,
+            window_shift,
+            shown: None,
+        }
+    }
+}
+
+fn capabilities() -> DeviceCapabilities {
+    let mut capabilities = DeviceCapabilities::default();
+    capabilities.medium = Medium::Ip;
+    capabilities.max_transmission_unit = ENGINE_MTU;
+    // Ingress was verified by `wire`; egress is left to the device or to `offload::fit`.
+    capabilities.checksum = ChecksumCapabilities::ignored();
+    capabilities
+}
+
+impl<O: Outbox + ?Sized> phy::Device for Device<'_, O> {
+    type RxToken<'b>
+        = RxToken<'b>
+    where
+        Self: 'b;
+    type TxToken<'b>
+        = TxToken<'b, O>
+    where
+        Self: 'b;
+
+    fn receive(&mut self, _now: Instant) -> Option<(Self::RxToken<'_>, Self::TxToken<'_>)> {
+        let packet = self.input.take()?;
+        let token = TxToken {
+            peer: self.peer,
+            out: self.out,
+            window_shift: self.window_shift,
+            shown: &mut self.shown,
+        };
+        Some((RxToken(packet), token))
+    }
+
+    fn transmit(&mut self, _now: Instant) -> Option<Self::TxToken<'_>> {
+        Some(TxToken {
+            peer: self.peer,
+            out: self.out,
+            window_shift: self.window_shift,
+            shown: &mut self.shown,
+        })
+    }
+
+    fn capabilities(&self) -> DeviceCapabilities {
+        capabilities()
+    }
+}
+
+/// The packet to take in.
+pub struct RxToken<'a>(&'a [u8]);
+
+impl phy::RxToken for RxToken<'_> {
+    fn consume<R, F: FnOnce(&[u8]) -> R>(self, f: F) -> R {
+        f(self.0)
+    }
+}
+
+/// One frame to be made.
+pub struct TxToken<'a, O: ?Sized> {
+    peer: &'a Peer,
+    out: &'a mut O,
+    window_shift: u8,
+    shown: &'a mut Option<Shown>,
+}
+
+impl<O: Outbox + ?Sized> phy::TxToken for TxToken<'_, O> {
+    fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, len: usize, f: F) -> R {
+        let frame = &mut self.out.buffer()[..ETH_HEADER_LEN + len];
+        let result = f(&mut frame[ETH_HEADER_LEN..]);
+        let (offload, shown) = finish(frame, self.peer, self.window_shift);
+        *self.shown = shown;
+        self.out.send(ETH_HEADER_LEN + len, offload);
+        result
+    }
+}
+
+/// Turns the IP packet behind a frame's Ethernet header, as smoltcp wrote it, into a frame for the
+/// guest.
+fn finish(frame: &mut [u8], peer: &Peer, window_shift: u8) -> (Offload, Option<Shown>) {
+    wire::write_ethernet(frame, peer.guest, peer.gateway, ETHERTYPE_IPV4);
+    let (ip, tcp) = frame[ETH_HEADER_LEN..].split_at_mut(IPV4_HEADER_LEN);
+    let sum = !checksum::fold(checksum::sum(ip) - u64::from(be16(ip, 10)));
+    ip[10..12].copy_from_slice(&sum.to_be_bytes());
+    let pseudo = checksum::sum(&ip[12..20]) + u64::from(PROTO_TCP) + tcp.len() as u64;
+    tcp[16..18].copy_from_slice(&checksum::fold(pseudo).to_be_bytes());
+
+    let header_len = usize::from(tcp[12] >> 4) * 4;
+    let flags = tcp[13];
+    let acknowledged = be32(tcp, 8);
+    let window = u32::from(be16(tcp, 14));
+    let mut shift = window_shift;
+    if flags & Tcp::SYN != 0 {
+        shift = show_our_mss(&mut tcp[TCP_HEADER_LEN..header_len], peer.our_mss);
+    }
+    // The window of a SYN is never scaled (RFC 7323 2.2).
+    let scaled = if flags & Tcp::SYN != 0 {
+        window
+    } else {
+        window << shift
+    };
+    let shown = (flags & Tcp::RST == 0).then(|| Shown {
+        acknowledged,
+        edge: acknowledged.wrapping_add(scaled),
+        window_shift: shift,
+    });
+    let gso = if tcp.len() - header_len > usize::from(peer.mss) {
+        Gso::Tcp4(peer.mss)
+    } else {
+        Gso::None
+    };
+    let start = (ETH_HEADER_LEN + IPV4_HEADER_LEN) as u16;
+    (
+        Offload {
+            csum: Csum::Partial { start, offset: 16 },
+            gso,
+            ecn: false,
+        },
+        shown,
+    )
+}
+
+/// Puts our MSS into a SYN-ACK's options; returns the window scale they offer.
+fn show_our_mss(options: &mut [u8], mss: u16) -> u8 {
+    let mut at = 0;
+    let mut shift = 0;
+    while at + 1 < options.len() {
+        match (options[at], usize::from(options[at + 1])) {
+            (0, _) => break,
+            (1, _) => {
+                at += 1;
+                continue;
+            }
+            (2, 4) => options[at + 2..at + 4].copy_from_slice(&mss.to_be_bytes()),
+            (3, 3) => shift = options[at + 2],
+            _ => {}
+        }
+        at += usize::from(options[at + 1]).max(2);
+    }
+    shift
+}
+
+/// Tells smoltcp what it runs on, where no packet moves.
+struct Capabilities;
+
+impl phy::Device for Capabilities {
+    type RxToken<'b> = RxToken<'b>;
+    type TxToken<'b> = TxToken<'b, NoReply>;
+
+    fn receive(&mut self, _now: Instant) -> Option<(Self::RxToken<'_>, Self::TxToken<'_>)> {
+        None
+    }
+
+    fn transmit(&mut self, _now: Instant) -> Option<Self::TxToken<'_>> {
+        None
+    }
+
+    fn capabilities(&self) -> DeviceCapabilities {
+        capabilities()
+    }
+}
+
+/// The outbox of [`Capabilities`], which never gives a token.
+pub struct NoReply;
+
+impl Outbox for NoReply {
+    fn buffer(&mut self) -> &mut [u8] {
+        &mut []
+    }
+
+    fn send(&mut self, _len: usize, _offload: Offload) {}
+}

@@ -1,0 +1,308 @@
+//! The guest's end of a TCP flow: smoltcp, driven one socket at a time.
+//!
+//! One `SocketSet` with N sockets costs O(N) per packet; one set per flow costs 37-60 ns whatever N
+//! (research/smoltcp.md A, B). Super-segments pass in both directions: smoltcp is told that the guest
+//! takes [`Peer::segment_bytes`] at a time, and what it sends above the guest's real MSS leaves as
+//! one GSO frame.
+//!
+//! # What smoltcp 0.14.0 must be kept from
+//! Its acceptance window can be wider than its receive ring (until the first ACK after the
+//! handshake), and its right window edge may move left by rounding. A guest could make it panic with
+//! two packets, and an honest sender could lose the end of a stream without an error. So nothing is
+//! fed beyond the newest edge that was advertised: data beyond it is cut off together with the FIN.
+//! A panic that slips through ends the flow, not the LAN: [`TcpEngine`] calls are made under
+//! `catch_unwind` by the flow that owns the engine.
+
+use smoltcp::iface::{Interface, PollResult};
+use smoltcp::socket::tcp;
+
+use super::device::{Device, Shown, interface};
+use super::syn::{Peer, SYN_LEN, SavedSyn, set_cut};
+use crate::frame::Instant;
+use crate::gateway::Outbox;
+use crate::sys::arena::TcpSocket;
+use crate::wire::{Ipv4, Tcp};
+
+/// Where the guest's end of a flow stands.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Phase {
+    /// SYN-ACK sent, ACK awaited.
+    Handshake,
+    /// Data may flow; FINs may have gone either way.
+    Open,
+    /// Nothing more will happen: reset, or both FINs acknowledged.
+    Closed,
+}
+
+/// The guest's end of one TCP flow. Small, so that an engine without buffers of its own can replace
+/// smoltcp if measurements ask for it.
+pub trait TcpEngine {
+    /// Takes a segment of the guest; may answer through `out` at once.
+    fn handle_segment<O: Outbox + ?Sized>(
+        &mut self,
+        ip: &Ipv4<'_>,
+        tcp: &Tcp<'_>,
+        now: Instant,
+        peer: &Peer,
+        out: &mut O,
+    );
+
+    /// Sends what is due: data, ACKs, window updates, retransmissions.
+    fn poll_egress<O: Outbox + ?Sized>(&mut self, now: Instant, peer: &Peer, out: &mut O);
+
+    /// When [`TcpEngine::poll_egress`] next has something to do by itself.
+    fn poll_timeout(&mut self, now: Instant) -> Option<Instant>;
+
+    /// State.
+    fn phase(&self) -> Phase;
+
+    /// Whether the guest's FIN has arrived and all data before it was taken.
+    fn guest_finished(&self) -> bool;
+
+    /// Bytes from the guest that wait to be taken.
+    fn received(&self) -> usize;
+
+    /// Shows waiting bytes to `take`, which returns how many it took.
+    fn recv(&mut self, take: impl FnOnce(&mut [u8]) -> usize);
+
+    /// Bytes that are queued for the guest or not yet acknowledged by it.
+    fn unacknowledged(&self) -> usize;
+
+    /// Room for data to the guest; 0 before the handshake ends and after [`TcpEngine::close`].
+    fn room(&self) -> usize;
+
+    /// Shows contiguous room of at most `limit` bytes to `fill`, which returns how many it wrote.
+    fn send(&mut self, limit: usize, fill: impl FnOnce(&mut [u8]) -> usize);
+
+    /// Sends FIN behind the queued data.
+    fn close(&mut self);
+
+    /// Sends RST.
+    fn abort(&mut self);
+
+    /// Gives memory that holds no data back to the system.
+    fn release_idle_memory(&mut self);
+}
+
+/// [`TcpEngine`] on smoltcp.
+pub struct SmolEngine {
+    interface: Interface,
+    socket: TcpSocket,
+    /// Right edge of the newest window shown to the guest.
+    edge: u32,
+    /// Newest acknowledgment number shown to the guest.
+    acknowledged: u32,
+    /// End of the highest data fed: above `acknowledged`, the ring holds out-of-order data.
+    highest: u32,
+    /// Our window scale, once the SYN-ACK has offered it.
+    window_shift: u8,
+    /// A RST came or went: what is left in the rings means nothing.
+    reset: bool,
+    /// The FIN of TIME-WAIT was acknowledged; polling on would let smoltcp's timer clear data that
+    /// the host has yet to take.
+    parked: bool,
+}
+
+impl SmolEngine {
+    /// A socket that has taken the guest's SYN; [`TcpEngine::poll_egress`] sends the SYN-ACK. `seed`
+    /// makes the initial sequence number (RFC 9293 3.4.1 wants it unpredictable).
+    pub fn accept<O: Outbox + ?Sized>(
+        mut socket: TcpSocket,
+        seed: u64,
+        syn: &SavedSyn,
+        now: Instant,
+        peer: &Peer,
+        out: &mut O,
+    ) -> Self {
+        let port = syn.destination_port();
+        let address = syn.destination();
+        socket.with_socket(|socket| {
+            // One ACK per batch comes from polling at its end; a delay would stall IW10 by 10 ms.
+            socket.set_ack_delay(None);
+            socket.set_nagle_enabled(false);
+            socket
+                .listen((address, port))
+                .expect("a fresh socket listens on a port above zero");
+        });
+        let mut engine = Self {
+            interface: interface(seed, now),
+            socket,
+            edge: 0,
+            acknowledged: 0,
+            highest: syn.sequence().wrapping_add(1),
+            window_shift: 0,
+            reset: false,
+            parked: false,
+        };
+        let mut copy = [0; SYN_LEN];
+        let syn = syn.rewritten(peer.segment_bytes(), &mut copy);
+        engine.feed(syn, now, peer, out);
+        engine
+    }
+
+    fn feed<O: Outbox + ?Sized>(&mut self, packet: &[u8], now: Instant, peer: &Peer, out: &mut O) {
+        let mut device = Device::new(Some(packet), peer, out, self.window_shift);
+        let interface = &mut self.interface;
+        self.socket.with(|set| {
+            interface.poll_ingress_single(now, &mut device, set);
+        });
+        let shown = device.shown;
+        self.note(shown);
+    }
+
+    fn note(&mut self, shown: Option<Shown>) {
+        if let Some(shown) = shown {
+            self.edge = shown.edge;
+            self.acknowledged = shown.acknowledged;
+            self.window_shift = shown.window_shift;
+        }
+    }
+}
+
+impl TcpEngine for SmolEngine {
+    fn handle_segment<O: Outbox + ?Sized>(
+        &mut self,
+        ip: &Ipv4<'_>,
+        tcp: &Tcp<'_>,
+        now: Instant,
+        peer: &Peer,
+        out: &mut O,
+    ) {
+        if tcp.flags & Tcp::SYN != 0 {
+            if let Some(syn) = SavedSyn::new(ip, tcp) {
+                let mut copy = [0; SYN_LEN];
+                self.feed(
+                    syn.rewritten(peer.segment_bytes(), &mut copy),
+                    now,
+                    peer,
+                    out,
+                );
+            }
+            return;
+        }
+        let len = tcp.payload.len() as u32;
+        let end = tcp.sequence.wrapping_add(len);
+        let beyond = end.wrapping_sub(self.edge) as i32;
+        if beyond <= 0 {
+            if (end.wrapping_sub(self.highest) as i32) > 0 {
+                self.highest = end;
+            }
+            self.feed(ip.packet, now, peer, out);
+            self.reset |= tcp.flags & Tcp::RST != 0 && !self.socket.get().is_open();
+            return;
+        }
+        // Only a sender that ignores the window comes here; a copy is cheap enough for it.
+        let kept = len.saturating_sub(beyond as u32);
+        let mut cut = ip.packet[..ip.header_len + tcp.header.len() + kept as usize].to_vec();
+        set_cut(&mut cut, ip.header_len);
+        if kept == 0 {
+            // A window probe, answered like a keep-alive: with an ACK that shows the window.
+            let probe = self.acknowledged.wrapping_sub(1);
+            cut[ip.header_len + 4..ip.header_len + 8].copy_from_slice(&probe.to_be_bytes());
+        } else if (self.edge.wrapping_sub(self.highest) as i32) > 0 {
+            self.highest = self.edge;
+        }
+        self.feed(&cut, now, peer, out);
+    }
+
+    fn poll_egress<O: Outbox + ?Sized>(&mut self, now: Instant, peer: &Peer, out: &mut O) {
+        if std::mem::replace(
+            &mut self.parked,
+            self.socket.get().state() == tcp::State::TimeWait,
+        ) {
+            return;
+        }
+        loop {
+            let mut device = Device::new(None, peer, out, self.window_shift);
+            let interface = &mut self.interface;
+            let result = self
+                .socket
+                .with(|set| interface.poll_egress(now, &mut device, set));
+            let shown = device.shown;
+            self.note(shown);
+            // A RST shows nothing and is the last segment.
+            if result == PollResult::None || shown.is_none() {
+                return;
+            }
+        }
+    }
+
+    fn poll_timeout(&mut self, now: Instant) -> Option<Instant> {
+        let interface = &mut self.interface;
+        self.socket.with(|set| interface.poll_at(now, set))
+    }
+
+    fn phase(&self) -> Phase {
+        let socket = self.socket.get();
+        match socket.state() {
+            // A RST before the handshake's end puts the socket back to Listen.
+            tcp::State::Listen => Phase::Closed,
+            tcp::State::Closed | tcp::State::TimeWait if self.reset || socket.recv_queue() == 0 => {
+                Phase::Closed
+            }
+            tcp::State::SynReceived | tcp::State::SynSent => Phase::Handshake,
+            _ => Phase::Open,
+        }
+    }
+
+    fn guest_finished(&self) -> bool {
+        let socket = self.socket.get();
+        let fin_taken = matches!(
+            socket.state(),
+            tcp::State::CloseWait
+                | tcp::State::LastAck
+                | tcp::State::Closing
+                | tcp::State::TimeWait
+                | tcp::State::Closed
+        );
+        fin_taken && !self.reset && socket.recv_queue() == 0
+    }
+
+    fn received(&self) -> usize {
+        self.socket.get().recv_queue()
+    }
+
+    fn recv(&mut self, take: impl FnOnce(&mut [u8]) -> usize) {
+        // Refused only when nothing was ever received and nothing will be: then there is no data.
+        let _ = self
+            .socket
+            .with_socket(|socket| socket.recv(|bytes| (take(bytes), ())));
+    }
+
+    fn unacknowledged(&self) -> usize {
+        self.socket.get().send_queue()
+    }
+
+    fn room(&self) -> usize {
+        let socket = self.socket.get();
+        if socket.may_send() {
+            socket.send_capacity() - socket.send_queue()
+        } else {
+            0
+        }
+    }
+
+    fn send(&mut self, limit: usize, fill: impl FnOnce(&mut [u8]) -> usize) {
+        let _ = self.socket.with_socket(|socket| {
+            socket.send(|room| {
+                let limit = limit.min(room.len());
+                (fill(&mut room[..limit]), ())
+            })
+        });
+    }
+
+    fn close(&mut self) {
+        self.socket.with_socket(|socket| socket.close());
+    }
+
+    fn abort(&mut self) {
+        self.reset = true;
+        self.socket.with_socket(|socket| socket.abort());
+    }
+
+    fn release_idle_memory(&mut self) {
+        if self.highest == self.acknowledged {
+            self.socket.discard_rings();
+        }
+    }
+}

@@ -1,0 +1,178 @@
+//! The SYN of a flow: kept while the host connects, and what it says of the guest.
+
+use std::net::Ipv4Addr;
+
+use crate::frame::Mac;
+use crate::wire::{IPV4_HEADER_LEN, Ipv4, Tcp, be16};
+
+/// Largest payload of a super-frame: with its Ethernet, IP and TCP headers 65,535 bytes, the most
+/// that a tap passes whole (its gso_max_size is 65,536).
+const PAYLOAD_MAX: u16 = 65_535 - 14 - 20 - 20;
+/// TCP header without options.
+pub const TCP_HEADER_LEN: usize = 20;
+/// Segments that one super-frame may become: the kernel's own GSO_MAX_SEGS is 65,535, but a guest
+/// without TSO gets each as an entry of its 16,384-entry queue.
+const SUPER_FRAME_SEGMENTS_MAX: u16 = 64;
+/// Smallest MSS believed (Linux: net.ipv4.tcp_min_snd_mss); below, a guest could have one super-frame
+/// cut into tens of thousands of packets.
+pub const MSS_MIN: u16 = 48;
+/// MSS of a SYN without the option (RFC 9293 3.7.1, MUST-15).
+const MSS_DEFAULT: u16 = 536;
+
+/// The guest of a flow, as frames to it need it.
+#[derive(Clone, Copy, Debug)]
+pub struct Peer {
+    /// Source of frames to the guest.
+    pub gateway: Mac,
+    /// Where the guest's last segment came from.
+    pub guest: Mac,
+    /// Payload bytes of one packet to the guest.
+    pub mss: u16,
+    /// MSS shown to the guest in the SYN-ACK.
+    pub our_mss: u16,
+}
+
+impl Peer {
+    /// The peer that sent `syn`, on a LAN of this MTU.
+    pub fn from_syn(gateway: Mac, guest: Mac, syn: &Tcp<'_>, mtu: u16) -> Self {
+        let our_mss = mtu - (IPV4_HEADER_LEN + TCP_HEADER_LEN) as u16;
+        let mss = syn_mss(syn.header)
+            .unwrap_or(MSS_DEFAULT)
+            .clamp(MSS_MIN, our_mss.max(MSS_MIN));
+        Self {
+            gateway,
+            guest,
+            mss,
+            our_mss,
+        }
+    }
+
+    /// Payload of the largest super-frame: whole segments, so that none leaves a short tail.
+    pub fn segment_bytes(&self) -> u16 {
+        (PAYLOAD_MAX / self.mss).min(SUPER_FRAME_SEGMENTS_MAX) * self.mss
+    }
+}
+
+/// The SYN as smoltcp sees it: no IP options, 12 bytes of TCP options.
+pub const SYN_LEN: usize = IPV4_HEADER_LEN + TCP_HEADER_LEN + 12;
+/// A saved SYN: IP and TCP headers with all their options.
+const SAVED_SYN_LEN_MAX: usize = 60 + 60;
+
+/// A guest's SYN, kept while the host's connection is being made.
+#[derive(Clone, Debug)]
+pub struct SavedSyn {
+    packet: [u8; SAVED_SYN_LEN_MAX],
+    ip_header_len: u8,
+    len: u8,
+}
+
+impl SavedSyn {
+    /// Keeps the headers of `tcp`; data on a SYN is left for the guest to send again.
+    pub fn new(ip: &Ipv4<'_>, tcp: &Tcp<'_>) -> Option<Self> {
+        let len = ip.header_len + tcp.header.len();
+        let mut packet = [0; SAVED_SYN_LEN_MAX];
+        packet.get_mut(..len)?.copy_from_slice(&ip.packet[..len]);
+        set_cut(&mut packet[..len], ip.header_len);
+        Some(Self {
+            packet,
+            ip_header_len: ip.header_len as u8,
+            len: len as u8,
+        })
+    }
+
+    /// The packet as the guest sent it, without data: for RST and ICMP answers.
+    pub fn packet(&self) -> &[u8] {
+        &self.packet[..usize::from(self.len)]
+    }
+
+    fn tcp_header(&self) -> &[u8] {
+        &self.packet()[usize::from(self.ip_header_len)..]
+    }
+
+    /// Destination address.
+    pub fn destination(&self) -> Ipv4Addr {
+        Ipv4Addr::new(
+            self.packet[16],
+            self.packet[17],
+            self.packet[18],
+            self.packet[19],
+        )
+    }
+
+    /// Destination port.
+    pub fn destination_port(&self) -> u16 {
+        be16(self.tcp_header(), 2)
+    }
+
+    /// Initial sequence number of the guest.
+    pub fn sequence(&self) -> u32 {
+        be32(self.tcp_header(), 4)
+    }
+
+    /// The SYN as smoltcp shall see it: MSS of a super-frame, window scale and SACK as the guest
+    /// offered them, nothing else.
+    pub fn rewritten<'a>(&self, mss: u16, out: &'a mut [u8; SYN_LEN]) -> &'a [u8] {
+        let header = self.tcp_header();
+        out[..IPV4_HEADER_LEN].copy_from_slice(&self.packet[..IPV4_HEADER_LEN]);
+        out[0] = 0x45;
+        out[2..4].copy_from_slice(&(SYN_LEN as u16).to_be_bytes());
+        let tcp = &mut out[IPV4_HEADER_LEN..];
+        tcp[..TCP_HEADER_LEN].copy_from_slice(&header[..TCP_HEADER_LEN]);
+        tcp[12] = ((TCP_HEADER_LEN + 12) / 4 << 4) as u8;
+        let mut options = [1u8; 12];
+        options[..2].copy_from_slice(&[2, 4]);
+        options[2..4].copy_from_slice(&mss.to_be_bytes());
+        for option in options_of(header) {
+            match option {
+                [3, _, shift] => options[4..7].copy_from_slice(&[3, 3, *shift]),
+                [4, _] => options[8..10].copy_from_slice(&[4, 2]),
+                _ => {}
+            }
+        }
+        tcp[TCP_HEADER_LEN..].copy_from_slice(&options);
+        out
+    }
+}
+
+/// Big-endian 32 bits at `at`.
+///
+/// # Panics
+/// If the slice is shorter.
+pub fn be32(bytes: &[u8], at: usize) -> u32 {
+    u32::from_be_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+}
+
+/// MSS option of a SYN's TCP header.
+fn syn_mss(header: &[u8]) -> Option<u16> {
+    options_of(header).find_map(|option| match option {
+        [2, 4, high, low] => Some(u16::from_be_bytes([*high, *low])),
+        _ => None,
+    })
+}
+
+/// The options of a TCP header, whole, up to the first malformed one.
+fn options_of(header: &[u8]) -> impl Iterator<Item = &[u8]> {
+    let mut rest = header.get(TCP_HEADER_LEN..).unwrap_or_default();
+    std::iter::from_fn(move || {
+        while let [1, behind @ ..] = rest {
+            rest = behind;
+        }
+        let len = match rest {
+            [] | [0, ..] | [_] => return None,
+            [_, len, ..] => usize::from(*len),
+        };
+        if len < 2 || len > rest.len() {
+            return None;
+        }
+        let (option, behind) = rest.split_at(len);
+        rest = behind;
+        Some(option)
+    })
+}
+
+/// Clears FIN and sets the IP total length to the copy's length.
+pub fn set_cut(packet: &mut [u8], ip_header_len: usize) {
+    let total = packet.len() as u16;
+    packet[2..4].copy_from_slice(&total.to_be_bytes());
+    packet[ip_header_len + 13] &= !Tcp::FIN;
+}

@@ -1,0 +1,437 @@
+//! Real sockets on loopback.
+
+use super::*;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream, UdpSocket};
+
+const TCP: SockOwner = SockOwner::Tcp(FlowId {
+    slot: 5,
+    generation: 9,
+});
+const UDP: SockOwner = SockOwner::Udp(FlowId {
+    slot: 0x00ff_ffff,
+    generation: u32::MAX,
+});
+const PING: SockOwner = SockOwner::Ping(FlowId {
+    slot: 0,
+    generation: 0,
+});
+
+fn uplink() -> HostUplink {
+    let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).unwrap();
+    HostUplink::new(Arc::new(epoll)).unwrap()
+}
+
+/// Events within `wait_ms`, merged.
+fn wait(up: &HostUplink, wait_ms: i64) -> Vec<(SockOwner, Ready)> {
+    let mut events = Vec::with_capacity(8);
+    let timeout = rustix::time::Timespec {
+        tv_sec: wait_ms / 1000,
+        tv_nsec: wait_ms % 1000 * 1_000_000,
+    };
+    epoll::wait(
+        &*up.epoll,
+        rustix::buffer::spare_capacity(&mut events),
+        Some(&timeout),
+    )
+    .unwrap();
+    events
+        .iter()
+        .map(|event: &epoll::Event| (owner(event.data.u64()).unwrap(), ready(event.flags)))
+        .collect()
+}
+
+fn v4(address: std::net::SocketAddr) -> SocketAddrV4 {
+    match address {
+        std::net::SocketAddr::V4(address) => address,
+        other => panic!("{other}"),
+    }
+}
+
+fn listener() -> (TcpListener, SocketAddrV4) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = v4(listener.local_addr().unwrap());
+    (listener, address)
+}
+
+/// A connected pair: our socket and the peer's stream.
+fn connected(up: &mut HostUplink) -> (SockId, TcpStream) {
+    let (listener, address) = listener();
+    let socket = up.tcp_connect(address, TCP).unwrap();
+    let (stream, _) = listener.accept().unwrap();
+    let (of, state) = wait(up, 1000)[0];
+    assert!(of == TCP && state.writable && !state.error);
+    assert_eq!(up.tcp_connected(socket), Ok(true));
+    (socket, stream)
+}
+
+fn recv_wait(up: &mut HostUplink, socket: SockId, buffer: &mut [u8]) -> Io {
+    loop {
+        match up.tcp_recv(socket, buffer) {
+            Io::Blocked => assert!(!wait(up, 2000).is_empty(), "nothing came"),
+            other => return other,
+        }
+    }
+}
+
+#[test]
+fn tokens_are_lossless_and_leave_the_workers_kinds_alone() {
+    for of in [TCP, UDP, PING] {
+        assert_eq!(owner(token(of)), Some(of));
+        assert!((token(of) >> 56) as u8 >= TOKEN_KIND_FIRST);
+    }
+    for kind in 0..u64::from(TOKEN_KIND_FIRST) {
+        assert_eq!(owner(kind << 56 | 77), None);
+    }
+    assert_eq!(owner(u64::MAX), None);
+}
+
+#[test]
+fn tcp_both_ways_with_half_close() {
+    let mut up = uplink();
+    let (socket, mut stream) = connected(&mut up);
+    let mut buffer = [0; 64];
+    assert_eq!(up.tcp_recv(socket, &mut buffer), Io::Blocked);
+    assert_eq!(up.tcp_recv(socket, &mut []), Io::Done(0));
+    assert!(wait(&up, 0).is_empty(), "edges come once");
+
+    stream.write_all(b"to guest").unwrap();
+    stream.shutdown(std::net::Shutdown::Write).unwrap();
+    assert_eq!(recv_wait(&mut up, socket, &mut buffer), Io::Done(8));
+    assert_eq!(&buffer[..8], b"to guest");
+    assert_eq!(recv_wait(&mut up, socket, &mut buffer), Io::Eof);
+
+    assert_eq!(up.tcp_send(socket, b"from guest"), Io::Done(10));
+    up.tcp_shutdown(socket);
+    let mut got = Vec::new();
+    stream.read_to_end(&mut got).unwrap();
+    assert_eq!(got, b"from guest");
+    up.close(socket);
+    assert_eq!(up.open_count(), 0);
+}
+
+#[test]
+fn a_full_send_buffer_blocks_and_its_room_is_an_edge() {
+    let mut up = uplink();
+    let (socket, mut stream) = connected(&mut up);
+    let chunk = vec![7; 1 << 20];
+    let mut sent = 0;
+    loop {
+        match up.tcp_send(socket, &chunk) {
+            Io::Done(len) => sent += len,
+            Io::Blocked => break,
+            other => panic!("{other:?}"),
+        }
+        assert!(sent < 1 << 30);
+    }
+    while !wait(&up, 0).is_empty() {}
+    let mut buffer = vec![0; sent];
+    stream.read_exact(&mut buffer).unwrap();
+    assert!(wait(&up, 2000)[0].1.writable);
+    assert!(matches!(up.tcp_send(socket, b"x"), Io::Done(1)));
+    up.close(socket);
+}
+
+#[test]
+fn abort_resets_the_peer_and_a_reset_is_seen() {
+    let mut up = uplink();
+    let (socket, mut stream) = connected(&mut up);
+    up.tcp_abort_on_close(socket);
+    up.close(socket);
+    let error = stream.read(&mut [0; 8]).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+
+    let (socket, stream) = connected(&mut up);
+    sockopt::set_socket_linger(&stream, Some(std::time::Duration::ZERO)).unwrap();
+    drop(stream);
+    assert!(wait(&up, 1000)[0].1.error);
+    let mut buffer = [0; 8];
+    assert_eq!(
+        up.tcp_recv(socket, &mut buffer),
+        Io::Failed(HostError::Reset)
+    );
+    assert!(matches!(
+        up.tcp_send(socket, b"x"),
+        Io::Failed(HostError::Reset)
+    ));
+    up.close(socket);
+}
+
+#[test]
+fn a_closed_port_refuses() {
+    let mut up = uplink();
+    let (listener, address) = listener();
+    drop(listener);
+    let result = match up.tcp_connect(address, TCP) {
+        Err(error) => Err(error),
+        Ok(socket) => {
+            assert!(wait(&up, 1000)[0].1.error);
+            let result = up.tcp_connected(socket);
+            up.close(socket);
+            result
+        }
+    };
+    assert_eq!(result, Err(HostError::Refused));
+    assert_eq!(up.open_count(), 0);
+}
+
+#[test]
+fn slots_are_reused_and_sockets_close() {
+    let mut up = uplink();
+    let ids: Vec<_> = (0..3).map(|_| up.udp_open(0, UDP).unwrap()).collect();
+    assert_eq!(up.open_count(), 3);
+    up.close(ids[1]);
+    assert_eq!(up.udp_open(0, UDP), Ok(ids[1]));
+    for id in ids {
+        up.close(id);
+    }
+    assert_eq!(up.open_count(), 0);
+    assert!(wait(&up, 0).is_empty());
+}
+
+fn receive(up: &mut HostUplink, socket: SockId) -> Vec<(SocketAddrV4, Vec<u8>, Option<u16>, u8)> {
+    let mut got = Vec::new();
+    up.recv_from(socket, &mut |datagram| {
+        got.push((
+            datagram.source,
+            datagram.payload.to_vec(),
+            datagram.segment,
+            datagram.ttl,
+        ));
+    });
+    got
+}
+
+fn server() -> (UdpSocket, SocketAddrV4) {
+    let server = UdpSocket::bind("127.0.0.1:0").unwrap();
+    server
+        .set_read_timeout(Some(std::time::Duration::from_secs(2)))
+        .unwrap();
+    let address = v4(server.local_addr().unwrap());
+    (server, address)
+}
+
+#[test]
+fn udp_both_ways_keeps_port_payload_and_ttl() {
+    let mut up = uplink();
+    let (server, address) = server();
+    // Below ip_local_port_range, so that nothing on a busy machine holds it.
+    let port = (20_000..32_000)
+        .find(|&port| UdpSocket::bind(("0.0.0.0", port)).is_ok())
+        .unwrap();
+    let socket = up.udp_open(port, UDP).unwrap();
+    let mut buffer = [0; 64];
+    for (ttl, payload) in [(9, &b"hello"[..]), (0, b""), (0, b"again"), (200, b"")] {
+        let options = SendOptions { ttl, segment: None };
+        assert_eq!(
+            up.send_to(socket, address, payload, options),
+            Io::Done(payload.len())
+        );
+        let (len, from) = server.recv_from(&mut buffer).unwrap();
+        assert_eq!((&buffer[..len], from.port()), (payload, port));
+    }
+    assert!(receive(&mut up, socket).is_empty());
+    server.set_ttl(17).unwrap();
+    server.send_to(b"reply", ("127.0.0.1", port)).unwrap();
+    server.send_to(b"", ("127.0.0.1", port)).unwrap();
+    assert!(wait(&up, 1000)[0].1.readable);
+    assert!(wait(&up, 0)[0].1.readable, "level-triggered until drained");
+    let got = receive(&mut up, socket);
+    let expected = [
+        (address, b"reply".to_vec(), None, 17),
+        (address, Vec::new(), None, 17),
+    ];
+    assert_eq!(got, expected);
+    assert!(wait(&up, 0).is_empty());
+
+    // The port is taken: another one serves.
+    let second = up.udp_open(port, UDP).unwrap();
+    up.send_to(second, address, b"x", SendOptions::default());
+    let (_, from) = server.recv_from(&mut buffer).unwrap();
+    assert_ne!(from.port(), port);
+    // Services' ports are left alone.
+    let third = up.udp_open(123, UDP).unwrap();
+    up.send_to(third, address, b"x", SendOptions::default());
+    let (_, from) = server.recv_from(&mut buffer).unwrap();
+    assert_ne!(from.port(), 123);
+}
+
+#[test]
+fn trains_leave_in_one_call_and_arrive_whole() {
+    let mut up = uplink();
+    let (server, address) = server();
+    let socket = up.udp_open(0, UDP).unwrap();
+    // More than one call takes, and less than a stock receive buffer holds.
+    let payload: Vec<u8> = (0..66_050u32).map(|n| n as u8).collect();
+    let options = SendOptions {
+        ttl: 0,
+        segment: Some(700),
+    };
+    assert_eq!(
+        up.send_to(socket, address, &payload, options),
+        Io::Done(payload.len())
+    );
+    let (mut got, mut buffer) = (Vec::new(), [0; 2000]);
+    while got.len() < payload.len() {
+        let len = server.recv(&mut buffer).unwrap();
+        assert_eq!(len, 700.min(payload.len() - got.len()));
+        got.extend_from_slice(&buffer[..len]);
+    }
+    assert_eq!(got, payload);
+
+    // Back by GRO: loopback hands the train over uncut.
+    let mut peer = uplink();
+    let other = peer.udp_open(0, UDP).unwrap();
+    let back = SocketAddrV4::new(Ipv4Addr::LOCALHOST, bound_port(&up, socket));
+    peer.send_to(other, back, &payload[..2000], options);
+    assert!(wait(&up, 1000)[0].1.readable);
+    let got = receive(&mut up, socket);
+    assert_eq!(got.len(), 1);
+    assert_eq!((&got[0].1[..], got[0].2), (&payload[..2000], Some(700)));
+}
+
+fn bound_port(up: &HostUplink, id: SockId) -> u16 {
+    let fd = &up.socket(id).unwrap().fd;
+    SocketAddrV4::try_from(rustix::net::getsockname(fd).unwrap())
+        .unwrap()
+        .port()
+}
+
+#[test]
+fn the_fallback_for_trains_sends_datagram_by_datagram() {
+    let mut up = uplink();
+    let (server, address) = server();
+    let socket = up.udp_open(0, UDP).unwrap();
+    // Loopback refuses no train, so the fallback is called by itself.
+    let payload = [3; 250];
+    let fd = up.socket(socket).unwrap().fd.as_fd();
+    assert_eq!(mmsg::send_each(fd, address, &payload, 100).unwrap(), 250);
+    let mut buffer = [0; 200];
+    for len in [100, 100, 50] {
+        assert_eq!(server.recv(&mut buffer).unwrap(), len);
+    }
+    assert_eq!(
+        mmsg::send_each(fd, address, &[1; 100], 1).unwrap(),
+        mmsg::RECV_BATCH
+    );
+}
+
+#[test]
+fn errors_of_a_send_are_told() {
+    let mut up = uplink();
+    let socket = up.udp_open(0, UDP).unwrap();
+    let broadcast = SocketAddrV4::new(Ipv4Addr::BROADCAST, 9);
+    let error = up.send_to(socket, broadcast, b"x", SendOptions::default());
+    assert!(matches!(
+        error,
+        Io::Failed(HostError::Prohibited | HostError::NetUnreachable)
+    ));
+    let (_server, address) = server();
+    let error = up.send_to(socket, address, &[0; 65_530], SendOptions::default());
+    assert_eq!(error, Io::Failed(HostError::TooBig));
+}
+
+#[test]
+fn more_than_one_batch_is_told() {
+    let mut up = uplink();
+    let (server, address) = server();
+    let socket = up.udp_open(0, UDP).unwrap();
+    up.send_to(socket, address, b"x", SendOptions::default());
+    let (_, from) = server.recv_from(&mut [0; 8]).unwrap();
+    for n in 0..=mmsg::RECV_BATCH {
+        // Sizes differ upward, so that GRO has nothing to join.
+        server.send_to(&vec![n as u8; n + 1], from).unwrap();
+    }
+    wait(&up, 1000);
+    let mut seen = 0;
+    assert!(up.recv_from(socket, &mut |datagram| {
+        assert_eq!(datagram.payload, vec![seen as u8; seen + 1]);
+        seen += 1;
+    }));
+    assert_eq!(seen, mmsg::RECV_BATCH);
+    assert!(!up.recv_from(socket, &mut |_| seen += 1));
+    assert_eq!(seen, mmsg::RECV_BATCH + 1);
+}
+
+#[test]
+fn ping_loopback_or_be_told_it_is_forbidden() {
+    let mut up = uplink();
+    let socket = match up.ping_open(PING) {
+        Ok(socket) => socket,
+        Err(error) => {
+            assert_eq!(error, HostError::Prohibited);
+            assert_eq!(up.open_count(), 0);
+            return;
+        }
+    };
+    let request = [8, 0, 0, 0, 0x12, 0x34, 0, 7, b'd', b'a', b't', b'a'];
+    let to = SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0);
+    let sent = up.send_to(socket, to, &request, SendOptions::default());
+    assert_eq!(sent, Io::Done(request.len()));
+    assert_eq!(wait(&up, 1000)[0].0, PING);
+    let got = receive(&mut up, socket);
+    assert_eq!(got.len(), 1);
+    let (source, message, ..) = &got[0];
+    assert_eq!(*source.ip(), Ipv4Addr::LOCALHOST);
+    assert_eq!((message[0], &message[6..]), (0, &request[6..]));
+}
+
+#[test]
+fn a_guests_datagrams_and_trains_cross_real_sockets() {
+    use crate::nat::mapping::Limits;
+    use crate::nat::testing::{FrameLog, GUEST, guest_udp, guest_udp_train, lan, parse};
+    use crate::offload::{Gso, Offload};
+
+    let (mut up, mut out) = (uplink(), FrameLog::default());
+    let limits = Limits {
+        total: 8,
+        per_guest: 8,
+    };
+    let mut nat = crate::nat::udp::UdpNat::new(lan(), limits, true);
+    let (server, address) = server();
+    let guest = SocketAddrV4::new(GUEST, 0xf123);
+    let payload = vec![5; 3000];
+    let now = crate::frame::Instant::ZERO;
+    let plain = guest_udp(guest, address, 64, b"ask");
+    for (frame, offload) in [
+        (plain, Offload::default()),
+        guest_udp_train(guest, address, 1000, &payload),
+    ] {
+        let packet = parse(&frame, offload);
+        let (ip, udp) = packet.udp4().unwrap();
+        nat.handle_packet(&packet, ip, udp, now, &mut up, &mut out)
+            .unwrap();
+    }
+    let mut buffer = [0; 2000];
+    let (len, mapped) = server.recv_from(&mut buffer).unwrap();
+    assert_eq!(&buffer[..len], b"ask");
+    for _ in 0..3 {
+        assert_eq!(server.recv(&mut buffer).unwrap(), 1000);
+    }
+    let sender = server.as_fd();
+    mmsg::send_train(sender, v4(mapped), &payload, 1000).unwrap();
+    server.send_to(b"", mapped).unwrap();
+    let (owner, ready) = wait(&up, 1000)[0];
+    let SockOwner::Udp(id) = owner else {
+        panic!("{owner:?}")
+    };
+    assert!(ready.readable);
+    nat.handle_ready(id, now, &mut up, &mut out, &mut |reason| {
+        panic!("{reason:?}")
+    });
+    let (train, offload) = out.pop().unwrap();
+    let packet = parse(&train, offload);
+    let (_, udp) = packet.udp4().unwrap();
+    assert_eq!((offload.gso, udp.payload), (Gso::Udp(1000), &payload[..]));
+    let (empty, offload) = out.pop().unwrap();
+    assert_eq!(parse(&empty, offload).udp4().unwrap().1.payload, b"");
+    nat.handle_timeout(crate::frame::Instant::from_secs(1000), &mut up);
+    assert_eq!((nat.len(), up.open_count()), (0, 0));
+}
+
+#[test]
+fn random_words_differ() {
+    let mut up = uplink();
+    let words: std::collections::BTreeSet<_> = (0..100).map(|_| up.random()).collect();
+    assert_eq!(words.len(), 100);
+}

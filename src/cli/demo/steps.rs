@@ -5,9 +5,9 @@ use std::process::{Command, ExitCode};
 use std::time::Duration;
 
 use super::super::{Failure, print};
-use super::FILE_NAME;
 use super::guest::Guest;
 use super::progress::Progress;
+use super::{FILE_BYTES, FILE_NAME};
 use crate::config::{NAME_DEFAULT, Settings};
 use crate::network::{Network, PortOptions, Status};
 
@@ -145,13 +145,13 @@ impl Demo<'_> {
 
     fn fetch(&mut self) -> Step {
         let expected = sha256(&self.files.join(FILE_NAME))?;
-        let sums = self.ask_each(|_| format!("fetch http://{OUTSIDE}/{FILE_NAME}"))?;
+        let sums = self.ask_each(|_| format!("fetch {OUTSIDE} /{FILE_NAME} {FILE_BYTES}"))?;
         for (name, sum) in NAMES.iter().zip(&sums) {
             if *sum != expected {
                 return Err(format!("{name} got SHA-256 {sum}, the file has {expected}"));
             }
         }
-        let mib = super::FILE_BYTES >> 20;
+        let mib = FILE_BYTES >> 20;
         Ok(format!(
             "{mib} MiB each, SHA-256 {}... equal in both guests",
             &expected[..8]

@@ -40,6 +40,7 @@ fn guest_script(bytes: u64, outside: &str) -> String {
         read -r PEER
         step ping_gateway ping -c 3 -W 2 "$ROUTER"
         step ping_peer ping -c 3 -W 2 "$PEER"
+        step ping_outside ping -c 3 -W 2 203.0.113.130
         say dns="$(nslookup outside.test "$DNS" | awk '/^Name/ {{found = 1}} found && /^Address/ {{print $NF}}')"
         say nxdomain="$(nslookup none.test "$DNS" 2>&1 | grep -o NXDOMAIN | head -1)"
 
@@ -123,7 +124,7 @@ fn two_guests_on_one_network() {
     let _alone = heavy();
     let bytes = transfer_bytes();
     let world = World::new()
-        .with(&["--dns"])
+        .with(&["--dns", "--ping"])
         .limit(Duration::from_secs(1200));
     let receive = "nc -d 198.51.100.2 7100 | sha256sum | cut -c1-64 >/tmp/sum; say outside_sha=$(cat /tmp/sum)";
     let send = format!("pattern {bytes} | nc -N 198.51.100.2 7101; say to_outside=$?");
@@ -139,7 +140,7 @@ fn two_guests_on_one_network() {
         let guest = world.console(name);
         let said = |key: &str| guest.get(key).unwrap_or("").to_owned();
         let context = || format!("{name}\n{}", told(&world, &outcome));
-        for step in ["ping_gateway", "ping_peer", "to_peer"] {
+        for step in ["ping_gateway", "ping_peer", "ping_outside", "to_peer"] {
             assert_eq!(said(step), "0", "{step} of {}", context());
         }
         assert!(said("lease").starts_with("192.168.122."), "{}", context());

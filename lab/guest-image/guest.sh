@@ -3,7 +3,7 @@
 # One line for machines: say key=value [key=value...]
 say() { echo "@@LANLET $*"; }
 
-# The shell would take its own applet.
+# The shell would take its own applet; commands that run others (timeout, xargs) find the right one.
 nc() { nc.openbsd "$@"; }
 
 uptime_secs() { cut -d' ' -f1 /proc/uptime; }

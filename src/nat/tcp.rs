@@ -588,7 +588,6 @@ impl Flow {
         while self.host_writable && !broken && engine.received() > 0 {
             engine.recv(|bytes| match up.tcp_send(self.host, bytes) {
                 Io::Done(sent) => {
-                    self.host_writable = sent == bytes.len();
                     self.active_at = now;
                     sent
                 }

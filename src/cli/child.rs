@@ -13,11 +13,12 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Child, Command, ExitCode, ExitStatus};
+use std::sync::OnceLock;
 
 use clap::Args;
 use rustix::event::{PollFd, PollFlags};
 use rustix::io::FdFlags;
-use rustix::process::{Pid, PidfdFlags, Signal};
+use rustix::process::{Pid, PidfdFlags, Resource, Rlimit, Signal, getrlimit, setrlimit};
 
 use super::Failure;
 use crate::sys::signal::{self, Received, SignalFd};
@@ -60,15 +61,89 @@ pub(super) fn hold_signals() -> Result<(), Failure> {
 }
 
 /// Lets the forwarded signals act again, in a process about to become the command.
-pub(super) fn unblock_signals() -> Result<(), Failure> {
+fn unblock_signals() -> Result<(), Failure> {
     signal::unblock(&forwarded()).map_err(Failure::io("cannot let signals through"))
+}
+
+/// The soft limit of open files that lanlet was started with.
+static OPEN_FILES: OnceLock<u64> = OnceLock::new();
+
+/// Raises the limit of open files as far as it goes: each flow of the NAT takes one. Commands get the
+/// old limit back, as select(2) still breaks at 1,024.
+pub(super) fn raise_open_files() {
+    let limit = getrlimit(Resource::Nofile);
+    if let Some(soft) = limit.current.filter(|_| limit.current != limit.maximum) {
+        let raised = Rlimit {
+            current: limit.maximum,
+            maximum: limit.maximum,
+        };
+        match setrlimit(Resource::Nofile, raised) {
+            Ok(()) => drop(OPEN_FILES.set(soft)),
+            Err(error) => log::warn!("cannot raise the limit of open files from {soft}: {error}"),
+        }
+    }
+}
+
+/// What a child needs to know to undo what lanlet did to itself.
+#[derive(Args, Debug)]
+pub(super) struct Origin {
+    /// Process that must still be the parent.
+    parent: i32,
+    /// Soft limit of open files to go back to.
+    #[arg(long)]
+    open_files: Option<u64>,
+}
+
+impl Origin {
+    /// The words for a child's command line.
+    pub(super) fn words() -> Vec<String> {
+        let limit = OPEN_FILES.get().map(|soft| format!("--open-files={soft}"));
+        limit
+            .into_iter()
+            .chain([std::process::id().to_string()])
+            .collect()
+    }
+
+    /// Goes back to signals and limits as lanlet found them.
+    ///
+    /// # Errors
+    /// Of pthread_sigmask.
+    pub(super) fn restore(&self) -> Result<(), Failure> {
+        if let Some(soft) = self.open_files {
+            let maximum = getrlimit(Resource::Nofile).maximum;
+            let old = Rlimit {
+                current: Some(soft),
+                maximum,
+            };
+            if let Err(error) = setrlimit(Resource::Nofile, old) {
+                log::warn!("cannot set the limit of open files back to {soft}: {error}");
+            }
+        }
+        unblock_signals()
+    }
+
+    /// Has the kernel kill this process when its parent ends.
+    ///
+    /// # Errors
+    /// The parent has ended already.
+    pub(super) fn die_with_parent(&self) -> Result<(), Failure> {
+        rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
+            .map_err(|error| Failure::io("cannot set the parent's death signal")(error.into()))?;
+        // The parent may have died before the line above: then somebody else is the parent by now.
+        if rustix::process::getppid() != Pid::from_raw(self.parent) {
+            return Err(Failure::because(
+                "the process that started this one has ended",
+            ));
+        }
+        Ok(())
+    }
 }
 
 /// The rest of `child-init`'s command line.
 #[derive(Args, Debug)]
 pub(super) struct InitArgs {
-    /// Process that must still be the parent.
-    parent: i32,
+    #[command(flatten)]
+    origin: Origin,
     /// The command.
     #[arg(last = true, required = true)]
     command: Vec<OsString>,
@@ -76,39 +151,41 @@ pub(super) struct InitArgs {
 
 /// Becomes the command. Returns only if that fails.
 pub(super) fn init(args: &InitArgs) -> Result<ExitCode, Failure> {
-    die_with_parent(args.parent)?;
-    unblock_signals()?;
+    args.origin.die_with_parent()?;
+    args.origin.restore()?;
     let (program, arguments) = args.command.split_first().ok_or(Failure::Reported)?;
     let error = Command::new(program).args(arguments).exec();
     Ok(cannot_run(program, &error))
 }
 
-/// Has the kernel kill this process when `parent`, which started it, ends.
-///
-/// # Errors
-/// The parent has ended already.
-pub(super) fn die_with_parent(parent: i32) -> Result<(), Failure> {
-    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
-        .map_err(|error| Failure::io("cannot set the parent's death signal")(error.into()))?;
-    // The parent may have died before the line above: then somebody else is the parent by now.
-    if rustix::process::getppid() != Pid::from_raw(parent) {
-        return Err(Failure::because(
-            "the process that started this one has ended",
-        ));
-    }
-    Ok(())
-}
-
 /// Says why a command can't be run; the exit status a shell would have for it.
 pub(super) fn cannot_run(program: &OsStr, error: &io::Error) -> ExitCode {
+    // execvp(3) reports a directory in PATH that can't be entered before a file that is nowhere.
+    let is_nowhere = error.kind() == io::ErrorKind::NotFound || !is_visible(program);
+    let reason = if is_nowhere {
+        "command not found".to_owned()
+    } else {
+        error.to_string()
+    };
     eprintln!(
-        "lanlet: error: cannot run {}: {error}",
+        "lanlet: error: cannot run {}: {reason}",
         Path::new(program).display()
     );
-    ExitCode::from(match error.kind() {
-        io::ErrorKind::NotFound => EXIT_NOT_FOUND,
-        _ => EXIT_CANNOT_RUN,
+    ExitCode::from(if is_nowhere {
+        EXIT_NOT_FOUND
+    } else {
+        EXIT_CANNOT_RUN
     })
+}
+
+/// Whether there is a file of this name, by its path or in PATH.
+fn is_visible(program: &OsStr) -> bool {
+    let path = Path::new(program);
+    if path.components().count() != 1 {
+        return path.exists();
+    }
+    let directories = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&directories).any(|directory| directory.join(path).exists())
 }
 
 /// A copy of this program, as a child's program.
@@ -122,10 +199,7 @@ pub(super) fn this_program() -> Command {
 /// has no signal held back.
 pub(super) fn init_command() -> Command {
     let mut command = this_program();
-    command
-        .arg("child-init")
-        .arg(std::process::id().to_string())
-        .arg("--");
+    command.arg("child-init").args(Origin::words()).arg("--");
     command
 }
 

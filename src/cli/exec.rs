@@ -53,8 +53,8 @@ pub(super) struct Args {
 /// The rest of `guest-init`'s command line.
 #[derive(clap::Args, Debug)]
 pub(super) struct InitArgs {
-    /// Process that must still be the parent.
-    parent: i32,
+    #[command(flatten)]
+    origin: child::Origin,
     /// Number of the inherited socket.
     socket: i32,
     /// A tap without virtio-net headers.
@@ -125,7 +125,7 @@ impl NewGuest {
         let child = child::this_program()
             .arg("guest-init")
             .args(no_offload.then_some("--no-offload"))
-            .arg(std::process::id().to_string())
+            .args(child::Origin::words())
             .arg(theirs.as_raw_fd().to_string())
             .arg("--")
             .args(command)
@@ -183,7 +183,7 @@ impl Drop for NewGuest {
 /// Becomes a guest, then the command. Returns only if that fails.
 pub(super) fn init(args: &InitArgs) -> Result<ExitCode, Failure> {
     let socket = inherited::take(args.socket).map_err(Failure::io("no socket was inherited"))?;
-    child::unblock_signals()?;
+    args.origin.restore()?;
     let mut guest = match Guest::enter(!args.no_offload) {
         Ok(guest) => guest,
         Err(error) => {
@@ -195,7 +195,7 @@ pub(super) fn init(args: &InitArgs) -> Result<ExitCode, Failure> {
     };
     // Gaining capabilities in the new user namespace cleared any death signal set before
     // (commit_creds in kernel/cred.c).
-    child::die_with_parent(args.parent)?;
+    args.origin.die_with_parent()?;
     let fds = guest.take_fds().ok_or(Failure::Reported)?;
     let message = serde_json::to_vec(&Ready::Guest).map_err(std::io::Error::from)?;
     fd_pass::send(

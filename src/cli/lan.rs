@@ -3,8 +3,8 @@
 use std::hash::{BuildHasher, RandomState};
 use std::os::fd::{AsFd, BorrowedFd};
 
-use super::Failure;
 use super::options::{NameOption, NetworkOptions};
+use super::{Failure, child};
 use crate::control::RuntimeDir;
 use crate::control::client::Client;
 use crate::frame::{Mac, PortId};
@@ -45,6 +45,7 @@ impl Lan {
                 name.get()
             );
         }
+        child::raise_open_files();
         Ok(Lan::Embedded(Box::new(Network::start(config)?)))
     }
 

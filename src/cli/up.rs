@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, PollFd, PollFlags};
 
 use super::options::{NameOption, NetworkOptions};
-use super::{Failure, print};
+use super::{Failure, child, print};
 use crate::config::{NetworkConfig, format_duration};
 use crate::control::client::Client;
 use crate::control::server::Server;
@@ -75,6 +75,7 @@ pub(super) fn up(args: &Args) -> Result<ExitCode, Failure> {
     }
     let socket = claim.socket().to_owned();
     let summary = summary(&config, &socket);
+    child::raise_open_files();
     let network = Arc::new(Network::start(config)?);
     let end = Arc::new(
         rustix::event::eventfd(0, EventfdFlags::CLOEXEC)

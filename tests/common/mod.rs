@@ -320,6 +320,8 @@ impl World {
             .arg(script)
             .env("LANLET", &lab.lanlet)
             .env("LAB", &lab.dir)
+            // A scenario that is killed can't tidy up.
+            .env("LANLET_USER_DIR", self.temp.path())
             .env("TMP", self.temp.path());
         finish(command, self.limit)
     }

@@ -481,11 +481,12 @@ impl TcpNat {
                 self.abort(id, now, up, out);
                 continue;
             }
-            if flow.touched && now >= flow.active_at + IDLE_RELEASE {
-                if let State::Open(engine) = &mut flow.state {
-                    engine.release_idle_memory();
-                    flow.touched = false;
-                }
+            if flow.touched
+                && now >= flow.active_at + IDLE_RELEASE
+                && let State::Open(engine) = &mut flow.state
+            {
+                engine.release_idle_memory();
+                flow.touched = false;
             }
             self.flush_one(id, now, up, out);
         }
@@ -553,20 +554,20 @@ impl TcpNat {
     }
 
     fn mark_dirty(&mut self, id: FlowId) {
-        if let Some(flow) = self.flows.get_mut(id) {
-            if !flow.dirty {
-                flow.dirty = true;
-                self.dirty.push(id);
-            }
+        if let Some(flow) = self.flows.get_mut(id)
+            && !flow.dirty
+        {
+            flow.dirty = true;
+            self.dirty.push(id);
         }
     }
 
     /// Arms the wheel unless it calls for this flow early enough anyway.
     fn arm(&mut self, id: FlowId, deadline: Instant) {
-        if let Some(flow) = self.flows.get_mut(id) {
-            if flow.armed.is_none_or(|armed| deadline < armed) {
-                flow.armed = Some(self.wheel.arm(id, deadline));
-            }
+        if let Some(flow) = self.flows.get_mut(id)
+            && flow.armed.is_none_or(|armed| deadline < armed)
+        {
+            flow.armed = Some(self.wheel.arm(id, deadline));
         }
     }
 }
@@ -673,11 +674,11 @@ impl Flow {
         if self.touched {
             next = next.min(self.active_at + IDLE_RELEASE);
         }
-        if let State::Open(engine) = &mut self.state {
-            if let Some(due) = engine.poll_timeout(now) {
-                // "At once" can't be meant: egress was just polled dry. The next tick it is.
-                next = next.min(due.max(now));
-            }
+        if let State::Open(engine) = &mut self.state
+            && let Some(due) = engine.poll_timeout(now)
+        {
+            // "At once" can't be meant: egress was just polled dry. The next tick it is.
+            next = next.min(due.max(now));
         }
         next
     }

@@ -588,13 +588,12 @@ proptest! {
             };
             match step {
                 Step::Offer(n, wanted) => {
-                    if let Ok(address) = table.offer(&who(n), wanted.map(address), now) {
-                        if let Some((holder, until)) = promised.get(&address)
+                    if let Ok(address) = table.offer(&who(n), wanted.map(address), now)
+                        && let Some((holder, until)) = promised.get(&address)
                             && now < *until
                         {
                             prop_assert_eq!(holder % 10, n % 10, "{} offered while leased", address);
                         }
-                    }
                 }
                 Step::Commit(n, last) => commit(&mut table, &mut promised, n, &who(n), address(last), now)?,
                 Step::TakeOffer(n) => {

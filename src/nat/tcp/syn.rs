@@ -118,7 +118,7 @@ impl SavedSyn {
         out[2..4].copy_from_slice(&(SYN_LEN as u16).to_be_bytes());
         let tcp = &mut out[IPV4_HEADER_LEN..];
         tcp[..TCP_HEADER_LEN].copy_from_slice(&header[..TCP_HEADER_LEN]);
-        tcp[12] = ((TCP_HEADER_LEN + 12) / 4 << 4) as u8;
+        tcp[12] = (((TCP_HEADER_LEN + 12) / 4) << 4) as u8;
         let mut options = [1u8; 12];
         options[..2].copy_from_slice(&[2, 4]);
         options[2..4].copy_from_slice(&mss.to_be_bytes());

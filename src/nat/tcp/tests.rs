@@ -115,7 +115,7 @@ impl Lab {
     }
 
     /// Hands one IP packet of the guest to the NAT.
-    fn from_guest(&mut self, packet: &[u8]) -> Result<(), DropReason> {
+    fn guest_sends(&mut self, packet: &[u8]) -> Result<(), DropReason> {
         let mut frame = vec![0; 14];
         crate::wire::write_ethernet(&mut frame, testing::GATEWAY_MAC, GUEST_MAC, 0x0800);
         frame.extend_from_slice(packet);
@@ -151,7 +151,7 @@ impl Lab {
         let _ = self.guest.poll(self.now, &mut self.card, &mut self.sockets);
         while let Some(packet) = self.card.outbox.pop_front() {
             moved = true;
-            let _ = self.from_guest(&packet);
+            let _ = self.guest_sends(&packet);
         }
         moved |= self.host_events();
         if self.nat.poll_timeout().is_some_and(|due| due <= self.now) {
@@ -299,7 +299,7 @@ fn an_unreachable_destination_is_answered_with_icmp() {
     lab.connect(1000);
     let _ = lab.guest.poll(lab.now, &mut lab.card, &mut lab.sockets);
     let syn = lab.card.outbox.pop_front().unwrap();
-    lab.from_guest(&syn).unwrap();
+    lab.guest_sends(&syn).unwrap();
     let (owner, ready) = lab.up.poll_event().unwrap();
     let SockOwner::Tcp(id) = owner else {
         panic!("TCP only")
@@ -430,7 +430,7 @@ fn a_stray_segment_is_reset_and_counted() {
     let mut lab = Lab::new();
     let from = SocketAddrV4::new(GUEST, 5555);
     let ack = testing::guest_tcp(from, SERVER, (1000, 77), (0x10, 1000), &[], b"data");
-    assert_eq!(lab.from_guest(&ack[14..]), Err(DropReason::NoFlow));
+    assert_eq!(lab.guest_sends(&ack[14..]), Err(DropReason::NoFlow));
     let (frame, offload) = lab.log.pop().unwrap();
     let packet = testing::parse(&frame, offload);
     let Body::Ipv4(Ipv4 {
@@ -443,10 +443,10 @@ fn a_stray_segment_is_reset_and_counted() {
     assert_eq!((tcp.flags & 0x07, tcp.sequence), (0x04, 77));
     // A RST is never answered (RFC 9293 3.10.7.1), and port 0 is nobody's.
     let rst = testing::guest_tcp(from, SERVER, (1000, 77), (0x04, 0), &[], b"");
-    assert_eq!(lab.from_guest(&rst[14..]), Err(DropReason::NoFlow));
+    assert_eq!(lab.guest_sends(&rst[14..]), Err(DropReason::NoFlow));
     let zero = SocketAddrV4::new(*SERVER.ip(), 0);
     let syn = testing::guest_tcp(from, zero, (1000, 0), (0x02, 1000), &[], b"");
-    assert_eq!(lab.from_guest(&syn[14..]), Err(DropReason::Malformed));
+    assert_eq!(lab.guest_sends(&syn[14..]), Err(DropReason::Malformed));
     assert!(lab.log.pop().is_none());
 }
 
@@ -468,7 +468,7 @@ fn flows_and_half_open_connects_are_bounded() {
         } else {
             Err(DropReason::Limit)
         };
-        assert_eq!(lab.from_guest(&syn[14..]), expected);
+        assert_eq!(lab.guest_sends(&syn[14..]), expected);
     }
     assert_eq!(
         (
@@ -533,7 +533,7 @@ fn segments_beyond_the_window_neither_panic_nor_truncate() {
     let from = SocketAddrV4::new(GUEST, 1000);
     let options = [2, 4, 5, 180, 1, 3, 3, 7];
     let syn = testing::guest_tcp(from, SERVER, (0, 0), (0x02, 65535), &options, b"");
-    lab.from_guest(&syn[14..]).unwrap();
+    lab.guest_sends(&syn[14..]).unwrap();
     lab.host_events();
     let host = lab.host();
     let (syn_ack, _) = lab.log.pop().unwrap();
@@ -549,7 +549,7 @@ fn segments_beyond_the_window_neither_panic_nor_truncate() {
             &[],
             &data[..len],
         );
-        let _ = lab.from_guest(&segment[14..]);
+        let _ = lab.guest_sends(&segment[14..]);
     };
     // The host takes nothing, so that the ring fills.
     lab.up.send_room = 0;
@@ -563,7 +563,7 @@ fn segments_beyond_the_window_neither_panic_nor_truncate() {
             &[],
             &data[..50_000],
         );
-        let _ = lab.from_guest(&segment[14..]);
+        let _ = lab.guest_sends(&segment[14..]);
     }
     assert_eq!(lab.nat.counters().faults, 0);
     // The FIN beyond the window were not believed.
@@ -598,7 +598,7 @@ fn random_segments_never_fault_a_flow() {
                 &[2, 4, 5, 180, 3, 3, 7, 0],
                 b"",
             );
-            let _ = lab.from_guest(&syn[14..]);
+            let _ = lab.guest_sends(&syn[14..]);
             lab.host_events();
             lab.now += Duration::from_secs(next() % 30);
             lab.nat.handle_timeout(lab.now, &mut lab.up, &mut lab.log);
@@ -625,7 +625,7 @@ fn random_segments_never_fault_a_flow() {
             &[],
             &data[..len],
         );
-        let _ = lab.from_guest(&segment[14..]);
+        let _ = lab.guest_sends(&segment[14..]);
     }
     assert_eq!(lab.nat.counters().faults, 0);
 }

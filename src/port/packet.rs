@@ -177,7 +177,8 @@ mod tests {
     fn the_vlan_tag_goes_back_and_the_checksum_moves() {
         let header = [NEEDS_CSUM, 0, 0, 0, 0, 0, 34, 0, 16, 0];
         let mut bytes = [7; 60];
-        bytes[12..14].copy_from_slice(&[8, 0]);
+        // An EtherType for experiments: with IP, admission would look for its headers.
+        bytes[12..14].copy_from_slice(&[0x88, 0xb5]);
         let tagged = RingFrame {
             vlan: Some((0x8100, 0x2005)),
             ..slot(&header, &bytes)
@@ -185,7 +186,7 @@ mod tests {
         let mut buffer = [0; 200];
         let (len, offload) = assemble(tagged, &mut buffer);
         assert_eq!(len, 64);
-        assert_eq!(buffer[12 + 12..12 + 18], [0x81, 0, 0x20, 5, 8, 0]);
+        assert_eq!(buffer[12 + 12..12 + 18], [0x81, 0, 0x20, 5, 0x88, 0xb5]);
         assert_eq!(buffer[12 + 18..12 + 64], [7; 46]);
         assert_eq!(
             offload.unwrap().csum,

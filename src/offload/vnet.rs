@@ -146,7 +146,7 @@ fn admit_super_frame(
 /// checksum to the device; so do other EtherTypes (PPPoE, MPLS) behind the Ethernet header.
 fn partial_is_safe(frame: &[u8], start: usize, offset: usize) -> bool {
     // Off a 16-bit boundary the stored sum would not be the one that receivers compute.
-    if offset % 2 != 0 || start + offset + 2 > frame.len() {
+    if !offset.is_multiple_of(2) || start + offset + 2 > frame.len() {
         return false;
     }
     let Some((network_at, ethertype)) = network(frame) else {

@@ -240,10 +240,11 @@ fn imports(source: &Source) -> BTreeSet<String> {
         for at in occurrences(&source.code, root) {
             let rest = &source.code[at + root.len()..];
             let from_super = source.code[..at].trim_end().ends_with("super::");
-            if let (false, Some(tree)) = (from_super, rest.trim_start().strip_prefix("::")) {
-                if !tree.trim_start().starts_with("super") {
-                    leaves(tree, "", 2, &mut found);
-                }
+            if let Some(tree) = rest.trim_start().strip_prefix("::")
+                && !from_super
+                && !tree.trim_start().starts_with("super")
+            {
+                leaves(tree, "", 2, &mut found);
             }
         }
     }

@@ -299,7 +299,10 @@ impl Network {
     pub fn attach_vmm(&self, options: PortOptions) -> Result<VmmPort, NetworkError> {
         let mac = options.mac.unwrap_or_else(|| self.make_mac());
         let helper = self.shared.helper()?;
-        let wire = helper.create_wire(WireOptions::default())?;
+        let wire = helper.create_wire(WireOptions {
+            plain: options.no_offload,
+            ..WireOptions::default()
+        })?;
         let mut drops: Vec<Box<dyn DropSource>> =
             vec![Box::new(WireDrops::new(Arc::clone(&helper), wire.id))];
         let (rx, tx): (Box<dyn PortRx>, Arc<dyn PortTx>) = match wire.kind {

@@ -218,6 +218,49 @@ fn a_vmm_gets_as_many_queues_as_it_wants() {
 }
 
 #[test]
+fn a_plain_tap_gets_whole_segments_and_gives_bare_frames() {
+    for kind in KINDS {
+        let (helper, _events) = spawn_helper();
+        let wire = helper
+            .create_wire(WireOptions {
+                plain: true,
+                kind: Some(kind),
+                ..WireOptions::default()
+            })
+            .unwrap();
+        assert!(!tun::info(wire.vm[0].as_fd()).unwrap().vnet_header);
+        let (mut rx, tx): (Box<dyn PortRx>, Box<dyn PortTx>) = match kind {
+            WireKind::Mirred => {
+                let (rx, tx) = lanlet::port::tap::open(wire.sw).unwrap();
+                (Box::new(rx), Box::new(tx))
+            }
+            WireKind::Packet => {
+                let (rx, tx, _) = lanlet::port::packet::open(wire.sw, wire.uso).unwrap();
+                (Box::new(rx), Box::new(tx))
+            }
+        };
+        let (frame, start) = tcp_frame(3 * usize::from(MSS), None);
+        tx.send(tcp_super_frame(&frame, start)).unwrap();
+        let mut segment = [0; 2000];
+        for _ in 0..3 {
+            let len = wait_for("a segment", || {
+                rustix::io::read(&wire.vm[0], &mut segment).ok()
+            });
+            assert_eq!(len, 54 + usize::from(MSS), "{kind:?}");
+            assert!(tcp_checksum_is_right(&segment[..len]));
+        }
+        let frame = plain_frame(100);
+        rustix::io::write(&wire.vm[0], &frame).unwrap();
+        let mut batch = Batch::new();
+        wait_for("the frame", || {
+            rx.recv(&mut batch, &PortCounters::default()).unwrap();
+            (!batch.is_empty()).then_some(())
+        });
+        assert_eq!(batch.frames().next().unwrap().bytes, frame);
+    }
+}
+
+#[test]
 fn a_missing_helper_program_is_named() {
     let error = lanlet::tap::Helper::spawn(Some(Path::new("/nowhere/lanlet"))).unwrap_err();
     assert!(error.to_string().contains("/nowhere/lanlet"), "{error}");

@@ -12,6 +12,8 @@ use std::time::Duration;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
+use serde::{Deserialize, Serialize};
+
 use super::protocol::{self, Event, Reply, Request};
 use super::{TapError, WireKind};
 use crate::port::{DropSource, KernelDrops};
@@ -27,13 +29,16 @@ const PROGRAM: &str = "lanlet";
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// What a wire should be like.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct WireOptions {
     /// MTU of the taps, 68..=65,521. It limits nothing that passes the wire; it is what a VMM sees
     /// that asks its tap.
     pub mtu: u32,
     /// Queues of the VMM's tap: 1..=16, cut to that.
     pub queues: u16,
+    /// The VMM's tap is a plain one: no virtio-net header, one queue. The switch's end keeps its
+    /// offloads; the kernel segments and sums for the VMM.
+    pub plain: bool,
     /// `None`: the best that the kernel can.
     pub kind: Option<WireKind>,
 }
@@ -44,6 +49,7 @@ impl Default for WireOptions {
         Self {
             mtu: 65_521,
             queues: 1,
+            plain: false,
             kind: None,
         }
     }
@@ -125,8 +131,7 @@ impl Helper {
     /// # Errors
     /// What the kernel lacks or forbids.
     pub fn create_wire(&self, options: WireOptions) -> Result<Wire, TapError> {
-        let WireOptions { mtu, queues, kind } = options;
-        match self.request(&Request::Create { mtu, queues, kind }, &[])? {
+        match self.request(&Request::Create(options), &[])? {
             (
                 Reply::Wire {
                     id,

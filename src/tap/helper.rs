@@ -16,9 +16,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{PidfdFlags, getegid, geteuid, getppid, pidfd_open};
 
-use super::TapError;
 use super::protocol::{self, Event, Reply, Request};
 use super::wire::{self, WireEnds};
+use super::{TapError, WireOptions};
 use crate::sys::namespace;
 use crate::sys::netlink::RouteSocket;
 use crate::sys::rtnl::parse_link;
@@ -117,9 +117,7 @@ impl Server {
     fn answer(&mut self, control: BorrowedFd<'_>, request: Request) -> io::Result<()> {
         let reply = match request {
             Request::Start => Reply::Done,
-            Request::Create { mtu, queues, kind } => {
-                return self.create(control, mtu, queues, kind);
-            }
+            Request::Create(options) => return self.create(control, options),
             Request::Destroy(id) => {
                 if let Some(ends) = self.wires.remove(&id) {
                     wire::take_down(&mut self.route, &ends);
@@ -137,20 +135,14 @@ impl Server {
         protocol::send(control, &reply, &[])
     }
 
-    fn create(
-        &mut self,
-        control: BorrowedFd<'_>,
-        mtu: u32,
-        queues: u16,
-        kind: Option<super::WireKind>,
-    ) -> io::Result<()> {
+    fn create(&mut self, control: BorrowedFd<'_>, options: WireOptions) -> io::Result<()> {
         if self.wires.len() >= WIRES_MAX {
             let error = TapError::not_a_tap(format!("{WIRES_MAX} wires at most"));
             return protocol::send(control, &Reply::Failed(error), &[]);
         }
         let id = self.next_id;
         self.next_id += 1;
-        match wire::make(&mut self.route, id, mtu, queues, kind) {
+        match wire::make(&mut self.route, id, options) {
             Ok(made) => {
                 self.wires.insert(id, made.ends);
                 let (vm_ifname, sw_ifname) = (made.vm_ifname, made.sw_ifname);

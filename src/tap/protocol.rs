@@ -6,7 +6,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::{TapError, WireKind};
+use super::{TapError, WireKind, WireOptions};
 use crate::port::KernelDrops;
 use crate::sys::fd_pass;
 
@@ -19,14 +19,7 @@ pub(super) enum Request {
     /// Sent once, with the helper's end of the event socket.
     Start,
     /// Make a wire.
-    Create {
-        /// MTU of its taps.
-        mtu: u32,
-        /// Queues of the VMM's tap.
-        queues: u16,
-        /// `None`: the best that the kernel can.
-        kind: Option<WireKind>,
-    },
+    Create(WireOptions),
     /// Take a wire down. Its fds are the caller's to close.
     Destroy(u64),
     /// The kernel's counters of a wire.

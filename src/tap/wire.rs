@@ -1,9 +1,10 @@
 //! Making wires inside the helper's namespace.
 
 use std::fs;
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
-use super::{TX_QUEUE_LEN, TapError, WireKind};
+use super::{TX_QUEUE_LEN, TapError, WireKind, WireOptions};
 use crate::port::KernelDrops;
 use crate::sys::netlink::{NetlinkError, RouteSocket};
 use crate::sys::rtnl::{Link, LinkChange};
@@ -41,12 +42,22 @@ pub(super) struct Made {
 pub(super) fn make(
     route: &mut RouteSocket,
     id: u64,
-    mtu: u32,
-    queues: u16,
-    kind: Option<WireKind>,
+    options: WireOptions,
 ) -> Result<Made, TapError> {
+    let WireOptions {
+        mtu,
+        queues,
+        plain,
+        kind,
+    } = options;
     let vm_ifname = format!("vm{id}");
-    let (vm, mut fds) = open_tap(route, &vm_ifname, mtu, queues)?;
+    let opened = if plain {
+        tun::open_plain(&vm_ifname).map(|(fd, _)| vec![fd])
+    } else {
+        open_queues(&vm_ifname, queues)
+    };
+    let mut fds = opened.map_err(|error| TapError::tap_open(&vm_ifname, &error))?;
+    let vm = prepare(route, &vm_ifname, mtu)?;
     let sw_ifname = format!("sw{id}");
     let (kind, (fd, uso), fallback) = match kind {
         Some(WireKind::Mirred) => (
@@ -84,8 +95,8 @@ fn pair_end(
     name: &str,
     mtu: u32,
 ) -> Result<(OwnedFd, bool), TapError> {
-    let (sw, mut fds) = open_tap(route, name, mtu, 1)?;
-    let fd = fds.pop().ok_or_else(|| TapError::not_a_tap("no queue"))?;
+    let (fd, _) = tun::open_vnet(name, false).map_err(|error| TapError::tap_open(name, &error))?;
+    let sw = prepare(route, name, mtu)?;
     let uso = tun::enable_offloads(fd.as_fd()).map_err(|error| TapError::tap(name, &error))?;
     let mut join = || -> Result<(), NetlinkError> {
         route.clsact_add(vm.index)?;
@@ -113,19 +124,17 @@ fn packet_end(vm: Link) -> Result<(OwnedFd, bool), TapError> {
     Ok((fd, probe))
 }
 
-/// Makes a tap with `queues` queues, silent and up.
-fn open_tap(
-    route: &mut RouteSocket,
-    name: &str,
-    mtu: u32,
-    queues: u16,
-) -> Result<(Link, Vec<OwnedFd>), TapError> {
+/// Makes a tap with `queues` queues.
+fn open_queues(name: &str, queues: u16) -> io::Result<Vec<OwnedFd>> {
     let queues = queues.clamp(1, QUEUES_MAX);
-    let fds = (0..queues)
+    (0..queues)
         .map(|_| tun::open_vnet(name, queues > 1).map(|(fd, _)| fd))
-        .collect::<Result<Vec<_>, _>>()
-        .map_err(|error| TapError::tap_open(name, &error))?;
-    let mut prepare = || -> Result<Link, NetlinkError> {
+        .collect()
+}
+
+/// Makes a tap silent and brings it up.
+fn prepare(route: &mut RouteSocket, name: &str, mtu: u32) -> Result<Link, TapError> {
+    let mut set_up = || -> Result<Link, NetlinkError> {
         let link = route.link(name)?;
         let change = LinkChange {
             no_arp: Some(true),
@@ -137,18 +146,14 @@ fn open_tap(
         // Not vital: with the default discipline a full queue is counted, but not told to the
         // sender.
         let _ = route.qdisc_none(link.index);
-        route.link_set(
-            link.index,
-            LinkChange {
-                up: Some(true),
-                ..LinkChange::default()
-            },
-        )?;
+        let up = LinkChange {
+            up: Some(true),
+            ..LinkChange::default()
+        };
+        route.link_set(link.index, up)?;
         route.link(name)
     };
-    let link =
-        prepare().map_err(|error| TapError::netlink(format!("setting up {name}"), &error))?;
-    Ok((link, fds))
+    set_up().map_err(|error| TapError::netlink(format!("setting up {name}"), &error))
 }
 
 /// Takes a wire down. A VMM that still holds its end finds its link down: deleting its tap would

@@ -107,6 +107,8 @@ pub struct TimerWheel {
     slots: Vec<Vec<FlowId>>,
     /// First tick that has not been expired.
     tick: u64,
+    /// First tick with an entry, if there is one.
+    soonest: u64,
     len: usize,
 }
 
@@ -116,6 +118,7 @@ impl TimerWheel {
         Self {
             slots: vec![Vec::new(); WHEEL_SLOTS],
             tick: tick_of(now),
+            soonest: u64::MAX,
             len: 0,
         }
     }
@@ -126,18 +129,14 @@ impl TimerWheel {
         let wanted = tick_of(deadline) + 1;
         let tick = wanted.clamp(self.tick, self.tick + WHEEL_SLOTS as u64 - 1);
         self.slots[tick as usize % WHEEL_SLOTS].push(id);
+        self.soonest = self.soonest.min(tick);
         self.len += 1;
         Instant::from_micros((tick * TICK.total_micros()) as i64)
     }
 
     /// When [`TimerWheel::expire`] next has something to do.
     pub fn poll_timeout(&self) -> Option<Instant> {
-        if self.len == 0 {
-            return None;
-        }
-        (self.tick..self.tick + WHEEL_SLOTS as u64)
-            .find(|tick| !self.slots[*tick as usize % WHEEL_SLOTS].is_empty())
-            .map(|tick| Instant::from_micros((tick * TICK.total_micros()) as i64))
+        (self.len != 0).then(|| Instant::from_micros((self.soonest * TICK.total_micros()) as i64))
     }
 
     /// Moves the entries that are due at `now` into `due`.
@@ -151,6 +150,9 @@ impl TimerWheel {
             due.append(slot);
         }
         self.tick = self.tick.max(end);
+        self.soonest = (self.tick..self.tick + WHEEL_SLOTS as u64)
+            .find(|tick| !self.slots[*tick as usize % WHEEL_SLOTS].is_empty())
+            .unwrap_or(u64::MAX);
     }
 }
 

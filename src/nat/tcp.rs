@@ -39,7 +39,10 @@
 
 mod device;
 mod engine;
+mod flow;
 mod syn;
+
+pub use self::flow::{DOWN_BYTES_PER_FLUSH, ESTABLISHED_IDLE, TRANSITORY_IDLE};
 
 use std::net::SocketAddrV4;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -47,12 +50,13 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use hashbrown::HashMap;
 
 use self::device::reset;
-use self::engine::{Phase, SmolEngine, TcpEngine};
+use self::engine::{SmolEngine, TcpEngine};
+use self::flow::{Flow, FlowKey, IDLE_RELEASE, Rest, State};
 use self::syn::{Peer, SavedSyn};
 use super::flow_table::{FlowTable, TimerWheel};
 use super::icmp::{ErrorKind, write_about};
-use super::{FlowId, HostError, Io, Ready, SockId, SockOwner, Uplink};
-use crate::frame::{Duration, Instant, PortId};
+use super::{FlowId, HostError, Ready, SockOwner, Uplink};
+use crate::frame::{Instant, PortId};
 use crate::gateway::{LanConfig, Outbox};
 use crate::offload::Offload;
 use crate::stats::DropReason;
@@ -62,60 +66,9 @@ use crate::wire::{Ipv4, Packet, Tcp};
 /// Flows whose host connect is under way, at most. Each costs a host socket and 200 bytes; Linux
 /// keeps as many half-open connections in a listener's queue (net.core.somaxconn).
 pub const CONNECTING_MAX: usize = 4_096;
-/// RFC 5382 REQ-5: an established connection may idle for 2 hours 4 minutes.
-pub const ESTABLISHED_IDLE: Duration = Duration::from_secs(2 * 3600 + 4 * 60);
-/// RFC 5382 REQ-5: a partially open or closing connection may idle for 4 minutes.
-pub const TRANSITORY_IDLE: Duration = Duration::from_secs(4 * 60);
 /// Packets on their way to one port at most, over all its flows: half of the queue of 16,384 entries
 /// that its tap has, each of which holds one packet for a guest without TSO.
 pub const GUEST_SEGMENTS_IN_FLIGHT: usize = 8_192;
-/// Bytes read from one host socket in one flush: four super-frames fit the L2 cache beside the rest,
-/// and other flows get their turn.
-pub const DOWN_BYTES_PER_FLUSH: usize = 512 * 1024;
-/// Bytes of one read from a host socket.
-const DOWN_READ_BYTES: usize = 256 * 1024;
-/// Idle time after which a flow's empty rings are given back to the system.
-const IDLE_RELEASE: Duration = Duration::from_secs(2);
-
-/// A guest's connection as its segments name it.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-struct FlowKey {
-    guest: SocketAddrV4,
-    outside: SocketAddrV4,
-}
-
-/// Where a flow stands.
-enum State {
-    /// The host's connect is under way. May: be ended by a RST of the guest or by the connect's
-    /// failure. Must not: hold ring memory or answer the guest. Moved on by `handle_ready`.
-    Connecting(Box<SavedSyn>),
-    /// The guest's end exists. Moved on by `flush_flow`, which removes the flow once the engine's
-    /// phase is `Closed`.
-    Open(Box<SmolEngine>),
-}
-
-struct Flow {
-    key: FlowKey,
-    port: PortId,
-    peer: Peer,
-    host: SockId,
-    state: State,
-    /// The host socket may have something to read (edge-triggered: true until it says "blocked").
-    host_readable: bool,
-    host_writable: bool,
-    /// EOF was read from the host and passed on as FIN.
-    host_finished: bool,
-    /// The guest's FIN was passed on as SHUT_WR.
-    guest_finished: bool,
-    /// Counted in its port's busy flows: data is on its way to the guest.
-    busy: bool,
-    dirty: bool,
-    /// Data moved since ring memory was last given back.
-    touched: bool,
-    active_at: Instant,
-    /// When the wheel will call for this flow.
-    armed: Option<Instant>,
-}
 
 /// What happened, for `lanlet status`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -170,16 +123,6 @@ pub struct TcpNat {
     /// Busy flows by port.
     busy: Vec<u32>,
     counters: TcpCounters,
-}
-
-/// What a flush left of a flow.
-enum Rest {
-    /// Nothing more to do until something happens.
-    Idle,
-    /// Its share was used up: come back after the others.
-    Backlog,
-    /// It has ended and is to be removed.
-    Ended,
 }
 
 impl TcpNat {
@@ -300,22 +243,8 @@ impl TcpNat {
             let host = up
                 .tcp_connect(connect_to, SockOwner::Tcp(id))
                 .map_err(Some)?;
-            Ok(Flow {
-                key,
-                port: packet.ingress,
-                peer,
-                host,
-                state: State::Connecting(Box::new(syn.clone())),
-                host_readable: false,
-                host_writable: false,
-                host_finished: false,
-                guest_finished: false,
-                busy: false,
-                dirty: false,
-                touched: false,
-                active_at: now,
-                armed: None,
-            })
+            let (port, syn) = (packet.ingress, syn.clone());
+            Ok(Flow::connecting(key, port, peer, host, syn, now))
         });
         match opened {
             Ok(id) => {
@@ -569,118 +498,6 @@ impl TcpNat {
         {
             flow.armed = Some(self.wheel.arm(id, deadline));
         }
-    }
-}
-
-impl Flow {
-    fn flush<U: Uplink + ?Sized, O: Outbox + ?Sized>(
-        &mut self,
-        share: usize,
-        now: Instant,
-        up: &mut U,
-        out: &mut O,
-    ) -> Rest {
-        let State::Open(engine) = &mut self.state else {
-            return Rest::Idle;
-        };
-        let mut broken = false;
-
-        // Guest to host.
-        while self.host_writable && !broken && engine.received() > 0 {
-            engine.recv(|bytes| match up.tcp_send(self.host, bytes) {
-                Io::Done(sent) => {
-                    self.active_at = now;
-                    sent
-                }
-                Io::Blocked => {
-                    self.host_writable = false;
-                    0
-                }
-                Io::Eof | Io::Failed(_) => {
-                    broken = true;
-                    0
-                }
-            });
-        }
-        if !self.guest_finished && !broken && engine.guest_finished() {
-            self.guest_finished = true;
-            up.tcp_shutdown(self.host);
-        }
-
-        // Host to guest.
-        let mut budget = DOWN_BYTES_PER_FLUSH;
-        loop {
-            let room = engine
-                .room()
-                .min(share.saturating_sub(engine.unacknowledged()))
-                .min(DOWN_READ_BYTES);
-            if broken || !self.host_readable || self.host_finished || room == 0 || budget == 0 {
-                break;
-            }
-            engine.send(room, |room| match up.tcp_recv(self.host, room) {
-                Io::Done(received) => {
-                    budget = budget.saturating_sub(received);
-                    self.active_at = now;
-                    self.touched = true;
-                    received
-                }
-                Io::Blocked => {
-                    self.host_readable = false;
-                    0
-                }
-                Io::Eof => {
-                    self.host_finished = true;
-                    0
-                }
-                Io::Failed(_) => {
-                    broken = true;
-                    0
-                }
-            });
-            engine.poll_egress(now, &self.peer, out);
-        }
-        if broken {
-            engine.abort();
-        } else if self.host_finished {
-            engine.close();
-        }
-        engine.poll_egress(now, &self.peer, out);
-
-        self.busy = engine.unacknowledged() > 0;
-        match engine.phase() {
-            Phase::Closed => {
-                // The ACK of our FIN and the guest's FIN may come in one segment.
-                self.guest_finished |= !broken && engine.guest_finished();
-                Rest::Ended
-            }
-            _ if budget == 0 => Rest::Backlog,
-            _ => Rest::Idle,
-        }
-    }
-
-    fn idle_limit(&self) -> Duration {
-        match &self.state {
-            State::Open(engine)
-                if engine.phase() == Phase::Open && !self.host_finished && !self.guest_finished =>
-            {
-                ESTABLISHED_IDLE
-            }
-            _ => TRANSITORY_IDLE,
-        }
-    }
-
-    fn poll_timeout(&mut self, now: Instant) -> Instant {
-        let mut next = self.active_at + self.idle_limit();
-        if self.touched {
-            next = next.min(self.active_at + IDLE_RELEASE);
-        }
-        if let State::Open(engine) = &mut self.state
-            && let Some(due) = engine.poll_timeout(now)
-        {
-            // "At once" can't be meant: egress was just polled dry. The next tick it is.
-            next = next.min(due.max(now));
-        }
-        next
     }
 }
 

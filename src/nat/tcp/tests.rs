@@ -9,6 +9,8 @@ use smoltcp::socket::tcp;
 use smoltcp::wire::{HardwareAddress, IpCidr};
 
 use super::*;
+use crate::frame::Duration;
+use crate::nat::SockId;
 use crate::nat::testing::{self, Connect, FakeUplink, FrameLog, GUEST, GUEST_MAC};
 use crate::offload::{Csum, Gso};
 use crate::wire::Body;

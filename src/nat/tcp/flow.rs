@@ -1,0 +1,215 @@
+//! One flow: its two ends and the bytes between them.
+
+use std::net::SocketAddrV4;
+
+use super::engine::{Phase, SmolEngine, TcpEngine};
+use super::syn::{Peer, SavedSyn};
+use crate::frame::{Duration, Instant, PortId};
+use crate::gateway::Outbox;
+use crate::nat::{Io, SockId, Uplink};
+
+/// RFC 5382 REQ-5: an established connection may idle for 2 hours 4 minutes.
+pub const ESTABLISHED_IDLE: Duration = Duration::from_secs(2 * 3600 + 4 * 60);
+/// RFC 5382 REQ-5: a partially open or closing connection may idle for 4 minutes.
+pub const TRANSITORY_IDLE: Duration = Duration::from_secs(4 * 60);
+/// Bytes read from one host socket in one flush: four super-frames fit the L2 cache beside the rest,
+/// and other flows get their turn.
+pub const DOWN_BYTES_PER_FLUSH: usize = 512 * 1024;
+/// Bytes of one read from a host socket.
+const DOWN_READ_BYTES: usize = 256 * 1024;
+/// Idle time after which a flow's empty rings are given back to the system.
+pub const IDLE_RELEASE: Duration = Duration::from_secs(2);
+
+/// A guest's connection as its segments name it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct FlowKey {
+    pub guest: SocketAddrV4,
+    pub outside: SocketAddrV4,
+}
+
+/// Where a flow stands.
+pub enum State {
+    /// The host's connect is under way. May: be ended by a RST of the guest or by the connect's
+    /// failure. Must not: hold ring memory or answer the guest. Moved on by `handle_ready`.
+    Connecting(Box<SavedSyn>),
+    /// The guest's end exists. Moved on by [`Flow::flush`]; the table drops the flow once the engine's
+    /// phase is `Closed`.
+    Open(Box<SmolEngine>),
+}
+
+/// One connection of a guest.
+pub struct Flow {
+    pub key: FlowKey,
+    pub port: PortId,
+    pub peer: Peer,
+    pub host: SockId,
+    pub state: State,
+    /// The host socket may have something to read (edge-triggered: true until it says "blocked").
+    pub host_readable: bool,
+    pub host_writable: bool,
+    /// EOF was read from the host and passed on as FIN.
+    pub host_finished: bool,
+    /// The guest's FIN was passed on as SHUT_WR.
+    pub guest_finished: bool,
+    /// Counted in its port's busy flows: data is on its way to the guest.
+    pub busy: bool,
+    pub dirty: bool,
+    /// Data moved since ring memory was last given back.
+    pub touched: bool,
+    pub active_at: Instant,
+    /// When the wheel will call for this flow.
+    pub armed: Option<Instant>,
+}
+
+/// What a flush left of a flow.
+pub enum Rest {
+    /// Nothing more to do until something happens.
+    Idle,
+    /// Its share was used up: come back after the others.
+    Backlog,
+    /// It has ended and is to be removed.
+    Ended,
+}
+
+impl Flow {
+    /// A flow whose host socket has begun to connect.
+    pub fn connecting(
+        key: FlowKey,
+        port: PortId,
+        peer: Peer,
+        host: SockId,
+        syn: SavedSyn,
+        now: Instant,
+    ) -> Self {
+        Self {
+            key,
+            port,
+            peer,
+            host,
+            state: State::Connecting(Box::new(syn)),
+            host_readable: false,
+            host_writable: false,
+            host_finished: false,
+            guest_finished: false,
+            busy: false,
+            dirty: false,
+            touched: false,
+            active_at: now,
+            armed: None,
+        }
+    }
+
+    /// Moves what can be moved both ways and lets the engine answer. At most `share` bytes are on
+    /// their way to the guest afterwards.
+    pub fn flush<U: Uplink + ?Sized, O: Outbox + ?Sized>(
+        &mut self,
+        share: usize,
+        now: Instant,
+        up: &mut U,
+        out: &mut O,
+    ) -> Rest {
+        let State::Open(engine) = &mut self.state else {
+            return Rest::Idle;
+        };
+        let mut broken = false;
+
+        // Guest to host.
+        while self.host_writable && !broken && engine.received() > 0 {
+            engine.recv(|bytes| match up.tcp_send(self.host, bytes) {
+                Io::Done(sent) => {
+                    self.active_at = now;
+                    sent
+                }
+                Io::Blocked => {
+                    self.host_writable = false;
+                    0
+                }
+                Io::Eof | Io::Failed(_) => {
+                    broken = true;
+                    0
+                }
+            });
+        }
+        if !self.guest_finished && !broken && engine.guest_finished() {
+            self.guest_finished = true;
+            up.tcp_shutdown(self.host);
+        }
+
+        // Host to guest.
+        let mut budget = DOWN_BYTES_PER_FLUSH;
+        loop {
+            let room = engine
+                .room()
+                .min(share.saturating_sub(engine.unacknowledged()))
+                .min(DOWN_READ_BYTES);
+            if broken || !self.host_readable || self.host_finished || room == 0 || budget == 0 {
+                break;
+            }
+            engine.send(room, |room| match up.tcp_recv(self.host, room) {
+                Io::Done(received) => {
+                    budget = budget.saturating_sub(received);
+                    self.active_at = now;
+                    self.touched = true;
+                    received
+                }
+                Io::Blocked => {
+                    self.host_readable = false;
+                    0
+                }
+                Io::Eof => {
+                    self.host_finished = true;
+                    0
+                }
+                Io::Failed(_) => {
+                    broken = true;
+                    0
+                }
+            });
+            engine.poll_egress(now, &self.peer, out);
+        }
+        if broken {
+            engine.abort();
+        } else if self.host_finished {
+            engine.close();
+        }
+        engine.poll_egress(now, &self.peer, out);
+
+        self.busy = engine.unacknowledged() > 0;
+        match engine.phase() {
+            Phase::Closed => {
+                // The ACK of our FIN and the guest's FIN may come in one segment.
+                self.guest_finished |= !broken && engine.guest_finished();
+                Rest::Ended
+            }
+            _ if budget == 0 => Rest::Backlog,
+            _ => Rest::Idle,
+        }
+    }
+
+    /// How long the flow may idle in its state (RFC 5382 REQ-5).
+    pub fn idle_limit(&self) -> Duration {
+        match &self.state {
+            State::Open(engine)
+                if engine.phase() == Phase::Open && !self.host_finished && !self.guest_finished =>
+            {
+                ESTABLISHED_IDLE
+            }
+            _ => TRANSITORY_IDLE,
+        }
+    }
+
+    /// When the flow next wants to be flushed without an event.
+    pub fn poll_timeout(&mut self, now: Instant) -> Instant {
+        let mut next = self.active_at + self.idle_limit();
+        if self.touched {
+            next = next.min(self.active_at + IDLE_RELEASE);
+        }
+        if let State::Open(engine) = &mut self.state
+            && let Some(due) = engine.poll_timeout(now)
+        {
+            // "At once" can't be meant: egress was just polled dry. The next tick it is.
+            next = next.min(due.max(now));
+        }
+        next
+    }
+}

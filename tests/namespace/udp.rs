@@ -16,7 +16,7 @@ fn datagrams_of_every_size_come_back() {
         # 1472 bytes fill the MTU.
         lanlet exec --name default -- python3 peer.py udp_sizes 198.51.100.2 8000 0 1 2 511 1471 1472
         say socat="$(echo hello | lanlet exec --name default -- socat -T 1 - UDP:198.51.100.2:8001)"
-        say nc="$(echo hello | lanlet exec --name default -- nc -u -w 1 -q 1 198.51.100.2 8000)"
+        say nc="$(echo hello | lanlet exec --name default -- nc -u -w 1 198.51.100.2 8000)"
         say drops="$(drops)"
         "#,
     ) else {

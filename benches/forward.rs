@@ -75,6 +75,7 @@ fn pass(from: &mut Guest, to: &mut Guest, frame: &[u8], count: usize, buffer: &m
 fn forward(criterion: &mut Criterion) {
     let config = NetworkConfig {
         name: "bench".to_owned(),
+        helper: Some(env!("CARGO_BIN_EXE_lanlet").into()),
         ..NetworkConfig::default()
     };
     let network = Network::start(config).expect("a network");

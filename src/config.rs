@@ -65,6 +65,9 @@ pub struct NetworkConfig {
     pub host_access: bool,
     /// Where leases are kept across restarts; `None`: not kept.
     pub lease_file: Option<PathBuf>,
+    /// The `lanlet` program, which is run once more as the helper that holds the taps' namespace.
+    /// `None`: $LANLET_HELPER, else this very program if it is `lanlet`, else the one on PATH.
+    pub helper: Option<PathBuf>,
 }
 
 impl Default for NetworkConfig {
@@ -85,6 +88,7 @@ impl Default for NetworkConfig {
             flows_max: 16_384,
             host_access: false,
             lease_file: None,
+            helper: None,
         }
     }
 }
@@ -161,6 +165,7 @@ impl Settings {
             flows_max: self.flows_max.unwrap_or(default.flows_max),
             host_access: self.host_access,
             lease_file: None,
+            helper: None,
         };
         if self.gateway.is_some() && !subnet.has_host(gateway) {
             return Err(ConfigError::new(

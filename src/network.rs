@@ -470,7 +470,7 @@ impl Shared {
         if let Some(helper) = &*slot {
             return Ok(Arc::clone(helper));
         }
-        let (helper, events) = Helper::spawn(None)?;
+        let (helper, events) = Helper::spawn(self.config.helper.as_deref())?;
         let helper = Arc::new(helper);
         let watched = Arc::downgrade(self);
         std::thread::Builder::new()

@@ -390,6 +390,8 @@ impl Nat {
     /// Ends all flows of the guests behind a port that is gone.
     pub fn forget_port<U: Uplink + ?Sized>(&mut self, port: crate::frame::PortId, up: &mut U) {
         self.tcp.forget_port(port, up);
+        self.udp.forget_port(port, up);
+        self.icmp.forget_port(port, up);
     }
 
     /// Counters by the names that `lanlet status` shows.

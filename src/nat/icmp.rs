@@ -24,7 +24,7 @@ use super::mapping::{Class, Limits, MappingTable, Peers, Room};
 use super::{
     Datagram, Duration, FlowId, HostError, Instant, Io, SendOptions, SockId, SockOwner, Uplink,
 };
-use crate::frame::{ETH_HEADER_LEN, Mac};
+use crate::frame::{ETH_HEADER_LEN, Mac, PortId};
 use crate::gateway::{LanConfig, Outbox};
 use crate::offload::Offload;
 use crate::stats::DropReason;
@@ -65,6 +65,8 @@ struct Mapping {
     socket: SockId,
     /// Where replies go: the sender of the newest request.
     mac: Mac,
+    /// Where that came in.
+    port: PortId,
     peers: Peers,
 }
 
@@ -143,7 +145,7 @@ impl PingNat {
         }
         let guest = SocketAddrV4::new(ip.source, wire::be16(message, 4));
         let to = SocketAddrV4::new(ip.destination, 0);
-        let id = match self.mapping(guest, packet.source, to, now, up) {
+        let id = match self.mapping(guest, (packet.source, packet.ingress), to, now, up) {
             Err(DropReason::ForbiddenDestination) => {
                 let kind = ErrorKind::Prohibited;
                 self.errors.send(&self.lan, kind, packet, now, out);
@@ -175,7 +177,7 @@ impl PingNat {
     fn mapping<U: Uplink + ?Sized>(
         &mut self,
         guest: SocketAddrV4,
-        mac: Mac,
+        (mac, port): (Mac, PortId),
         to: SocketAddrV4,
         now: Instant,
         up: &mut U,
@@ -184,7 +186,7 @@ impl PingNat {
         if let Some(id) = known
             && let Some(mapping) = self.table.get_mut(id)
         {
-            mapping.mac = mac;
+            (mapping.mac, mapping.port) = (mac, port);
             if mapping.peers.touch(to) {
                 return Ok(id);
             }
@@ -194,7 +196,7 @@ impl PingNat {
         }
         let id = match known {
             Some(id) => id,
-            None => self.open(guest, mac, now, up)?,
+            None => self.open(guest, (mac, port), now, up)?,
         };
         if let Some(mapping) = self.table.get_mut(id) {
             mapping.peers.add(to);
@@ -205,7 +207,7 @@ impl PingNat {
     fn open<U: Uplink + ?Sized>(
         &mut self,
         guest: SocketAddrV4,
-        mac: Mac,
+        (mac, port): (Mac, PortId),
         now: Instant,
         up: &mut U,
     ) -> Result<FlowId, DropReason> {
@@ -221,6 +223,7 @@ impl PingNat {
         let mapping = Mapping {
             socket,
             mac,
+            port,
             peers: Peers::default(),
         };
         Ok(self.table.insert(guest, WAITING, mapping, now))
@@ -250,6 +253,13 @@ impl PingNat {
                 Ok(())
             }
             Room::None => Err(DropReason::Limit),
+        }
+    }
+
+    /// Ends the mappings of the guests behind a port that is gone.
+    pub fn forget_port<U: Uplink + ?Sized>(&mut self, port: PortId, up: &mut U) {
+        for id in self.table.ids_where(|mapping| mapping.port == port) {
+            self.close(id, up);
         }
     }
 

@@ -8,7 +8,8 @@
 //!
 //! # Timers
 //! A use moves a mapping to the tail of its lists at most once per [`GRANULARITY`], so a busy mapping
-//! costs one comparison per packet; expiry is late by as much, never early. No call walks the table.
+//! costs one comparison per packet; expiry is late by as much, never early. Only
+//! [`MappingTable::ids_where`] walks the table.
 //!
 //! # Limits
 //! At its own limit a guest loses its least recently used mapping, at the total the least recently
@@ -279,6 +280,15 @@ impl<V, const N: usize> MappingTable<V, N> {
         }
         self.free.push(id.slot);
         Some(entry.value)
+    }
+
+    /// The mappings whose value is `wanted`; walks the table.
+    pub fn ids_where(&self, mut wanted: impl FnMut(&V) -> bool) -> Vec<FlowId> {
+        let listed = self.index.values().map(|&slot| (slot, self.at(slot)));
+        listed
+            .filter(|(_, entry)| wanted(&entry.value))
+            .map(|(slot, _)| self.id(slot))
+            .collect()
     }
 
     /// A mapping whose time is over.

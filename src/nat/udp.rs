@@ -31,7 +31,7 @@ use super::mapping::{Class, Limits, MappingTable, Peers, Room};
 use super::{
     Datagram, Duration, FlowId, HostError, Instant, SendOptions, SockId, SockOwner, Uplink,
 };
-use crate::frame::{ETH_HEADER_LEN, Mac};
+use crate::frame::{ETH_HEADER_LEN, Mac, PortId};
 use crate::gateway::{LanConfig, Outbox};
 use crate::offload::{Csum, Gso, Offload};
 use crate::stats::DropReason;
@@ -90,6 +90,8 @@ struct Mapping {
     socket: SockId,
     /// Where datagrams go: the sender of the newest one from the guest.
     mac: Mac,
+    /// Where that came in.
+    port: PortId,
     peers: Peers,
     /// Something came back.
     replied: bool,
@@ -186,7 +188,7 @@ impl UdpNat {
         }
         let guest = SocketAddrV4::new(ip.source, udp.source_port);
         let to = SocketAddrV4::new(ip.destination, udp.destination_port);
-        let id = match self.mapping(guest, packet.source, to, now, up) {
+        let id = match self.mapping(guest, (packet.source, packet.ingress), to, now, up) {
             Err(DropReason::ForbiddenDestination) => {
                 let kind = ErrorKind::Prohibited;
                 self.errors.send(&self.lan, kind, packet, now, out);
@@ -227,7 +229,7 @@ impl UdpNat {
     fn mapping<U: Uplink + ?Sized>(
         &mut self,
         guest: SocketAddrV4,
-        mac: Mac,
+        (mac, port): (Mac, PortId),
         to: SocketAddrV4,
         now: Instant,
         up: &mut U,
@@ -236,7 +238,7 @@ impl UdpNat {
         if let Some(id) = known
             && let Some(mapping) = self.table.get_mut(id)
         {
-            mapping.mac = mac;
+            (mapping.mac, mapping.port) = (mac, port);
             if mapping.peers.touch(to) {
                 return Ok(id);
             }
@@ -246,7 +248,7 @@ impl UdpNat {
         }
         let id = match known {
             Some(id) => id,
-            None => self.open(guest, mac, to, now, up)?,
+            None => self.open(guest, (mac, port), to, now, up)?,
         };
         if let Some(mapping) = self.table.get_mut(id) {
             mapping.peers.add(to);
@@ -257,7 +259,7 @@ impl UdpNat {
     fn open<U: Uplink + ?Sized>(
         &mut self,
         guest: SocketAddrV4,
-        mac: Mac,
+        (mac, port): (Mac, PortId),
         to: SocketAddrV4,
         now: Instant,
         up: &mut U,
@@ -276,6 +278,7 @@ impl UdpNat {
         let mapping = Mapping {
             socket,
             mac,
+            port,
             peers: Peers::default(),
             replied: false,
             dns_only: to.port() == DNS_PORT,
@@ -294,6 +297,13 @@ impl UdpNat {
                 Ok(())
             }
             Room::None => Err(DropReason::Limit),
+        }
+    }
+
+    /// Ends the mappings of the guests behind a port that is gone.
+    pub fn forget_port<U: Uplink + ?Sized>(&mut self, port: PortId, up: &mut U) {
+        for id in self.table.ids_where(|mapping| mapping.port == port) {
+            self.close(id, up);
         }
     }
 

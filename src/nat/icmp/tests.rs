@@ -122,6 +122,19 @@ fn one_mapping_per_identifier_and_its_life() {
 }
 
 #[test]
+fn a_gone_port_takes_its_mappings_along() {
+    let mut bench = Bench::new(LIMITS);
+    bench.ping(TARGET, 1).unwrap();
+    bench.ping(TARGET, 2).unwrap();
+    let frame = guest_echo(GUEST, TARGET, (1, 1), 64, b"");
+    let port = parse(&frame, Offload::default()).ingress;
+    bench.nat.forget_port(PortId(port.0 + 1), &mut bench.up);
+    assert_eq!((bench.nat.len(), bench.up.open_count()), (2, 2));
+    bench.nat.forget_port(port, &mut bench.up);
+    assert_eq!((bench.nat.len(), bench.up.open_count()), (0, 0));
+}
+
+#[test]
 fn what_is_no_echo_request_is_not_ours() {
     let mut bench = Bench::new(LIMITS);
     for (of_type, code) in [(0, 0), (3, 1), (5, 0), (8, 1), (11, 0), (13, 0), (255, 255)] {

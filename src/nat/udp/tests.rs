@@ -421,6 +421,29 @@ fn a_host_without_files_left_costs_an_idle_mapping() {
     assert_eq!(bench.nat.len(), bench.up.open_count());
 }
 
+/// Else the next guest with the address would hear the peers of the last one.
+#[test]
+fn a_gone_port_takes_its_mappings_along() {
+    let mut bench = Bench::new(LIMITS);
+    for port in 5000..5003 {
+        bench.send(port, PEER, b"x").unwrap();
+    }
+    // The guest of the last mapping moves to another port.
+    let frame = guest_udp(SocketAddrV4::new(GUEST, 5002), PEER, 64, b"x");
+    let mut packet = parse(&frame, Offload::default());
+    let home = packet.ingress;
+    packet.ingress = PortId(home.0 + 1);
+    let (ip, udp) = packet.udp4().expect("UDP");
+    let (nat, up, out) = (&mut bench.nat, &mut bench.up, &mut bench.out);
+    nat.handle_packet(&packet, ip, udp, bench.now, up, out)
+        .unwrap();
+    bench.nat.forget_port(home, &mut bench.up);
+    assert_eq!((bench.nat.len(), bench.up.open_count()), (1, 1));
+    bench.nat.forget_port(packet.ingress, &mut bench.up);
+    assert_eq!((bench.nat.len(), bench.up.open_count()), (0, 0));
+    assert_eq!(bench.nat.counters().expired, 0);
+}
+
 #[test]
 fn replies_follow_the_guest_to_its_new_mac() {
     let mut bench = Bench::new(LIMITS);

@@ -1,0 +1,126 @@
+//! Ten thousand connections of one guest: what they cost, and that nothing is left of them.
+
+use crate::common::{World, heavy};
+use crate::{assert_said, scenario};
+
+/// What the card promises.
+const FLOWS: usize = 10_000;
+/// Resident memory of an idle flow, KiB at most.
+const FLOW_KIB_MAX: f64 = 10.0;
+/// How much more CPU time a round trip may take among 10,000 flows than among ten.
+const COST_RATIO_MAX: f64 = 3.0;
+/// Round trips of one measurement.
+const TRIPS: usize = 10_000;
+
+/// Each round of trips says the worker's CPU time in nanoseconds; rest is as `say`.
+const SCENARIO: &str = r#"
+# What a login shell gives; lanlet has to help itself.
+ulimit -Sn 1024
+network
+outside python3 peer.py serve_echo 7000 >server.log 2>&1 &
+listening tcp 7000 outside
+mkfifo asked
+"$LAB/as-user" "$LANLET" exec --name default -- sh -c '
+    echo "@@LANLET soft=$(ulimit -Sn)"; exec python3 peer.py many_flows 203.0.113.1 7000' <asked >told 2>&1 &
+exec 5>asked
+rss() { awk '/^VmRSS/ {print $2}' /proc/$NETWORK/status; }
+worker=$(grep -lx lanlet-worker /proc/$NETWORK/task/*/comm)
+cpu() { cut -d' ' -f1 "${worker%comm}schedstat"; }
+sockets() { status_of "s['totals']['host_sockets']"; }
+answers=0
+ask() { # ask COMMAND: waits for its answer
+    echo "$1" >&5
+    answers=$((answers + 1))
+    until [ "$(grep -c '@@LANLET [otc][a-z]*=' told)" -ge $answers ]; do
+        [ $SECONDS -lt 100 ] || fail "no answer to $1: $(cat told server.log up.log)"
+        sleep 0.02
+    done
+}
+measure() {
+    for round in 1 2 3; do
+        local before=$(cpu)
+        ask "trips TRIPS"
+        say $1=$(($(cpu) - before))
+    done
+}
+wait_for told soft=
+ask "open 10"
+measure few
+say sockets_few=$(sockets) rss_before=$(rss)
+ask "open $((FLOWS - 10))"
+sleep 5
+say rss_idle=$(rss) flows="$(status_of "s['flows']['tcp']")" sockets="$(sockets)"
+measure many
+say flows_used="$(status_of "s['flows']['tcp']")"
+sleep 5
+say rss_idle_again=$(rss)
+ask close
+until_true 10 sh -c "\"$LANLET\" status --json | grep -q '\"tcp\": 0'"
+say flows_left="$(status_of "sum(s['flows'].values())")" sockets_left=$(sockets) drops="$(drops)"
+exec 5>&-
+cat told
+"#;
+
+#[test]
+fn ten_thousand_flows() {
+    let _alone = heavy();
+    let world = World::new().limit(std::time::Duration::from_secs(110));
+    let text = SCENARIO
+        .replace("FLOWS", &FLOWS.to_string())
+        .replace("TRIPS", &TRIPS.to_string());
+    let Some(outcome) = scenario(&world, &text) else {
+        return;
+    };
+    let outcome = outcome.passed();
+    let markers = outcome.markers();
+    let count = FLOWS.to_string();
+    assert_said(
+        &outcome,
+        &[
+            // The command has the limit of whoever called lanlet, for programs that use select().
+            ("soft", "1024"),
+            ("sockets_few", "10"),
+            ("open", &count),
+            ("flows", &count),
+            ("sockets", &count),
+            ("flows_used", &count),
+            ("flows_left", "0"),
+            ("sockets_left", "0"),
+            ("drops", "none"),
+        ],
+    );
+    let trips = TRIPS.to_string();
+    assert_eq!(
+        markers.all("trips"),
+        [trips.as_str(); 6],
+        "{}",
+        outcome.text()
+    );
+
+    let per_flow = |key| {
+        let grown = markers.number(key) - markers.number("rss_before");
+        grown / (FLOWS - 10) as f64
+    };
+    let (fresh, used) = (per_flow("rss_idle"), per_flow("rss_idle_again"));
+    let (few, many) = (best(markers.all("few")), best(markers.all("many")));
+    let figures = format!(
+        "idle flow: {fresh:.2} KiB fresh, {used:.2} KiB used; round trip: {:.1} us of 10 flows, \
+         {:.1} us of {FLOWS}: {:.2} times",
+        few / TRIPS as f64 / 1e3,
+        many / TRIPS as f64 / 1e3,
+        many / few
+    );
+    println!("{figures}");
+    assert!(
+        fresh <= FLOW_KIB_MAX && used <= FLOW_KIB_MAX,
+        "{figures}\n{}",
+        outcome.text()
+    );
+    assert!(many <= COST_RATIO_MAX * few, "{figures}");
+}
+
+/// The least of several measurements: what else runs on the machine only adds.
+fn best(nanoseconds: &[String]) -> f64 {
+    let numbers = nanoseconds.iter().map(|n| n.parse().expect("a number"));
+    numbers.fold(f64::INFINITY, f64::min)
+}

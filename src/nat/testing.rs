@@ -435,6 +435,11 @@ impl Uplink for FakeUplink {
     }
 
     fn tcp_connected(&mut self, socket: SockId) -> Result<bool, HostError> {
+        // Reading SO_ERROR takes the error: afterwards the stream looks ended.
+        if let Some(error) = self.tcp(socket).broken.take() {
+            self.tcp(socket).peer_fin = true;
+            return Err(error);
+        }
         match self.tcp(socket).connected {
             None => Ok(false),
             Some(result) => result.map(|()| true),

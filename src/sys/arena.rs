@@ -23,8 +23,8 @@ const SLOT_BYTES: usize = RX_RING_BYTES + TX_RING_BYTES;
 /// Slots mapped at a time: 48 MiB of address space, no memory.
 const CHUNK_SLOTS: usize = 32;
 /// Released slots that keep their pages for the next flow; beyond, pages go back to the system at
-/// once. Costs at most 24 MiB, and only after that many flows moved that much each.
-const HOT_SLOTS: usize = 16;
+/// once. Costs at most 12 MiB, and only after that many flows moved that much each.
+const HOT_SLOTS: usize = 8;
 
 const _: () = assert!(RX_RING_BYTES.is_multiple_of(65_536) && TX_RING_BYTES.is_multiple_of(65_536));
 
@@ -104,8 +104,8 @@ impl Arena {
 
 #[allow(unsafe_code)]
 fn ring_slices(slot: Slot) -> (&'static mut [u8], &'static mut [u8]) {
-    // SAFETY: the slot is a live, readable and writable, zero-initialised range of SLOT_BYTES which
-    // was just taken from the free lists, so no other reference to it exists; the two halves do not
+    // SAFETY: the slot is a live, readable and writable, initialised range of SLOT_BYTES which was just
+    // taken from the free lists, so no other reference to it exists; the two halves do not
     // overlap. The 'static slices are owned by the socket inside a `TcpSocket`, which drops it before
     // it gives the slot back and never lets it out: `TcpSocket::with` takes a closure that works for
     // any lifetime, so neither socket nor slices can be swapped out by safe code.
@@ -170,7 +170,10 @@ impl Slots {
 #[allow(unsafe_code)]
 fn discard(slot: Slot) {
     // SAFETY: the range is a whole slot of our own private anonymous mapping. Callers make sure that
-    // its bytes mean nothing: the slot is free, or both rings of its socket are empty.
+    // its bytes mean nothing: the slot is free, or both rings of its socket are empty. In the second
+    // case the socket's slices live on; the kernel writes zeros under them between two of their uses,
+    // which the compiler can't see through the system call, and the rings hold plain bytes that are
+    // written before they are read again.
     let _ = unsafe { madvise(slot.0.as_ptr().cast(), SLOT_BYTES, Advice::LinuxDontNeed) };
 }
 

@@ -569,3 +569,6 @@ impl Outbox for GatewayOut<'_> {
 fn clock(epoch: time::Instant) -> Instant {
     Instant::from_micros(epoch.elapsed().as_micros() as i64)
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,124 @@
+//! The ports of a network: their numbers, and what lives and ends with each.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::{NetworkError, Shared, lock};
+use crate::frame::{Mac, PortId};
+use crate::port::{DropSource, PortRx, PortTx};
+use crate::stats::PortCounters;
+use crate::switch::PORTS_MAX;
+use crate::worker::Command;
+
+#[derive(Default)]
+pub(super) struct Ports {
+    pub(super) last: u16,
+    pub(super) by_id: BTreeMap<PortId, Port>,
+}
+
+pub(super) struct Port {
+    pub(super) name: String,
+    pub(super) kind: &'static str,
+    pub(super) mac: Option<Mac>,
+    /// The lease of `mac` ends with the port.
+    pub(super) leased: bool,
+    pub(super) counters: Arc<PortCounters>,
+    pub(super) drops: Vec<Box<dyn DropSource>>,
+    pub(super) wire: Option<u64>,
+}
+
+/// A port's halves and what belongs to them, before it has a number.
+pub(super) struct Opened {
+    pub(super) rx: Box<dyn PortRx>,
+    pub(super) tx: Arc<dyn PortTx>,
+    pub(super) drops: Vec<Box<dyn DropSource>>,
+    pub(super) kind: &'static str,
+    pub(super) wire: Option<u64>,
+}
+
+impl Ports {
+    /// The next number after the last one given: a number is not taken up again at once, so that a
+    /// late event of an old port does not hit a fresh one.
+    fn free_id(&mut self) -> Option<PortId> {
+        let count = PORTS_MAX as u16;
+        let id = (1..count)
+            .map(|step| PortId(1 + (self.last + step - 1) % (count - 1)))
+            .find(|id| !self.by_id.contains_key(id))?;
+        self.last = id.0;
+        Some(id)
+    }
+}
+
+impl Shared {
+    pub(super) fn add_port(
+        &self,
+        opened: Opened,
+        name: String,
+        mac: Option<Mac>,
+        leased: bool,
+    ) -> Result<PortId, NetworkError> {
+        let Opened {
+            rx,
+            tx,
+            drops,
+            kind,
+            wire,
+        } = opened;
+        let counters = Arc::new(PortCounters::default());
+        let mut ports = lock(&self.ports);
+        let id = ports.free_id().ok_or(NetworkError::PortsFull)?;
+        let name = if name.is_empty() {
+            format!("{kind}{id}")
+        } else {
+            name
+        };
+        log::debug!("port {id} ({name}) attached");
+        let port = Port {
+            name,
+            kind,
+            mac,
+            leased,
+            counters: Arc::clone(&counters),
+            drops,
+            wire,
+        };
+        ports.by_id.insert(id, port);
+        drop(ports);
+        if self.worker.send(Command::AddPort {
+            id,
+            rx,
+            tx,
+            counters,
+        }) {
+            return Ok(id);
+        }
+        lock(&self.ports).by_id.remove(&id);
+        Err(NetworkError::Ended(lock(&self.end).clone().flatten()))
+    }
+
+    pub(super) fn detach(&self, id: PortId) {
+        let Some(port) = lock(&self.ports).by_id.remove(&id) else {
+            return;
+        };
+        log::debug!("port {id} ({}) detached", port.name);
+        self.worker.send(Command::RemovePort(id));
+        if let (true, Some(mac)) = (port.leased, port.mac) {
+            lock(&self.leases).detach(mac, self.now());
+        }
+        if let (Some(wire), Some(helper)) = (port.wire, lock(&self.helper).clone()) {
+            // The helper may be gone with its wires already.
+            let _ = helper.destroy_wire(wire);
+        }
+    }
+
+    pub(super) fn detach_wire(&self, wire: u64) {
+        let found = lock(&self.ports)
+            .by_id
+            .iter()
+            .find(|(_, port)| port.wire == Some(wire))
+            .map(|(&id, _)| id);
+        if let Some(id) = found {
+            self.detach(id);
+        }
+    }
+}

@@ -145,7 +145,7 @@ impl Network {
             kind: "vmm",
             wire: Some(wire.id),
         };
-        let id = self
+        let (id, _) = self
             .shared
             .add_port(opened, options.name, Some(mac), false)?;
         Ok(VmmPort {
@@ -191,26 +191,19 @@ impl Network {
             kind,
             wire: None,
         };
-        let id = self
+        let leased = options.mac.is_some();
+        let (id, address) = self
             .shared
-            .add_port(opened, options.name, options.mac, options.mac.is_some())?;
-        let Some(mac) = options.mac else {
-            return Ok((id, None));
-        };
-        let leased = lock(&self.shared.leases).attach(mac, id, self.shared.now());
-        let address = leased.map_err(|cause| {
-            self.detach(id);
-            NetworkError::NoAddress { mac, cause }
-        })?;
+            .add_port(opened, options.name, options.mac, leased)?;
         let config = &self.shared.config;
-        let lease = GuestAddress {
+        let lease = address.map(|address| GuestAddress {
             address,
             prefix: config.prefix,
             gateway: config.gateway,
             mtu: config.mtu,
             domain: config.domain.clone(),
-        };
-        Ok((id, Some(lease)))
+        });
+        Ok((id, lease))
     }
 
     /// Removes a port. Unknown ids are ignored.

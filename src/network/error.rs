@@ -34,6 +34,12 @@ pub enum NetworkError {
         /// Why.
         cause: Refusal,
     },
+    /// A guest with this MAC has its lease already.
+    #[error("a guest with the MAC {mac} is attached already: give each its own --mac, or none")]
+    MacTaken {
+        /// The guest.
+        mac: Mac,
+    },
     /// All port numbers are in use.
     #[error("the switch has {PORTS_MAX} ports already: detach some or start a second network")]
     PortsFull,

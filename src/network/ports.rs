@@ -1,9 +1,11 @@
 //! The ports of a network: their numbers, and what lives and ends with each.
 
 use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
 use std::sync::Arc;
 
 use super::{NetworkError, Shared, lock};
+use crate::dhcp::lease::Refusal;
 use crate::frame::{Mac, PortId};
 use crate::port::{DropSource, PortRx, PortTx};
 use crate::stats::PortCounters;
@@ -50,13 +52,15 @@ impl Ports {
 }
 
 impl Shared {
+    /// Gives a port its number and hands it to the worker. `leased`: with an address for `mac`,
+    /// which ends with the port.
     pub(super) fn add_port(
         &self,
         opened: Opened,
         name: String,
         mac: Option<Mac>,
         leased: bool,
-    ) -> Result<PortId, NetworkError> {
+    ) -> Result<(PortId, Option<Ipv4Addr>), NetworkError> {
         let Opened {
             rx,
             tx,
@@ -67,6 +71,11 @@ impl Shared {
         let counters = Arc::new(PortCounters::default());
         let mut ports = lock(&self.ports);
         let id = ports.free_id().ok_or(NetworkError::PortsFull)?;
+        // Before the port is there: where it fails, the lease that stands in its way is not touched.
+        let address = match mac.filter(|_| leased) {
+            Some(mac) => Some(self.lease_for(mac, id)?),
+            None => None,
+        };
         let name = if name.is_empty() {
             format!("{kind}{id}")
         } else {
@@ -77,23 +86,35 @@ impl Shared {
             name,
             kind,
             mac,
-            leased,
+            leased: address.is_some(),
             counters: Arc::clone(&counters),
             drops,
             wire,
         };
         ports.by_id.insert(id, port);
-        drop(ports);
-        if self.worker.send(Command::AddPort {
+        // Sent before the lock is gone: nobody can detach the port, and so have the worker remove it,
+        // before the worker was told to add it.
+        let added = self.worker.send(Command::AddPort {
             id,
             rx,
             tx,
             counters,
-        }) {
-            return Ok(id);
+        });
+        drop(ports);
+        if added {
+            return Ok((id, address));
         }
-        lock(&self.ports).by_id.remove(&id);
+        self.detach(id);
         Err(NetworkError::Ended(lock(&self.end).clone().flatten()))
+    }
+
+    fn lease_for(&self, mac: Mac, id: PortId) -> Result<Ipv4Addr, NetworkError> {
+        lock(&self.leases)
+            .attach(mac, id, self.now())
+            .map_err(|cause| match cause {
+                Refusal::Taken => NetworkError::MacTaken { mac },
+                cause => NetworkError::NoAddress { mac, cause },
+            })
     }
 
     pub(super) fn detach(&self, id: PortId) {

@@ -31,7 +31,7 @@ use crate::gateway::LanConfig;
 use crate::port::{self, DropSource, PortRx, PortTx};
 use crate::switch::Switch;
 use crate::tap::guest::GUEST_IFNAME;
-use crate::tap::{Helper, LinkDrops, TapError, WireDrops, WireKind, WireOptions};
+use crate::tap::{Helper, LinkDrops, TapError, WireOptions};
 use crate::worker::{Command, WorkerHandle};
 
 /// A running network. Dropping it stops it.
@@ -115,43 +115,23 @@ impl Network {
     /// What is missing, with the remedy.
     pub fn attach_vmm(&self, options: PortOptions) -> Result<VmmPort, NetworkError> {
         let mac = options.mac.unwrap_or_else(|| self.make_mac());
-        let helper = self.shared.helper()?;
-        let wire = helper.create_wire(WireOptions {
+        let (opened, end) = self.shared.open_wire(WireOptions {
             plain: options.no_offload,
             ..WireOptions::default()
         })?;
-        let mut drops: Vec<Box<dyn DropSource>> =
-            vec![Box::new(WireDrops::new(Arc::clone(&helper), wire.id))];
-        let (rx, tx): (Box<dyn PortRx>, Arc<dyn PortTx>) = match wire.kind {
-            WireKind::Mirred => {
-                let (rx, tx) = port::tap::open(wire.sw)?;
-                (Box::new(rx), Arc::new(tx))
-            }
-            WireKind::Packet => {
-                let (rx, tx, ring) = port::packet::open(wire.sw, wire.uso)?;
-                drops.push(Box::new(ring));
-                (Box::new(rx), Arc::new(tx))
-            }
-        };
-        let fd = wire
-            .vm
-            .into_iter()
-            .next()
-            .ok_or_else(|| TapError::not_a_tap("no fd came with the wire"))?;
-        let opened = Opened {
-            rx,
-            tx,
-            drops,
-            kind: "vmm",
-            wire: Some(wire.id),
-        };
+        let wire = opened.wire.clone();
         let (id, _) = self
             .shared
             .add_port(opened, options.name, Some(mac), false)?;
+        if wire.is_some_and(|wire| wire.helper.is_ended()) {
+            self.detach(id);
+            let cause = "it ended meanwhile".to_owned();
+            return Err(TapError::HelperGone { cause }.into());
+        }
         Ok(VmmPort {
             id,
-            fd,
-            ifname: wire.vm_ifname,
+            fd: end.fd,
+            ifname: end.ifname,
             mac,
         })
     }
@@ -173,11 +153,11 @@ impl Network {
             let (rx, tx) = port::tap::open(tap.tap)?;
             (Box::new(rx), Arc::new(tx))
         };
-        let mut drops: Vec<Box<dyn DropSource>> = Vec::new();
+        let mut drops: Vec<Arc<dyn DropSource>> = Vec::new();
         if let Some(netlink) = tap.netlink {
             let link = LinkDrops::new(netlink, GUEST_IFNAME)
                 .map_err(system("read the guest's counters"))?;
-            drops.push(Box::new(link));
+            drops.push(Arc::new(link));
         }
         let kind = if options.no_offload {
             "tap"

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use super::{NetworkError, Shared, lock};
 use crate::dhcp::lease::Refusal;
@@ -10,6 +10,7 @@ use crate::frame::{Mac, PortId};
 use crate::port::{DropSource, PortRx, PortTx};
 use crate::stats::PortCounters;
 use crate::switch::PORTS_MAX;
+use crate::tap::Helper;
 use crate::worker::Command;
 
 #[derive(Default)]
@@ -18,6 +19,7 @@ pub(super) struct Ports {
     pub(super) by_id: BTreeMap<PortId, Port>,
 }
 
+#[derive(Clone)]
 pub(super) struct Port {
     pub(super) name: String,
     pub(super) kind: &'static str,
@@ -25,17 +27,24 @@ pub(super) struct Port {
     /// The lease of `mac` ends with the port.
     pub(super) leased: bool,
     pub(super) counters: Arc<PortCounters>,
-    pub(super) drops: Vec<Box<dyn DropSource>>,
-    pub(super) wire: Option<u64>,
+    pub(super) drops: Vec<Arc<dyn DropSource>>,
+    pub(super) wire: Option<PortWire>,
+}
+
+/// The wire behind a VMM's port.
+#[derive(Clone)]
+pub(super) struct PortWire {
+    pub(super) helper: Arc<Helper>,
+    pub(super) id: u64,
 }
 
 /// A port's halves and what belongs to them, before it has a number.
 pub(super) struct Opened {
     pub(super) rx: Box<dyn PortRx>,
     pub(super) tx: Arc<dyn PortTx>,
-    pub(super) drops: Vec<Box<dyn DropSource>>,
+    pub(super) drops: Vec<Arc<dyn DropSource>>,
     pub(super) kind: &'static str,
-    pub(super) wire: Option<u64>,
+    pub(super) wire: Option<PortWire>,
 }
 
 impl Ports {
@@ -117,29 +126,40 @@ impl Shared {
             })
     }
 
+    /// Removes a port and what lives with it.
     pub(super) fn detach(&self, id: PortId) {
-        let Some(port) = lock(&self.ports).by_id.remove(&id) else {
-            return;
-        };
+        if let Some(PortWire { helper, id }) = self.remove_port(id) {
+            // The helper may be gone with its wires already.
+            let _ = helper.destroy_wire(id);
+        }
+    }
+
+    /// Removes a port; its wire is left to the caller, to take down without a lock held.
+    fn remove_port(&self, id: PortId) -> Option<PortWire> {
+        let port = lock(&self.ports).by_id.remove(&id)?;
         log::debug!("port {id} ({}) detached", port.name);
         self.worker.send(Command::RemovePort(id));
         if let (true, Some(mac)) = (port.leased, port.mac) {
             lock(&self.leases).detach(mac, self.now());
         }
-        if let (Some(wire), Some(helper)) = (port.wire, lock(&self.helper).clone()) {
-            // The helper may be gone with its wires already.
-            let _ = helper.destroy_wire(wire);
-        }
+        port.wire
     }
 
-    pub(super) fn detach_wire(&self, wire: u64) {
-        let found = lock(&self.ports)
+    /// Removes the ports on the wires of `helper` that `gone` names: the helper has forgotten them,
+    /// or is gone itself. It is asked nothing, since it may be waiting for this very thread to take
+    /// its notices.
+    pub(super) fn drop_wires(&self, helper: &Weak<Helper>, gone: impl Fn(u64) -> bool) {
+        let is_gone = |wire: &PortWire| {
+            std::ptr::eq(Arc::as_ptr(&wire.helper), helper.as_ptr()) && gone(wire.id)
+        };
+        let ports: Vec<PortId> = lock(&self.ports)
             .by_id
             .iter()
-            .find(|(_, port)| port.wire == Some(wire))
-            .map(|(&id, _)| id);
-        if let Some(id) = found {
-            self.detach(id);
+            .filter(|(_, port)| port.wire.as_ref().is_some_and(is_gone))
+            .map(|(&id, _)| id)
+            .collect();
+        for id in ports {
+            self.remove_port(id);
         }
     }
 }

@@ -104,11 +104,13 @@ impl Shared {
         totals.insert("host_sockets".to_owned(), snapshot.host_sockets as u64);
         let table = self.switch.counters();
         totals.extend(table.iter().map(|(name, count)| (name.to_owned(), count)));
-        let ports = lock(&self.ports)
+        // Copied out: the helper is asked for the drops of a wire, and may take its time.
+        let ports: Vec<_> = lock(&self.ports)
             .by_id
             .iter()
-            .map(|(&id, port)| port.status(id))
+            .map(|(&id, port)| (id, port.clone()))
             .collect();
+        let ports = ports.iter().map(|(id, port)| port.status(*id)).collect();
         let station = |station: crate::switch::Station| MacStatus {
             mac: station.mac.to_string(),
             port: station.port.0,

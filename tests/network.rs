@@ -163,6 +163,7 @@ fn a_stopped_network_says_so() {
     assert!(network.failed().is_none());
     let status = network.status();
     assert!(status.ports.is_empty());
+    assert!(status.incomplete.unwrap().contains("has ended"));
     let late = network.attach_vmm(PortOptions::default());
     assert!(matches!(late, Err(NetworkError::Ended(None))));
     network.stop();

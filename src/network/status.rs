@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::time::Duration;
 
+use crossbeam_channel::RecvTimeoutError;
 use serde::{Deserialize, Serialize};
 
 use super::ports::Port;
@@ -11,7 +12,7 @@ use super::{Shared, lock};
 use crate::dhcp::lease::LeaseKind;
 use crate::frame::PortId;
 use crate::port::KernelDrops;
-use crate::worker::Command;
+use crate::worker::{Command, Snapshot};
 
 /// How long `status` waits for the worker, which answers between two batches.
 const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -39,6 +40,9 @@ pub struct Status {
     pub flows: FlowStatus,
     /// Counters of the network as a whole, by name.
     pub totals: BTreeMap<String, u64>,
+    /// Why flows and most totals are missing; `None`: they are not.
+    #[serde(default)]
+    pub incomplete: Option<String>,
 }
 
 /// One port.
@@ -99,9 +103,23 @@ impl Shared {
     pub(super) fn status(&self) -> Status {
         let (reply, snapshot) = crossbeam_channel::bounded(1);
         self.worker.send(Command::Snapshot(reply));
-        let snapshot = snapshot.recv_timeout(SNAPSHOT_TIMEOUT).unwrap_or_default();
+        let (snapshot, incomplete) = match snapshot.recv_timeout(SNAPSHOT_TIMEOUT) {
+            Ok(snapshot) => (snapshot, None),
+            Err(RecvTimeoutError::Timeout) => {
+                let secs = SNAPSHOT_TIMEOUT.as_secs();
+                let why = format!("the data path did not answer within {secs} s");
+                log::warn!("{why}: the status has no flows and totals");
+                (Snapshot::default(), Some(why))
+            }
+            Err(RecvTimeoutError::Disconnected) => (
+                Snapshot::default(),
+                Some("the data path has ended".to_owned()),
+            ),
+        };
         let mut totals: BTreeMap<String, u64> = snapshot.counters.into_iter().collect();
-        totals.insert("host_sockets".to_owned(), snapshot.host_sockets as u64);
+        if incomplete.is_none() {
+            totals.insert("host_sockets".to_owned(), snapshot.host_sockets as u64);
+        }
         let table = self.switch.counters();
         totals.extend(table.iter().map(|(name, count)| (name.to_owned(), count)));
         // Copied out: the helper is asked for the drops of a wire, and may take its time.
@@ -130,6 +148,7 @@ impl Shared {
                 icmp: snapshot.icmp,
             },
             totals,
+            incomplete,
         }
     }
 

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use tokio::sync::Notify;
 
-use super::housekeeping::{housekeep, restore, save};
+use super::housekeeping::{LeaseKeeper, housekeep};
 use super::ports::{Port, Ports};
 use super::{Network, NetworkError, Shared, lock, system};
 use crate::config::NetworkConfig;
@@ -41,10 +41,10 @@ impl Network {
         let dhcp = dhcp_config(&config, &lan);
         let epoch = Instant::now();
         let mut leases = LeaseTable::new(dhcp.range(), &lan)?;
-        let lease_file = config.lease_file.clone().map(LeaseFile::new);
-        if let Some(file) = &lease_file {
-            restore(file, &mut leases);
-        }
+        let keeper = config.lease_file.clone().map(|path| {
+            let keeper = LeaseKeeper::restore(LeaseFile::new(path), &mut leases);
+            Arc::new(Mutex::new(keeper))
+        });
         let leases = Arc::new(Mutex::new(leases));
         let mut switch = SwitchConfig::new(lan.mac, RandomState::new().hash_one(epoch));
         switch.ageing = frame::Duration::from_secs(config.ageing.as_secs());
@@ -67,6 +67,8 @@ impl Network {
         .map_err(system("set up the worker"))?;
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
+            .thread_name("lanlet-leases")
+            .max_blocking_threads(1)
             .build()
             .map_err(system("set up the control thread"))?;
         let (resolver, resolver_handle) = Resolver::new(ResolverConfig {
@@ -113,12 +115,12 @@ impl Network {
                 runtime.block_on(async {
                     tokio::select! {
                         () = resolver.run() => {}
-                        () = housekeep(&shared, &handle, lease_file.as_ref()) => {}
+                        () = housekeep(&shared, &handle, keeper.as_ref()) => {}
                         () = shared.stop.notified() => {}
                     }
                 });
-                if let Some(file) = &lease_file {
-                    save(file, &shared);
+                if let Some(keeper) = &keeper {
+                    lock(keeper).follow(&shared.leases, shared.now());
                 }
             }
         })?;

@@ -108,7 +108,7 @@ impl Network {
             let shared = Arc::clone(&shared);
             move || run_worker(worker, &shared)
         })?;
-        network.thread("lanlet-control", {
+        network.thread("lanlet-dns", {
             let shared = Arc::clone(&shared);
             let handle = resolver_handle.clone();
             move || {

@@ -47,7 +47,7 @@ pub(super) struct NetworkOptions {
     #[arg(long, value_name = "ADDR")]
     gateway: Option<Ipv4Addr>,
 
-    /// MTU announced to guests, 576 to 65535 bytes [default: 1500]
+    /// MTU announced to guests, 576 to 65521 bytes [default: 1500]
     #[arg(long, value_name = "BYTES")]
     mtu: Option<u16>,
 

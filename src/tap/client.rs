@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::protocol::{self, Event, Reply, Request};
 use super::{TapError, WireKind};
+use crate::config::MTU_MAX;
 use crate::port::{DropSource, KernelDrops};
 
 /// The hidden subcommand that runs [`super::helper::run_on_stdin`].
@@ -46,9 +47,8 @@ pub struct WireOptions {
 
 impl Default for WireOptions {
     fn default() -> Self {
-        // Largest MTU of a tap: 65,535 less the Ethernet header (drivers/net/tun.c, MAX_MTU).
         Self {
-            mtu: 65_521,
+            mtu: MTU_MAX.into(),
             queues: 1,
             plain: false,
             kind: None,

@@ -62,7 +62,8 @@ pub struct NetworkConfig {
     pub dns: Vec<IpAddr>,
     /// MAC table ageing.
     pub ageing: Duration,
-    /// Flows of the NAT at most, all protocols.
+    /// TCP flows of the NAT at most. UDP and ping mappings have limits of their own
+    /// ([`crate::nat::udp::LIMITS`], [`crate::nat::icmp::LIMITS`]).
     pub flows_max: usize,
     /// Whether guests may connect to the host's own (non-loopback) addresses.
     pub host_access: bool,
@@ -134,7 +135,7 @@ pub struct Settings {
     pub dns: Vec<IpAddr>,
     /// MAC ageing.
     pub ageing: Option<Duration>,
-    /// Flow limit.
+    /// Limit of TCP flows.
     pub flows_max: Option<usize>,
     /// Whether guests reach the host's own addresses.
     pub host_access: bool,

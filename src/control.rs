@@ -250,7 +250,10 @@ impl RuntimeDir {
             .mode(0o600)
             .custom_flags(libc::O_NOFOLLOW)
             .open(&lock_path)
-            .map_err(failed("open"))?;
+            .map_err(|error| ControlError::RuntimeDirectory {
+                path: self.path.clone(),
+                reason: format!("cannot open {name}.lock in it: {error}"),
+            })?;
         let mut tries = CLAIM_TRIES;
         while let Err(error) = rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
             if error != rustix::io::Errno::WOULDBLOCK {

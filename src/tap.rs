@@ -84,7 +84,7 @@ pub enum TapError {
         cause: String,
     },
     /// The host forbids unprivileged namespaces.
-    #[error("user namespaces are not available ({cause}): {remedy}")]
+    #[error("unprivileged namespaces are not available ({cause}): {remedy}")]
     Namespace {
         /// The kernel's answer.
         cause: String,
@@ -145,7 +145,8 @@ impl TapError {
     /// For making tap `name` from [`TUN_PATH`].
     fn tap_open(name: &str, error: &io::Error) -> Self {
         match error.raw_os_error() {
-            Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => Self::TunMissing,
+            // ENOTTY: something else is in its place, as containers put /dev/null over what they hide.
+            Some(libc::ENOENT | libc::ENODEV | libc::ENXIO | libc::ENOTTY) => Self::TunMissing,
             // The device could be opened: it is the namespace that lacks CAP_NET_ADMIN, as with
             // AppArmor's restriction.
             Some(libc::EPERM) if tun::open().is_ok() => Self::namespace(error),
@@ -169,9 +170,11 @@ impl TapError {
     }
 }
 
-/// Switches that forbid user namespaces to ordinary users, with the value that does.
-const NAMESPACE_SYSCTLS: [(&str, &str, &str); 3] = [
+/// Switches that forbid namespaces to ordinary users, with the value that does.
+const NAMESPACE_SYSCTLS: [(&str, &str, &str); 5] = [
     ("user.max_user_namespaces", "0", "15000"),
+    ("user.max_net_namespaces", "0", "15000"),
+    ("user.max_mnt_namespaces", "0", "15000"),
     ("kernel.unprivileged_userns_clone", "0", "1"),
     ("kernel.apparmor_restrict_unprivileged_userns", "1", "0"),
 ];

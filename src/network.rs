@@ -122,12 +122,18 @@ pub enum NetworkError {
         cause: std::io::Error,
     },
     /// No address for a guest.
-    #[error("no address for {mac}: {cause}; widen --dhcp-range or --subnet")]
+    #[error("no address for {mac}: {cause} (--dhcp-range, --subnet, --lease-time)")]
     NoAddress {
         /// The guest.
         mac: Mac,
         /// Why.
         cause: Refusal,
+    },
+    /// Two guests with one MAC address would take each other's frames.
+    #[error("a guest with the MAC address {mac} is attached already: choose another --mac")]
+    MacInUse {
+        /// The address.
+        mac: Mac,
     },
     /// All port numbers are in use.
     #[error("the switch has {PORTS_MAX} ports already: detach some or start a second network")]
@@ -328,9 +334,7 @@ impl Network {
             kind: "vmm",
             wire: Some(wire.id),
         };
-        let id = self
-            .shared
-            .add_port(opened, options.name, Some(mac), false)?;
+        let id = self.shared.add_port(opened, options.name, Some(mac))?;
         Ok(VmmPort {
             id,
             fd,
@@ -374,17 +378,14 @@ impl Network {
             kind,
             wire: None,
         };
-        let id = self
-            .shared
-            .add_port(opened, options.name, options.mac, options.mac.is_some())?;
+        let id = self.shared.add_port(opened, options.name, options.mac)?;
         let Some(mac) = options.mac else {
             return Ok((id, None));
         };
-        let leased = lock(&self.shared.leases).attach(mac, id, self.shared.now());
-        let address = leased.map_err(|cause| {
-            self.detach(id);
-            NetworkError::NoAddress { mac, cause }
-        })?;
+        let address = self
+            .shared
+            .lease(mac, id)
+            .inspect_err(|_| self.detach(id))?;
         let config = &self.shared.config;
         let lease = GuestAddress {
             address,
@@ -486,7 +487,6 @@ impl Shared {
         opened: Opened,
         name: String,
         mac: Option<Mac>,
-        leased: bool,
     ) -> Result<PortId, NetworkError> {
         let Opened {
             rx,
@@ -508,7 +508,7 @@ impl Shared {
             name,
             kind,
             mac,
-            leased,
+            leased: false,
             counters: Arc::clone(&counters),
             drops,
             wire,
@@ -527,6 +527,22 @@ impl Shared {
         Err(NetworkError::Ended(lock(&self.end).clone().flatten()))
     }
 
+    /// A lease of `mac` that ends with the port. Nothing changes on failure: the MAC's lease, if it has
+    /// one, is another port's.
+    fn lease(&self, mac: Mac, id: PortId) -> Result<Ipv4Addr, NetworkError> {
+        let leased = lock(&self.leases).attach(mac, id, self.now());
+        let address = leased.map_err(|cause| match cause {
+            Refusal::Taken => NetworkError::MacInUse { mac },
+            cause => NetworkError::NoAddress { mac, cause },
+        })?;
+        match lock(&self.ports).by_id.get_mut(&id) {
+            Some(port) => port.leased = true,
+            // The guest is gone again.
+            None => lock(&self.leases).detach(mac, self.now()),
+        }
+        Ok(address)
+    }
+
     fn detach(&self, id: PortId) {
         let Some(port) = lock(&self.ports).by_id.remove(&id) else {
             return;
@@ -539,6 +555,20 @@ impl Shared {
         if let (Some(wire), Some(helper)) = (port.wire, lock(&self.helper).clone()) {
             // The helper may be gone with its wires already.
             let _ = helper.destroy_wire(wire);
+        }
+    }
+
+    /// For a helper that has ended: nobody would tell any more when one of its VMMs goes.
+    fn detach_all_wires(&self) {
+        let mut ports = lock(&self.ports);
+        let wired = ports.by_id.iter_mut();
+        let ids: Vec<PortId> = wired
+            // The next helper counts its wires from the start again.
+            .filter_map(|(&id, port)| port.wire.take().map(|_| id))
+            .collect();
+        drop(ports);
+        for id in ids {
+            self.detach(id);
         }
     }
 
@@ -701,6 +731,8 @@ fn watch_helper(events: &HelperEvents, shared: &std::sync::Weak<Shared>) {
             Ok(Some(HelperEvent::Gone(wire))) => shared.detach_wire(wire),
             Ok(None) => {}
             Err(error) => {
+                // Before the helper can be replaced: a wire's number is its helper's.
+                shared.detach_all_wires();
                 // Taken already if the network is stopping.
                 if lock(&shared.helper).take().is_some() {
                     log::warn!(

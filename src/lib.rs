@@ -39,6 +39,8 @@
 //! | I/O | [`sys`], [`tap`], [`port`], [`uplink`] |
 //! | assembly | [`worker`], [`network`], [`control`], [`config`], [`cli`] |
 //!
+//! One exception: [`nat`] takes its TCP rings from [`sys::arena`], which is memory and not I/O.
+//!
 //! The logic layers name no fd, no socket, no thread and no clock: `now`, randomness and the host's
 //! sockets are passed in, so that they run in tests under a virtual clock.
 //!

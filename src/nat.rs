@@ -396,7 +396,15 @@ impl Nat {
 
     /// Counters by the names that `lanlet status` shows.
     pub fn counters(&self) -> impl Iterator<Item = (&'static str, u64)> + '_ {
-        self.tcp.counters().iter()
+        let (errors, held_back) = self.errors.counters();
+        let errors = [
+            ("icmp_errors", errors),
+            ("icmp_errors_held_back", held_back),
+        ];
+        let tcp = self.tcp.counters().iter();
+        tcp.chain(self.udp.counters().iter())
+            .chain(self.icmp.counters().iter())
+            .chain(errors)
     }
 
     /// Flows now: TCP, UDP, ICMP.

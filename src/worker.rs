@@ -38,6 +38,9 @@ use crate::wire::Packet;
 /// Batches read from one port before the others get their turn: about a millisecond of the largest
 /// frames.
 const BATCHES_PER_TURN: usize = 4;
+/// Pause before [`Event::PortGone`] is tried again while the event thread is behind: it must not get
+/// lost, as a query may, and must not be waited for.
+const GONE_RETRY: time::Duration = time::Duration::from_millis(100);
 /// Bytes of IP packet that a port takes. Taps pass anything; what a guest's MTU is, is between the
 /// guests, as on the kernel's bridge.
 const PORT_MTU: usize = 65_535;
@@ -144,6 +147,8 @@ pub struct Worker {
     events: Sender<Event>,
     epoch: time::Instant,
     receivers: Vec<Option<Box<dyn PortRx>>>,
+    /// Ports whose devices are gone, which nobody has been told yet.
+    gone: Vec<PortId>,
     batch: Batch,
     path: Path,
 }
@@ -161,13 +166,15 @@ struct Path {
 /// The switch and the send halves.
 struct Lan {
     switch: Arc<Switch>,
+    /// By port number; the gateway's place stays empty.
     ports: Vec<Option<Egress>>,
+    /// Counters of the gateway's port: received is what the gateway sends into the switch.
+    gateway: Arc<PortCounters>,
     scratch: Box<[u8]>,
 }
 
 struct Egress {
-    /// `None`: the gateway.
-    tx: Option<Arc<dyn PortTx>>,
+    tx: Arc<dyn PortTx>,
     counters: Arc<PortCounters>,
 }
 
@@ -187,15 +194,12 @@ impl Worker {
         )?;
         let (sender, commands) = crossbeam_channel::unbounded();
         let now = clock(config.epoch);
-        let gateway = Egress {
-            tx: None,
-            counters: config.gateway_counters,
-        };
         let worker = Self {
             path: Path {
                 lan: Lan {
                     switch: config.switch,
-                    ports: vec![Some(gateway)],
+                    ports: vec![None],
+                    gateway: config.gateway_counters,
                     scratch: vec![0; FRAME_BUFFER_LEN].into_boxed_slice(),
                 },
                 buffer: vec![0; FRAME_BUFFER_LEN].into_boxed_slice(),
@@ -210,6 +214,7 @@ impl Worker {
             events: config.events,
             epoch: config.epoch,
             receivers: vec![None],
+            gone: Vec::new(),
             batch: Batch::new(),
         };
         Ok((
@@ -239,6 +244,8 @@ impl Worker {
                 Err(error) => return Err(error.into()),
             }
             self.path.now = clock(self.epoch);
+            // Before anything is learned: entries are stamped with the time of the last call.
+            self.path.lan.switch.tick(self.path.now);
             for event in events.drain(..) {
                 let token = event.data.u64();
                 if let Some(owner) = uplink::owner(token) {
@@ -250,6 +257,7 @@ impl Worker {
                 }
             }
             self.path.end_turn();
+            self.report_gone();
         }
     }
 
@@ -258,6 +266,8 @@ impl Worker {
         let path = &self.path;
         let sleep = if path.nat.has_backlog() {
             time::Duration::ZERO
+        } else if !self.gone.is_empty() {
+            GONE_RETRY
         } else {
             let due = [path.nat.poll_timeout(), path.gateway.dns.poll_at()]
                 .into_iter()
@@ -286,7 +296,6 @@ impl Worker {
             self.batch.clear();
             let more = rx.recv(&mut self.batch, &counters);
             for frame in self.batch.frames() {
-                counters.rx(frame.bytes.len());
                 if let Err(reason) = self.path.handle_frame(id, frame) {
                     counters.count_drop(reason);
                 }
@@ -298,10 +307,19 @@ impl Worker {
                 Err(error) => {
                     log::debug!("port {id}: its device is gone: {error}");
                     self.remove_port(id);
-                    let _ = self.events.try_send(Event::PortGone(id));
+                    self.gone.push(id);
                     return;
                 }
             }
+        }
+    }
+
+    fn report_gone(&mut self) {
+        while let Some(&id) = self.gone.last() {
+            if self.events.try_send(Event::PortGone(id)).is_err() {
+                return;
+            }
+            self.gone.pop();
         }
     }
 
@@ -341,7 +359,7 @@ impl Worker {
         let token = epoll::EventData::new_u64(TOKEN_PORT | u64::from(id.0));
         if let Err(error) = epoll::add(&self.epoll, rx.fd(), token, epoll::EventFlags::IN) {
             log::error!("port {id}: can't be waited on: {error}");
-            let _ = self.events.try_send(Event::PortGone(id));
+            self.gone.push(id);
             return;
         }
         if self.receivers.len() <= index {
@@ -349,10 +367,7 @@ impl Worker {
             self.path.lan.ports.resize_with(index + 1, || None);
         }
         self.receivers[index] = Some(rx);
-        self.path.lan.ports[index] = Some(Egress {
-            tx: Some(tx),
-            counters,
-        });
+        self.path.lan.ports[index] = Some(Egress { tx, counters });
     }
 
     fn remove_port(&mut self, id: PortId) {
@@ -369,18 +384,14 @@ impl Worker {
 impl Path {
     /// Switches one frame of a port.
     fn handle_frame(&mut self, ingress: PortId, frame: Frame<'_>) -> Result<(), DropReason> {
-        let to_gateway = self.lan.forward(ingress, frame)?;
-        if to_gateway {
-            self.handle_for_gateway(ingress, frame)
-        } else {
-            Ok(())
+        if self.lan.forward(ingress, frame)? {
+            self.handle_for_gateway(ingress, frame)?;
+            self.lan.gateway.tx(frame.bytes.len());
         }
+        Ok(())
     }
 
     fn handle_for_gateway(&mut self, ingress: PortId, frame: Frame<'_>) -> Result<(), DropReason> {
-        if let Some(Some(gateway)) = self.lan.ports.first() {
-            gateway.counters.tx(frame.bytes.len());
-        }
         // A group frame concerns the gateway only if a service claims it: it reached the others.
         let group = frame.destination().is_group();
         let packet = match Packet::parse(frame, ingress) {
@@ -402,15 +413,17 @@ impl Path {
     }
 
     fn handle_socket(&mut self, owner: crate::nat::SockOwner, ready: crate::nat::Ready) {
-        let Some(Some(gateway)) = self.lan.ports.first() else {
-            return;
-        };
-        let counters = Arc::clone(&gateway.counters);
+        let counters = Arc::clone(&self.lan.gateway);
         let mut out = GatewayOut {
             lan: &mut self.lan,
             buffer: &mut self.buffer,
         };
-        let mut drops = |reason| counters.count_drop(reason);
+        // A datagram from outside that is not wanted never became a frame: it counts as one received
+        // by the gateway and dropped.
+        let mut drops = |reason| {
+            counters.rx(0);
+            counters.count_drop(reason);
+        };
         self.nat.handle_ready(
             owner,
             ready,
@@ -454,7 +467,6 @@ impl Path {
         {
             self.gateway.dns.expire(self.now);
         }
-        self.lan.switch.tick(self.now);
     }
 
     fn answer_dns(&mut self, answer: &DnsAnswer) {
@@ -503,7 +515,7 @@ impl Lan {
                     if let Some(egress) =
                         egress.as_ref().filter(|_| index != usize::from(ingress.0))
                     {
-                        receivers += usize::from(egress.tx.is_some());
+                        receivers += 1;
                         egress.send(frame, &mut self.scratch);
                     }
                 }
@@ -521,12 +533,11 @@ impl Lan {
 impl Egress {
     /// Sends a frame as this port needs it; losses are counted here.
     fn send(&self, frame: Frame<'_>, scratch: &mut [u8]) {
-        let Some(tx) = &self.tx else { return };
-        let mut send = |frame: Frame<'_>| match tx.send(frame) {
+        let mut send = |frame: Frame<'_>| match self.tx.send(frame) {
             Ok(()) => self.counters.tx(frame.bytes.len()),
             Err(reason) => self.counters.count_drop(reason),
         };
-        if let Err(reason) = offload::fit(frame, tx.caps(), PORT_MTU, scratch, &mut send) {
+        if let Err(reason) = offload::fit(frame, self.tx.caps(), PORT_MTU, scratch, &mut send) {
             self.counters.count_drop(reason);
         }
     }
@@ -548,12 +559,9 @@ impl Outbox for GatewayOut<'_> {
             bytes: &self.buffer[..len],
             offload,
         };
-        let forwarded = self.lan.forward(PortId::GATEWAY, frame);
-        if let Some(Some(gateway)) = self.lan.ports.first() {
-            gateway.counters.rx(len);
-            if let Err(reason) = forwarded {
-                gateway.counters.count_drop(reason);
-            }
+        self.lan.gateway.rx(len);
+        if let Err(reason) = self.lan.forward(PortId::GATEWAY, frame) {
+            self.lan.gateway.count_drop(reason);
         }
     }
 }
@@ -561,3 +569,6 @@ impl Outbox for GatewayOut<'_> {
 fn clock(epoch: time::Instant) -> Instant {
     Instant::from_micros(epoch.elapsed().as_micros() as i64)
 }
+
+#[cfg(test)]
+mod tests;

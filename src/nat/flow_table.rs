@@ -41,7 +41,7 @@ impl<T> FlowTable<T> {
     /// Inserts what `make` returns for the new id.
     ///
     /// # Errors
-    /// `None` at the limit, or if `make` gives nothing; then nothing changed.
+    /// `full` at the limit, else what `make` fails with; nothing changed then.
     pub fn insert_with<E>(
         &mut self,
         full: E,
@@ -77,8 +77,7 @@ impl<T> FlowTable<T> {
             return None;
         }
         let entry = slot.entry.take()?;
-        // 24 bits: what the uplink's event token keeps of it.
-        slot.generation = (slot.generation + 1) & 0xff_ffff;
+        slot.generation = slot.generation.wrapping_add(1);
         self.free.push(id.slot);
         Some(entry)
     }
@@ -137,6 +136,16 @@ impl TimerWheel {
     /// When [`TimerWheel::expire`] next has something to do.
     pub fn poll_timeout(&self) -> Option<Instant> {
         (self.len != 0).then(|| Instant::from_micros((self.soonest * TICK.total_micros()) as i64))
+    }
+
+    /// Number of entries, those of outdated deadlines included.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there is no entry.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
     }
 
     /// Moves the entries that are due at `now` into `due`.

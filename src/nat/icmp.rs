@@ -85,6 +85,27 @@ pub struct PingCounters {
     pub replies: u64,
 }
 
+impl PingCounters {
+    /// Names, as `lanlet status` shows them, and values.
+    pub fn iter(self) -> impl Iterator<Item = (&'static str, u64)> {
+        let Self {
+            opened,
+            expired,
+            evicted,
+            requests,
+            replies,
+        } = self;
+        [
+            ("ping_opened", opened),
+            ("ping_expired", expired),
+            ("ping_evicted", evicted),
+            ("ping_requests", requests),
+            ("ping_replies", replies),
+        ]
+        .into_iter()
+    }
+}
+
 /// ICMP echo of all guests.
 #[derive(Debug)]
 pub struct PingNat {

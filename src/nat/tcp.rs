@@ -33,8 +33,8 @@
 //! nothing to wait for, and a SYN that reuses the ports starts a fresh flow.
 //!
 //! # A hostile guest
-//! can open flows up to the limits ([`TcpNat::new`], [`CONNECTING_MAX`]); more are refused with RST
-//! and counted. It can't exceed its rings, can't reach another guest's flow (the key has its address,
+//! can open flows up to the limits, of which one port has a share only ([`TcpNat::new`],
+//! [`CONNECTING_MAX`], [`PORT_SHARE`]); more are refused with RST and counted. It can't exceed its rings, can't reach another guest's flow (the key has its address,
 //! the switch guards that) and, should it make the engine panic, loses that flow only.
 
 mod device;
@@ -49,7 +49,6 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use hashbrown::HashMap;
 
-use self::device::reset;
 use self::engine::{SmolEngine, TcpEngine};
 use self::flow::{Flow, FlowKey, IDLE_RELEASE, Rest, State};
 use self::syn::{Peer, SavedSyn};
@@ -60,15 +59,35 @@ use crate::frame::{Instant, PortId};
 use crate::gateway::{LanConfig, Outbox};
 use crate::offload::Offload;
 use crate::stats::DropReason;
-use crate::sys::arena::Arena;
+use crate::sys::arena::{Arena, RX_RING_BYTES};
 use crate::wire::{Ipv4, Packet, Tcp};
 
 /// Flows whose host connect is under way, at most. Each costs a host socket and 200 bytes; Linux
 /// keeps as many half-open connections in a listener's queue (net.core.somaxconn).
 pub const CONNECTING_MAX: usize = 4_096;
+/// What one port may have of [`CONNECTING_MAX`]: half, so that a guest whose connects all hang leaves
+/// the others room. Of all flows it may have [`PORT_SHARE`].
+pub const PORT_CONNECTING_MAX: usize = CONNECTING_MAX / 2;
+/// Numerator and denominator of one port's share of all flows: 12,288 of the default 16,384.
+pub const PORT_SHARE: (usize, usize) = (3, 4);
 /// Packets on their way to one port at most, over all its flows: half of the queue of 16,384 entries
 /// that its tap has, each of which holds one packet for a guest without TSO.
 pub const GUEST_SEGMENTS_IN_FLIGHT: usize = 8_192;
+
+/// Receive rings by the number of flows there are: a flow that the guest has sent a ring's worth on
+/// keeps all of it resident until it idles, and rings that fall out of the cache cost a page walk and
+/// misses per packet. With many flows none of them needs a deep ring: guest and lanlet are
+/// microseconds apart. In sum 32 + 120 + 960 MiB for 16,384 flows that are all busy.
+const RX_RINGS: [(usize, usize); 3] = [
+    (64, RX_RING_BYTES),
+    (1_024, 128 * 1024),
+    (usize::MAX, 64 * 1024),
+];
+
+fn rx_ring_bytes(flows: usize) -> usize {
+    let class = RX_RINGS.iter().find(|(below, _)| flows <= *below);
+    class.map_or(RX_RING_BYTES, |(_, bytes)| *bytes)
+}
 
 /// What happened, for `lanlet status`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -117,12 +136,22 @@ pub struct TcpNat {
     keys: HashMap<FlowKey, FlowId>,
     arena: Arena,
     wheel: TimerWheel,
-    connecting: usize,
+    port_flows_max: usize,
     dirty: Vec<FlowId>,
     spare: Vec<FlowId>,
-    /// Busy flows by port.
-    busy: Vec<u32>,
+    /// All ports together.
+    connecting: usize,
+    ports: Vec<PortLoad>,
     counters: TcpCounters,
+}
+
+/// Flows of one port.
+#[derive(Clone, Copy, Default)]
+struct PortLoad {
+    flows: usize,
+    connecting: usize,
+    /// Those with data on its way to the guest.
+    busy: usize,
 }
 
 impl TcpNat {
@@ -135,10 +164,11 @@ impl TcpNat {
             // Rounded up: the arena maps whole chunks, the table is what limits.
             arena: Arena::new(flows_max),
             wheel: TimerWheel::new(now),
-            connecting: 0,
+            port_flows_max: (flows_max * PORT_SHARE.0 / PORT_SHARE.1).max(1),
             dirty: Vec::new(),
             spare: Vec::new(),
-            busy: Vec::new(),
+            connecting: 0,
+            ports: Vec::new(),
             counters: TcpCounters::default(),
         }
     }
@@ -187,11 +217,16 @@ impl TcpNat {
         flow.active_at = now;
         flow.peer.guest = packet.source;
         if flow.port != packet.ingress {
-            if std::mem::take(&mut flow.busy) {
-                self.busy[usize::from(flow.port.0)] -= 1;
-            }
-            flow.port = packet.ingress;
+            let before = std::mem::replace(&mut flow.port, packet.ingress);
+            let (connecting, busy) = (flow.is_connecting(), std::mem::take(&mut flow.busy));
+            self.leave(before, connecting, busy);
+            let load = self.load(packet.ingress);
+            load.flows += 1;
+            load.connecting += usize::from(connecting);
         }
+        let Some(flow) = self.flows.get_mut(id) else {
+            return Err(DropReason::NoFlow);
+        };
         match &mut flow.state {
             State::Connecting(_) => {
                 if tcp.flags & Tcp::RST != 0 {
@@ -202,10 +237,8 @@ impl TcpNat {
             State::Open(engine) => {
                 flow.touched |= !tcp.payload.is_empty();
                 let peer = &flow.peer;
-                let handled = catch_unwind(AssertUnwindSafe(|| {
-                    engine.handle_segment(ip, tcp, now, peer, out)
-                }));
-                if handled.is_err() {
+                let handled = guarded(|| engine.handle_segment(ip, tcp, now, peer, out));
+                if handled.is_none() {
                     self.fault(id, up);
                     return Err(DropReason::FlowFault);
                 }
@@ -234,7 +267,11 @@ impl TcpNat {
             }
             return Err(DropReason::NoFlow);
         };
-        if self.connecting >= CONNECTING_MAX {
+        let load = *self.load(packet.ingress);
+        if self.connecting >= CONNECTING_MAX
+            || load.connecting >= PORT_CONNECTING_MAX
+            || load.flows >= self.port_flows_max
+        {
             self.counters.limited += 1;
             reset(syn.packet(), &peer, now, out);
             return Err(DropReason::Limit);
@@ -250,6 +287,9 @@ impl TcpNat {
             Ok(id) => {
                 self.keys.insert(key, id);
                 self.connecting += 1;
+                let load = self.load(packet.ingress);
+                load.flows += 1;
+                load.connecting += 1;
                 self.arm(id, now + TRANSITORY_IDLE);
                 Ok(())
             }
@@ -289,28 +329,41 @@ impl TcpNat {
         now: Instant,
         (up, out): (&mut U, &mut O),
     ) {
+        let flows = self.flows.len();
         let Some(flow) = self.flows.get_mut(id) else {
             return;
         };
         flow.host_readable |= ready.readable | ready.error;
         flow.host_writable |= ready.writable;
+        // The error is taken with the question: from here on the flow remembers it.
+        if ready.error && !flow.is_connecting() && up.tcp_connected(flow.host).is_err() {
+            flow.broken_at.get_or_insert(now);
+        }
         if let State::Connecting(syn) = &flow.state {
             match up.tcp_connected(flow.host) {
                 Ok(false) => return,
                 Ok(true) => {
-                    let Some(socket) = self.arena.socket() else {
+                    let Some(socket) = self.arena.socket(rx_ring_bytes(flows)) else {
                         self.counters.limited += 1;
                         reset(syn.packet(), &flow.peer, now, out);
                         self.remove(id, up, true);
                         return;
                     };
-                    let engine = SmolEngine::accept(socket, up.random(), syn, now, &flow.peer, out);
+                    let (seed, peer) = (up.random(), &flow.peer);
+                    let accepted =
+                        guarded(|| SmolEngine::accept(socket, seed, syn, now, peer, out));
+                    let Some(engine) = accepted else {
+                        self.fault(id, up);
+                        return;
+                    };
                     flow.state = State::Open(Box::new(engine));
+                    let port = flow.port;
                     flow.active_at = now;
                     // The first bytes may have come with the same edge.
                     flow.host_readable = true;
                     flow.host_writable = true;
                     self.connecting -= 1;
+                    self.load(port).connecting -= 1;
                     self.counters.opened += 1;
                 }
                 Err(error) => {
@@ -360,29 +413,26 @@ impl TcpNat {
         let Some(flow) = self.flows.get_mut(id) else {
             return;
         };
-        let port = usize::from(flow.port.0);
-        if self.busy.len() <= port {
-            self.busy.resize(port + 1, 0);
-        }
+        let Some(load) = self.ports.get_mut(usize::from(flow.port.0)) else {
+            return;
+        };
         let was_busy = flow.busy;
-        let busy_flows = self.busy[port].max(1) as usize;
-        let share = (GUEST_SEGMENTS_IN_FLIGHT / busy_flows).max(2) * usize::from(flow.peer.mss);
-        let flushed = catch_unwind(AssertUnwindSafe(|| flow.flush(share, now, up, out)));
-        if flow.busy != was_busy {
-            if flow.busy {
-                self.busy[port] += 1;
-            } else {
-                self.busy[port] -= 1;
-            }
+        let share =
+            (GUEST_SEGMENTS_IN_FLIGHT / load.busy.max(1)).max(1) * usize::from(flow.peer.mss);
+        let flushed = guarded(|| {
+            let rest = flow.flush(share, now, up, out);
+            (rest, flow.poll_timeout(now))
+        });
+        match (was_busy, flow.busy) {
+            (false, true) => load.busy += 1,
+            (true, false) => load.busy -= 1,
+            _ => {}
         }
         match flushed {
-            Err(_) => self.fault(id, up),
-            Ok(Rest::Ended) => self.remove(id, up, false),
-            Ok(Rest::Backlog) => self.mark_dirty(id),
-            Ok(Rest::Idle) => {
-                let next = flow.poll_timeout(now);
-                self.arm(id, next);
-            }
+            None => self.fault(id, up),
+            Some((Rest::Ended, _)) => self.remove(id, up, false),
+            Some((Rest::Backlog, _)) => self.mark_dirty(id),
+            Some((Rest::Idle, next)) => self.arm(id, next),
         }
     }
 
@@ -404,6 +454,10 @@ impl TcpNat {
             let Some(flow) = self.flows.get_mut(id) else {
                 continue;
             };
+            // Left over from an earlier deadline: the entry that counts is still to come.
+            if flow.armed.is_some_and(|armed| armed > now) {
+                continue;
+            }
             flow.armed = None;
             if now >= flow.active_at + flow.idle_limit() {
                 self.counters.idled_out += 1;
@@ -445,8 +499,10 @@ impl TcpNat {
             match &mut flow.state {
                 State::Connecting(syn) => reset(syn.packet(), peer, now, out),
                 State::Open(engine) => {
-                    engine.abort();
-                    let _ = catch_unwind(AssertUnwindSafe(|| engine.poll_egress(now, peer, out)));
+                    guarded(|| {
+                        engine.abort();
+                        engine.poll_egress(now, peer, out);
+                    });
                 }
             }
             self.remove(id, up, true);
@@ -466,9 +522,7 @@ impl TcpNat {
             return;
         };
         self.keys.remove(&flow.key);
-        if flow.busy {
-            self.busy[usize::from(flow.port.0)] -= 1;
-        }
+        self.leave(flow.port, flow.is_connecting(), flow.busy);
         match flow.state {
             State::Connecting(_) => self.connecting -= 1,
             // Both FINs went through, or the guest's side was reset: then the host's is, too.
@@ -480,6 +534,22 @@ impl TcpNat {
             State::Open(_) => {}
         }
         up.close(flow.host);
+    }
+
+    fn load(&mut self, port: PortId) -> &mut PortLoad {
+        let index = usize::from(port.0);
+        if self.ports.len() <= index {
+            self.ports.resize(index + 1, PortLoad::default());
+        }
+        &mut self.ports[index]
+    }
+
+    /// Takes a flow off its port's load.
+    fn leave(&mut self, port: PortId, connecting: bool, busy: bool) {
+        let load = self.load(port);
+        load.flows -= 1;
+        load.connecting -= usize::from(connecting);
+        load.busy -= usize::from(busy);
     }
 
     fn mark_dirty(&mut self, id: FlowId) {
@@ -499,6 +569,16 @@ impl TcpNat {
             flow.armed = Some(self.wheel.arm(id, deadline));
         }
     }
+}
+
+/// Calls into the engine; `None` if it panicked. Its flow is then to be ended.
+fn guarded<R>(call: impl FnOnce() -> R) -> Option<R> {
+    catch_unwind(AssertUnwindSafe(call)).ok()
+}
+
+/// Answers a segment of no flow, or a refused SYN, with RST.
+fn reset<O: Outbox + ?Sized>(packet: &[u8], peer: &Peer, now: Instant, out: &mut O) {
+    guarded(|| device::reset(packet, peer, now, out));
 }
 
 /// Tells the guest why its connection failed (RFC 5382 REQ-4 and RFC 1122 4.2.3.9 let it react).

@@ -139,7 +139,8 @@ pub struct FakeUplink {
     pub recv_max: usize,
     /// Datagrams that one [`Uplink::recv_from`] hands out at most.
     pub batch: usize,
-    /// Whether [`FakeUplink::sent`] is filled. Benches switch it off.
+    /// Whether [`FakeUplink::sent`] and what [`FakeUplink::peer_recv`] gives are filled. Benches
+    /// switch it off: then a TCP peer has taken everything at once.
     pub keep_sent: bool,
     /// Datagrams sent, oldest first. The test takes them out as it likes.
     pub sent: VecDeque<Sent>,
@@ -434,6 +435,11 @@ impl Uplink for FakeUplink {
     }
 
     fn tcp_connected(&mut self, socket: SockId) -> Result<bool, HostError> {
+        // Reading SO_ERROR takes the error: afterwards the stream looks ended.
+        if let Some(error) = self.tcp(socket).broken.take() {
+            self.tcp(socket).peer_fin = true;
+            return Err(error);
+        }
         match self.tcp(socket).connected {
             None => Ok(false),
             Some(result) => result.map(|()| true),

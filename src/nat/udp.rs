@@ -127,6 +127,27 @@ pub struct UdpCounters {
     pub to_guest: u64,
 }
 
+impl UdpCounters {
+    /// Names, as `lanlet status` shows them, and values.
+    pub fn iter(self) -> impl Iterator<Item = (&'static str, u64)> {
+        let Self {
+            opened,
+            expired,
+            evicted,
+            from_guest,
+            to_guest,
+        } = self;
+        [
+            ("udp_opened", opened),
+            ("udp_expired", expired),
+            ("udp_evicted", evicted),
+            ("udp_from_guest", from_guest),
+            ("udp_to_guest", to_guest),
+        ]
+        .into_iter()
+    }
+}
+
 /// UDP of all guests.
 #[derive(Debug)]
 pub struct UdpNat {

@@ -114,9 +114,9 @@ fn assemble(slot: RingFrame<'_>, buffer: &mut [u8]) -> (usize, Result<Offload, D
 /// The checksum starts further back by the tag that was put in before it.
 fn shift_csum_start(header: &mut [u8]) {
     if header[0] & NEEDS_CSUM != 0 {
-        let start = u16::from_le_bytes([header[CSUM_START.start], header[CSUM_START.start + 1]]);
+        let start = u16::from_ne_bytes([header[CSUM_START.start], header[CSUM_START.start + 1]]);
         let start = start.saturating_add(VLAN_TAG_LEN as u16);
-        header[CSUM_START].copy_from_slice(&start.to_le_bytes());
+        header[CSUM_START].copy_from_slice(&start.to_ne_bytes());
     }
 }
 

@@ -35,7 +35,6 @@ pub fn open(fd: OwnedFd) -> Result<(TapRx, TapTx), TapError> {
     }
     let prepare = || {
         tun::set_vnet_header_len(fd.as_fd(), VNET_HEADER_LEN)?;
-        tun::set_vnet_little_endian(fd.as_fd())?;
         rustix::io::ioctl_fionbio(&fd, true)?;
         tun::enable_offloads(fd.as_fd())
     };

@@ -15,8 +15,7 @@ use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 use smoltcp::iface::{SocketHandle, SocketSet};
 use smoltcp::socket::tcp;
 
-/// Guest to host. More than 512 KiB gains nothing upward (research/smoltcp.md C4), and this ring
-/// walks through all of its memory however little lies in it.
+/// Guest to host, at most. More than 512 KiB gains nothing upward (research/smoltcp.md C4).
 pub const RX_RING_BYTES: usize = 512 * 1024;
 /// Host to guest: bounds what is in flight to the guest. 1 MiB gave 26-33 Gbit/s, 512 KiB 18-23.
 pub const TX_RING_BYTES: usize = 1024 * 1024;
@@ -24,8 +23,8 @@ const SLOT_BYTES: usize = RX_RING_BYTES + TX_RING_BYTES;
 /// Slots mapped at a time: 48 MiB of address space, no memory.
 const CHUNK_SLOTS: usize = 32;
 /// Released slots that keep their pages for the next flow; beyond, pages go back to the system at
-/// once. Costs at most 24 MiB, and only after that many flows moved that much each.
-const HOT_SLOTS: usize = 16;
+/// once. Costs at most 12 MiB, and only after that many flows moved that much each.
+const HOT_SLOTS: usize = 8;
 
 const _: () = assert!(RX_RING_BYTES.is_multiple_of(65_536) && TX_RING_BYTES.is_multiple_of(65_536));
 
@@ -78,10 +77,12 @@ impl Arena {
     }
 
     /// A closed TCP socket on rings of its own; `None` at the limit or when the system gives no
-    /// address space.
-    pub fn socket(&self) -> Option<TcpSocket> {
+    /// address space. Its receive ring has `rx_bytes`, at most [`RX_RING_BYTES`]: smoltcp walks
+    /// through all of that ring however little lies in it, so a busy flow keeps all of it resident.
+    pub fn socket(&self, rx_bytes: usize) -> Option<TcpSocket> {
         let slot = self.lock().take()?;
         let (rx, tx) = ring_slices(slot);
+        let rx = &mut rx[..rx_bytes.min(RX_RING_BYTES)];
         let mut set = SocketSet::new(Vec::with_capacity(1));
         let handle = set.add(tcp::Socket::new(
             tcp::SocketBuffer::new(rx),
@@ -103,8 +104,8 @@ impl Arena {
 
 #[allow(unsafe_code)]
 fn ring_slices(slot: Slot) -> (&'static mut [u8], &'static mut [u8]) {
-    // SAFETY: the slot is a live, readable and writable, zero-initialised range of SLOT_BYTES which
-    // was just taken from the free lists, so no other reference to it exists; the two halves do not
+    // SAFETY: the slot is a live, readable and writable, initialised range of SLOT_BYTES which was just
+    // taken from the free lists, so no other reference to it exists; the two halves do not
     // overlap. The 'static slices are owned by the socket inside a `TcpSocket`, which drops it before
     // it gives the slot back and never lets it out: `TcpSocket::with` takes a closure that works for
     // any lifetime, so neither socket nor slices can be swapped out by safe code.
@@ -169,7 +170,10 @@ impl Slots {
 #[allow(unsafe_code)]
 fn discard(slot: Slot) {
     // SAFETY: the range is a whole slot of our own private anonymous mapping. Callers make sure that
-    // its bytes mean nothing: the slot is free, or both rings of its socket are empty.
+    // its bytes mean nothing: the slot is free, or both rings of its socket are empty. In the second
+    // case the socket's slices live on; the kernel writes zeros under them between two of their uses,
+    // which the compiler can't see through the system call, and the rings hold plain bytes that are
+    // written before they are read again.
     let _ = unsafe { madvise(slot.0.as_ptr().cast(), SLOT_BYTES, Advice::LinuxDontNeed) };
 }
 
@@ -226,12 +230,14 @@ mod tests {
     #[test]
     fn slots_are_reused_last_in_first_out_and_bounded() {
         let arena = Arena::new(CHUNK_SLOTS);
-        let mut sockets: Vec<_> = (0..CHUNK_SLOTS).map(|_| arena.socket().unwrap()).collect();
-        assert!(arena.socket().is_none());
+        let mut sockets: Vec<_> = (0..CHUNK_SLOTS)
+            .map(|_| arena.socket(RX_RING_BYTES).unwrap())
+            .collect();
+        assert!(arena.socket(RX_RING_BYTES).is_none());
         let newest = sockets.pop().unwrap();
         let address = newest.slot.0;
         drop(newest);
-        assert_eq!(arena.socket().unwrap().slot.0, address);
+        assert_eq!(arena.socket(RX_RING_BYTES).unwrap().slot.0, address);
         drop(sockets);
         assert_eq!(arena.lock().hot.len(), HOT_SLOTS);
         assert_eq!(arena.lock().chunks.len(), 1);
@@ -240,7 +246,7 @@ mod tests {
     #[test]
     fn a_socket_outlives_the_arena_handle_and_its_rings_can_be_discarded() {
         let arena = Arena::new(1);
-        let mut socket = arena.socket().unwrap();
+        let mut socket = arena.socket(RX_RING_BYTES).unwrap();
         drop(arena);
         assert_eq!(socket.get().recv_capacity(), RX_RING_BYTES);
         assert_eq!(socket.get().send_capacity(), TX_RING_BYTES);

@@ -85,16 +85,6 @@ pub fn set_vnet_header_len(fd: BorrowedFd<'_>, len: usize) -> io::Result<()> {
     check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETVNETHDRSZ, &len) })
 }
 
-/// Makes the header little-endian on any host, as virtio 1 wants it.
-///
-/// # Errors
-/// EINVAL on kernels before 4.0.
-pub fn set_vnet_little_endian(fd: BorrowedFd<'_>) -> io::Result<()> {
-    let on: libc::c_int = 1;
-    // SAFETY: TUNSETVNETLE reads one `int`.
-    check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETVNETLE, &on) })
-}
-
 /// Tells the kernel which work it may leave to the reader of this fd.
 ///
 /// # Errors
@@ -149,7 +139,6 @@ pub fn open_vnet(name: &str, multi_queue: bool) -> io::Result<(OwnedFd, String)>
     let fd = open()?;
     let name = attach(fd.as_fd(), name, true, multi_queue)?;
     set_vnet_header_len(fd.as_fd(), crate::offload::VNET_HEADER_LEN)?;
-    set_vnet_little_endian(fd.as_fd())?;
     Ok((fd, name))
 }
 

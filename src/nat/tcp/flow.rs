@@ -19,6 +19,9 @@ pub const DOWN_BYTES_PER_FLUSH: usize = 512 * 1024;
 const DOWN_READ_BYTES: usize = 256 * 1024;
 /// Idle time after which a flow's empty rings are given back to the system.
 pub const IDLE_RELEASE: Duration = Duration::from_secs(2);
+/// How long the guest has to take what came before the host's connection broke. A kernel's peer has it
+/// in its receive queue already; a guest that reads gets it within milliseconds.
+const BROKEN_LINGER: Duration = Duration::from_secs(2);
 
 /// A guest's connection as its segments name it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -51,6 +54,8 @@ pub struct Flow {
     pub host_finished: bool,
     /// The guest's FIN was passed on as SHUT_WR.
     pub guest_finished: bool,
+    /// When the host's connection failed. What it sent before still goes to the guest, then a RST.
+    pub broken_at: Option<Instant>,
     /// Counted in its port's busy flows: data is on its way to the guest.
     pub busy: bool,
     pub dirty: bool,
@@ -91,6 +96,7 @@ impl Flow {
             host_writable: false,
             host_finished: false,
             guest_finished: false,
+            broken_at: None,
             busy: false,
             dirty: false,
             touched: false,
@@ -111,10 +117,13 @@ impl Flow {
         let State::Open(engine) = &mut self.state else {
             return Rest::Idle;
         };
-        let mut broken = false;
 
-        // Guest to host.
-        while self.host_writable && !broken && engine.received() > 0 {
+        // Guest to host. What a broken connection can't take is lost, as behind a kernel's socket.
+        while engine.received() > 0 && (self.host_writable || self.broken_at.is_some()) {
+            if self.broken_at.is_some() {
+                engine.recv(|bytes| bytes.len());
+                continue;
+            }
             engine.recv(|bytes| match up.tcp_send(self.host, bytes) {
                 Io::Done(sent) => {
                     self.active_at = now;
@@ -125,12 +134,12 @@ impl Flow {
                     0
                 }
                 Io::Eof | Io::Failed(_) => {
-                    broken = true;
+                    self.broken_at = Some(now);
                     0
                 }
             });
         }
-        if !self.guest_finished && !broken && engine.guest_finished() {
+        if !self.guest_finished && self.broken_at.is_none() && engine.guest_finished() {
             self.guest_finished = true;
             up.tcp_shutdown(self.host);
         }
@@ -142,7 +151,7 @@ impl Flow {
                 .room()
                 .min(share.saturating_sub(engine.unacknowledged()))
                 .min(DOWN_READ_BYTES);
-            if broken || !self.host_readable || self.host_finished || room == 0 || budget == 0 {
+            if !self.host_readable || self.host_finished || room == 0 || budget == 0 {
                 break;
             }
             engine.send(room, |room| match up.tcp_recv(self.host, room) {
@@ -156,21 +165,27 @@ impl Flow {
                     self.host_readable = false;
                     0
                 }
-                Io::Eof => {
+                Io::Eof if self.broken_at.is_none() => {
                     self.host_finished = true;
                     0
                 }
-                Io::Failed(_) => {
-                    broken = true;
+                Io::Eof | Io::Failed(_) => {
+                    self.broken_at.get_or_insert(now);
+                    self.host_readable = false;
                     0
                 }
             });
             engine.poll_egress(now, &self.peer, out);
         }
-        if broken {
-            engine.abort();
-        } else if self.host_finished {
-            engine.close();
+        match self.broken_at {
+            Some(at) => {
+                let drained = !self.host_readable || self.host_finished;
+                if (drained && engine.unacknowledged() == 0) || now >= at + BROKEN_LINGER {
+                    engine.abort();
+                }
+            }
+            None if self.host_finished => engine.close(),
+            None => {}
         }
         engine.poll_egress(now, &self.peer, out);
 
@@ -178,12 +193,17 @@ impl Flow {
         match engine.phase() {
             Phase::Closed => {
                 // The ACK of our FIN and the guest's FIN may come in one segment.
-                self.guest_finished |= !broken && engine.guest_finished();
+                self.guest_finished |= self.broken_at.is_none() && engine.guest_finished();
                 Rest::Ended
             }
             _ if budget == 0 => Rest::Backlog,
             _ => Rest::Idle,
         }
+    }
+
+    /// Whether the host's connect is under way.
+    pub fn is_connecting(&self) -> bool {
+        matches!(self.state, State::Connecting(_))
     }
 
     /// How long the flow may idle in its state (RFC 5382 REQ-5).
@@ -201,6 +221,9 @@ impl Flow {
     /// When the flow next wants to be flushed without an event.
     pub fn poll_timeout(&mut self, now: Instant) -> Instant {
         let mut next = self.active_at + self.idle_limit();
+        if let Some(at) = self.broken_at {
+            next = next.min(at + BROKEN_LINGER);
+        }
         if self.touched {
             next = next.min(self.active_at + IDLE_RELEASE);
         }

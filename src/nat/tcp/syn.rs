@@ -38,7 +38,7 @@ impl Peer {
         let our_mss = mtu - (IPV4_HEADER_LEN + TCP_HEADER_LEN) as u16;
         let mss = syn_mss(syn.header)
             .unwrap_or(MSS_DEFAULT)
-            .clamp(MSS_MIN, our_mss.max(MSS_MIN));
+            .clamp(MSS_MIN, our_mss.clamp(MSS_MIN, PAYLOAD_MAX));
         Self {
             gateway,
             guest,

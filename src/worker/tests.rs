@@ -1,0 +1,222 @@
+//! A worker over scripted ports: what goes in comes out or is counted as dropped.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::Ordering::Relaxed;
+
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+
+use super::*;
+use crate::frame::Mac;
+use crate::gateway::LanConfig;
+use crate::nat::testing::{GATEWAY_MAC, GUEST, guest_ipv4, lan};
+use crate::offload::Caps;
+use crate::switch::SwitchConfig;
+use crate::wire::{self, checksum};
+
+/// A port over one end of a socket pair; the test holds the other.
+struct ScriptedRx(Arc<OwnedFd>);
+struct ScriptedTx(Arc<OwnedFd>);
+
+impl PortRx for ScriptedRx {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+
+    fn recv(&mut self, batch: &mut Batch, counters: &PortCounters) -> io::Result<More> {
+        while let Some(buffer) = batch.next_buffer() {
+            match rustix::io::read(&self.0, &mut *buffer) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(len) => {
+                    counters.rx(len);
+                    batch.commit(0..len, Offload::default());
+                }
+                Err(rustix::io::Errno::AGAIN) => return Ok(More::No),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(More::Yes)
+    }
+}
+
+impl PortTx for ScriptedTx {
+    fn caps(&self) -> Caps {
+        Caps::default()
+    }
+
+    fn send(&self, frame: Frame<'_>) -> Result<(), DropReason> {
+        match rustix::io::write(&self.0, frame.bytes) {
+            Ok(_) => Ok(()),
+            Err(_) => Err(DropReason::EgressFull),
+        }
+    }
+}
+
+struct Lab {
+    handle: WorkerHandle,
+    events: Receiver<Event>,
+    gateway: Arc<PortCounters>,
+    guests: Vec<(Mac, OwnedFd, Arc<PortCounters>)>,
+    thread: Option<std::thread::JoinHandle<io::Result<()>>>,
+}
+
+impl Lab {
+    fn new(guests: u8) -> Self {
+        let lan: LanConfig = lan();
+        let dhcp = DhcpConfig::new(lan.clone());
+        let leases = Arc::new(Mutex::new(LeaseTable::new(dhcp.range(), &lan).unwrap()));
+        let gateway = Arc::new(PortCounters::default());
+        let (sender, events) = crossbeam_channel::bounded(1);
+        let (worker, handle) = Worker::new(WorkerConfig {
+            switch: Arc::new(Switch::new(SwitchConfig::new(lan.mac, 1))),
+            dhcp,
+            leases,
+            nat: NatConfig {
+                lan,
+                flows_max: 16,
+                host_access: false,
+            },
+            gateway_counters: Arc::clone(&gateway),
+            events: sender,
+            epoch: time::Instant::now(),
+        })
+        .unwrap();
+        let thread = Some(std::thread::spawn(move || worker.run()));
+        let guests = (1..=guests).map(|n| add_guest(&handle, n)).collect();
+        Self {
+            handle,
+            events,
+            gateway,
+            guests,
+            thread,
+        }
+    }
+
+    /// Sends a frame from a guest and waits until the worker is through with it.
+    fn send(&self, guest: usize, frame: &[u8]) {
+        rustix::io::write(&self.guests[guest].1, frame).unwrap();
+        // Two snapshots: the first may be answered in the turn before the frame's.
+        for _ in 0..2 {
+            let (reply, answer) = crossbeam_channel::bounded(1);
+            self.handle.send(Command::Snapshot(reply));
+            answer.recv().unwrap();
+        }
+    }
+
+    fn frame(&self, from: usize, to: Mac) -> Vec<u8> {
+        let mut frame = vec![0; 60];
+        wire::write_ethernet(&mut frame, to, self.guests[from].0, 0x88b5);
+        frame
+    }
+
+    /// Received, sent and dropped, over all ports.
+    fn sums(&self) -> (u64, u64, u64) {
+        let ports = self
+            .guests
+            .iter()
+            .map(|(.., counters)| counters)
+            .chain([&self.gateway]);
+        ports.fold((0, 0, 0), |(rx, tx, drops), port| {
+            let dropped: u64 = port.dropped().map(|(_, count)| count).sum();
+            (
+                rx + port.rx_frames.load(Relaxed),
+                tx + port.tx_frames.load(Relaxed),
+                drops + dropped,
+            )
+        })
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        self.handle.send(Command::Stop);
+        self.thread.take().unwrap().join().unwrap().unwrap();
+    }
+}
+
+fn add_guest(handle: &WorkerHandle, n: u8) -> (Mac, OwnedFd, Arc<PortCounters>) {
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    let (ours, theirs) =
+        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+    let (theirs, counters) = (Arc::new(theirs), Arc::new(PortCounters::default()));
+    let added = handle.send(Command::AddPort {
+        id: PortId(u16::from(n)),
+        rx: Box::new(ScriptedRx(Arc::clone(&theirs))),
+        tx: Arc::new(ScriptedTx(theirs)),
+        counters: Arc::clone(&counters),
+    });
+    assert!(added);
+    (Mac([0x52, 0x54, 0, 0, 1, n]), ours, counters)
+}
+
+fn received(guest: &OwnedFd) -> Vec<Vec<u8>> {
+    let mut buffer = [0; 2000];
+    std::iter::from_fn(|| {
+        rustix::io::read(guest, &mut buffer)
+            .ok()
+            .filter(|len| *len > 0)
+            .map(|len| buffer[..len].to_vec())
+    })
+    .collect()
+}
+
+#[test]
+fn frames_in_are_frames_out_and_drops() {
+    let lab = Lab::new(3);
+    let mut copies = 0;
+    // Unknown unicast floods to the two others, then the answer and what follows go to one.
+    let macs: Vec<_> = lab.guests.iter().map(|guest| guest.0).collect();
+    lab.send(0, &lab.frame(0, macs[1]));
+    copies += 1;
+    lab.send(1, &lab.frame(1, macs[0]));
+    lab.send(0, &lab.frame(0, macs[1]));
+    assert_eq!(received(&lab.guests[0].1).len(), 1);
+    assert_eq!(received(&lab.guests[1].1).len(), 2);
+    assert_eq!(received(&lab.guests[2].1).len(), 1);
+    // A broadcast reaches the two others and the gateway.
+    lab.send(2, &lab.frame(2, Mac::BROADCAST));
+    copies += 2;
+    // Dropped by the switch: to itself, reserved, the gateway's source.
+    lab.send(0, &lab.frame(0, macs[0]));
+    lab.send(0, &lab.frame(0, Mac([0x01, 0x80, 0xc2, 0, 0, 1])));
+    let mut forged = lab.frame(0, macs[1]);
+    forged[6..12].copy_from_slice(&GATEWAY_MAC.0);
+    lab.send(0, &forged);
+    // For the gateway: answered, refused with an answer, not understood.
+    lab.send(0, &ping(macs[0], lan().address));
+    lab.send(0, &ping(macs[0], std::net::Ipv4Addr::new(127, 0, 0, 1)));
+    lab.send(0, &lab.frame(0, GATEWAY_MAC));
+    let answers = received(&lab.guests[0].1);
+    assert_eq!(answers.len(), 1 + 2, "the broadcast, a reply and an error");
+
+    let (rx, tx, drops) = lab.sums();
+    assert_eq!(drops, 5);
+    assert_eq!(rx + copies, tx + drops);
+    assert_eq!(lab.guests[0].2.rx_frames.load(Relaxed), 8);
+}
+
+/// An echo request from the first guest's address to `destination`.
+fn ping(from: Mac, destination: std::net::Ipv4Addr) -> Vec<u8> {
+    let mut message = [8, 0, 0, 0, 0, 1, 0, 1];
+    let sum = !checksum::fold(checksum::sum(&message));
+    message[2..4].copy_from_slice(&sum.to_be_bytes());
+    let mut frame = guest_ipv4(GUEST, destination, wire::PROTO_ICMP, 64, &message);
+    frame[6..12].copy_from_slice(&from.0);
+    frame
+}
+
+#[test]
+fn a_gone_port_is_reported_though_nobody_listens_at_first() {
+    let mut lab = Lab::new(3);
+    // The channel holds one event: the other two have to wait and must not get lost.
+    lab.guests.clear();
+    let mut gone: Vec<_> = (0..3)
+        .map(
+            |_| match lab.events.recv_timeout(time::Duration::from_secs(5)) {
+                Ok(Event::PortGone(id)) => id.0,
+                other => panic!("{other:?}"),
+            },
+        )
+        .collect();
+    gone.sort_unstable();
+    assert_eq!(gone, [1, 2, 3]);
+}

@@ -155,7 +155,6 @@ END
             }
             at bound; at renewed; at released; at second; at second_released
             cat events
-            say drops="$(drops)"
             "#
         ),
     ) else {
@@ -164,24 +163,23 @@ END
     let outcome = outcome.passed();
     let markers = outcome.markers();
     let text = text_of(&outcome, &world);
-    for (step, lease, acks, releases) in [
-        ("bound", "71", "1", "0"),
-        ("renewed", "71", "2", "0"),
-        ("released", "none", "2", "1"),
-        ("second", "72", "3", "1"),
-        ("second_released", "none", "3", "2"),
+    // udhcpc asks for a renewal before it listens for the answer; when that is faster, it asks again.
+    let acks = |step: &str| markers.number(&format!("{step}_acks"));
+    let again = acks("renewed") - acks("bound");
+    assert!(again == 1.0 || again == 2.0, "{text}");
+    let mut acks_due = 1.0;
+    for (step, lease, acks_more, releases) in [
+        ("bound", "71", 0.0, "0"),
+        ("renewed", "71", again, "0"),
+        ("released", "none", 0.0, "1"),
+        ("second", "72", 1.0, "1"),
+        ("second_released", "none", 0.0, "2"),
     ] {
+        acks_due += acks_more;
+        assert_eq!(acks(step), acks_due, "{step}: {text}");
         assert_eq!(markers.get(step), Some(lease), "{step}: {text}");
-        assert_eq!(
-            markers.get(&format!("{step}_acks")),
-            Some(acks),
-            "{step}: {text}"
-        );
-        assert_eq!(
-            markers.get(&format!("{step}_releases")),
-            Some(releases),
-            "{step}: {text}"
-        );
+        let said = markers.get(&format!("{step}_releases"));
+        assert_eq!(said, Some(releases), "{step}: {text}");
     }
     let addresses = markers.all("udhcpc");
     assert_eq!(addresses.len(), 2, "{text}");

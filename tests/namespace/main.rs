@@ -14,6 +14,7 @@ mod endings;
 mod errors;
 mod exec;
 mod half_close;
+mod killed;
 mod lan;
 mod many_flows;
 mod refusals;

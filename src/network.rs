@@ -23,6 +23,7 @@ use tokio::sync::Notify;
 
 pub use self::error::NetworkError;
 use self::ports::{Opened, Ports};
+pub use self::start::open_files_wanted;
 pub use self::status::{FlowStatus, LeaseStatus, MacStatus, PortStatus, Status};
 use crate::config::NetworkConfig;
 use crate::dhcp::lease::LeaseTable;

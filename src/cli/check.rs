@@ -10,12 +10,10 @@ use rustix::process::{Resource, getrlimit};
 
 use super::exec::NewGuest;
 use super::{Failure, print, qemu};
+use crate::config::NetworkConfig;
 use crate::control::RuntimeDir;
+use crate::network::open_files_wanted;
 use crate::tap::{Helper, WireKind, WireOptions};
-
-/// Below this many open files the NAT runs out of sockets before it runs out of flows (16,384 by
-/// default, and a few descriptors per port).
-const OPEN_FILES_WANTED: u64 = 20_000;
 
 /// Show what this machine can do, and what to change where it can't
 ///
@@ -184,15 +182,15 @@ fn nameservers(text: &str) -> Vec<String> {
 }
 
 fn open_files(report: &mut Report) {
-    let limit = getrlimit(Resource::Nofile);
-    match limit.maximum {
-        Some(maximum) if maximum < OPEN_FILES_WANTED => report.add(
+    let flows_max = NetworkConfig::default().flows_max;
+    let wanted = open_files_wanted(flows_max);
+    match getrlimit(Resource::Nofile).maximum {
+        Some(maximum) if maximum < wanted as u64 => report.add(
             Verdict::Note,
             "open files",
             format!(
-                "{maximum} at most, a connection of a guest takes one: raise the hard limit \
-                 ('ulimit -Hn', LimitNOFILE=) for more than {} connections",
-                maximum / 2
+                "{maximum} at most, and each connection of a guest takes one: a full network of \
+                 {flows_max} needs {wanted}; raise the hard limit ('ulimit -Hn', LimitNOFILE=)"
             ),
         ),
         Some(maximum) => report.add(Verdict::Good, "open files", format!("{maximum} at most")),

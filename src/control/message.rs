@@ -20,11 +20,18 @@ const FDS_PER_MESSAGE: usize = 2;
 const FDS_HELD_MAX: usize = FDS_PER_MESSAGE;
 
 /// Puts lines together, and keeps the descriptors that came along.
+///
+/// A descriptor belongs to the line that was under way when it arrived, and is closed when that line
+/// is done with: one that a request did not ask for never becomes another request's. (The kernel ends
+/// a read behind the bytes that carried descriptors, so theirs is the last line in it.)
 #[derive(Debug)]
 pub struct LineReader {
     buffer: Vec<u8>,
     searched: usize,
-    fds: VecDeque<OwnedFd>,
+    /// With the number of their line.
+    fds: VecDeque<(u64, OwnedFd)>,
+    /// Number of the line that [`LineReader::next_line`] gives next.
+    line: u64,
     line_bytes_max: usize,
 }
 
@@ -44,6 +51,7 @@ impl LineReader {
             buffer: Vec::new(),
             searched: 0,
             fds: VecDeque::new(),
+            line: 0,
             line_bytes_max,
         }
     }
@@ -62,16 +70,20 @@ impl LineReader {
             &mut ancillary,
             RecvFlags::CMSG_CLOEXEC,
         )?;
-        for message in ancillary.drain() {
-            if let RecvAncillaryMessage::ScmRights(fds) = message {
-                for fd in fds {
-                    if self.fds.len() < FDS_HELD_MAX {
-                        self.fds.push_back(fd);
-                    }
-                }
-            }
-        }
         self.buffer.extend_from_slice(&bytes[..received.bytes]);
+        self.close_before(self.line);
+        let mut fds = ancillary.drain().filter_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+            _ => None,
+        });
+        if let Some(fds) = fds.next() {
+            let under_way = self.buffer.iter().rev().skip(1);
+            let ended = under_way.filter(|&&byte| byte == b'\n').count();
+            let line = self.line + ended as u64;
+            let room = FDS_HELD_MAX - self.fds.len();
+            // Closes what comes beyond.
+            self.fds.extend(fds.map(|fd| (line, fd)).take(room));
+        }
         Ok(if received.bytes == 0 {
             Read::Closed
         } else {
@@ -107,12 +119,23 @@ impl LineReader {
         let mut line = std::mem::replace(&mut self.buffer, rest);
         line.pop();
         self.searched = 0;
+        self.close_before(self.line);
+        self.line += 1;
         Ok(Some(line))
     }
 
-    /// The descriptor that came with a line.
+    /// A descriptor that came with the line that [`LineReader::next_line`] gave last.
     pub fn take_fd(&mut self) -> Option<OwnedFd> {
-        self.fds.pop_front()
+        let (line, _) = self.fds.front()?;
+        if line + 1 != self.line {
+            return None;
+        }
+        self.fds.pop_front().map(|(_, fd)| fd)
+    }
+
+    /// Closes the descriptors of lines before this one.
+    fn close_before(&mut self, line: u64) {
+        self.fds.retain(|&(of, _)| of >= line);
     }
 
     /// Closes descriptors nobody asked for.
@@ -182,6 +205,32 @@ mod tests {
     }
 
     #[test]
+    fn a_descriptor_nobody_asked_for_is_not_the_next_line_s() {
+        let (a, b) = UnixStream::pair().unwrap();
+        let mut reader = LineReader::new(100);
+        let (stray, wanted) = (UnixStream::pair().unwrap(), UnixStream::pair().unwrap());
+        // All at once, the stray one first; the second line comes in two pieces.
+        send_some(&a, b"status\n", &[stray.0.as_fd()]).unwrap();
+        send_some(&a, b"status\n", &[]).unwrap();
+        send_some(&a, b"att", &[wanted.0.as_fd()]).unwrap();
+        send_some(&a, b"ach\n", &[]).unwrap();
+        let mut taken = Vec::new();
+        while taken.len() < 3 {
+            match reader.next_line().unwrap() {
+                Some(line) if line == b"attach" => taken.push(reader.take_fd().is_some()),
+                // As a server does with a request that takes none.
+                Some(_) => taken.push(false),
+                None => drop(reader.read_from(&b).unwrap()),
+            }
+        }
+        assert_eq!(taken, [false, false, true]);
+        drop((stray.0, wanted.0));
+        let mut end = LineReader::new(1);
+        assert_eq!(end.read_from(&stray.1).unwrap(), Read::Closed);
+        assert_eq!(end.read_from(&wanted.1).unwrap(), Read::Closed);
+    }
+
+    #[test]
     fn a_descriptor_comes_with_its_line_and_floods_are_closed() {
         let (a, b) = UnixStream::pair().unwrap();
         let (probe, kept) = UnixStream::pair().unwrap();
@@ -191,8 +240,13 @@ mod tests {
             reader.read_from(&b).unwrap();
         }
         drop(kept);
-        assert!(reader.take_fd().is_some());
-        assert!(reader.take_fd().is_some());
+        assert!(reader.take_fd().is_none(), "of no line yet");
+        for _ in 0..2 {
+            reader.next_line().unwrap().unwrap();
+            assert!(reader.take_fd().is_some());
+            assert!(reader.take_fd().is_none());
+        }
+        reader.next_line().unwrap().unwrap();
         assert!(reader.take_fd().is_none());
         // Every copy is closed: the probe sees the end.
         let mut end = LineReader::new(1);

@@ -116,6 +116,7 @@ impl Server {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_io()
             .enable_time()
+            .thread_name("lanlet-request")
             .max_blocking_threads(BLOCKING_THREADS)
             .build()?;
         let end = Arc::new(Notify::new());

@@ -163,3 +163,37 @@ impl Shared {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn port() -> Port {
+        Port {
+            name: String::new(),
+            kind: "test",
+            mac: None,
+            leased: false,
+            counters: Arc::default(),
+            drops: Vec::new(),
+            wire: None,
+        }
+    }
+
+    #[test]
+    fn numbers_go_round_and_pass_over_those_in_use() {
+        let mut ports = Ports::default();
+        let last = PORTS_MAX as u16 - 1;
+        ports.by_id.insert(PortId::GATEWAY, port());
+        ports.by_id.insert(PortId(2), port());
+        let round: Vec<u16> = (0..last).map(|_| ports.free_id().unwrap().0).collect();
+        let expected: Vec<u16> = [1].into_iter().chain(3..=last).chain([1]).collect();
+        assert_eq!(round, expected, "one that is free again comes last");
+        for id in 1..=last {
+            ports.by_id.insert(PortId(id), port());
+        }
+        assert_eq!(ports.free_id(), None);
+        ports.by_id.remove(&PortId(7));
+        assert_eq!(ports.free_id(), Some(PortId(7)));
+    }
+}

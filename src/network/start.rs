@@ -5,6 +5,7 @@ use std::hash::{BuildHasher, RandomState};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Instant;
 
+use rustix::process::{Resource, getrlimit};
 use tokio::sync::Notify;
 
 use super::housekeeping::{LeaseKeeper, housekeep};
@@ -17,13 +18,34 @@ use crate::dhcp::DhcpConfig;
 use crate::dhcp::lease::LeaseTable;
 use crate::frame::{self, Mac, PortId};
 use crate::gateway::LanConfig;
-use crate::nat::NatConfig;
+use crate::nat::{NatConfig, icmp, udp};
 use crate::stats::PortCounters;
 use crate::switch::{Switch, SwitchConfig};
 use crate::worker::{Command, Event, Worker, WorkerConfig};
 
 /// Events that wait for the event thread at most: a burst of DNS queries of all guests.
 const EVENTS_MAX: usize = 1024;
+
+/// Open files of a network besides those of its flows: an fd or three for each guest, control
+/// connections, DNS queries under way.
+const FILES_RESERVED: usize = 1024;
+
+/// Open files that a network needs whose NAT is full in every protocol.
+pub fn open_files_wanted(flows_max: usize) -> usize {
+    flows_max + udp::LIMITS.total + icmp::LIMITS.total + FILES_RESERVED
+}
+
+/// Warns where the NAT would run out of sockets before it runs out of flows.
+fn check_open_files(flows_max: usize) {
+    let wanted = open_files_wanted(flows_max);
+    let limit = getrlimit(Resource::Nofile).current;
+    if let Some(limit) = limit.filter(|&limit| limit < wanted as u64) {
+        log::warn!(
+            "{flows_max} TCP flows and what else the network opens may need {wanted} open files, \
+             and the limit is {limit}: raise it (ulimit -n, LimitNOFILE=) or lower --max-flows"
+        );
+    }
+}
 
 impl Network {
     /// Starts a network: its worker and its control thread.
@@ -32,6 +54,7 @@ impl Network {
     /// What is wrong or missing, with the remedy. Nothing is left behind.
     pub fn start(config: NetworkConfig) -> Result<Self, NetworkError> {
         config.validate()?;
+        check_open_files(config.flows_max);
         let lan = LanConfig {
             mac: gateway_mac(&config),
             address: config.gateway,

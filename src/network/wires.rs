@@ -61,10 +61,11 @@ impl Shared {
 
     /// The helper process, started when the first VMM comes, and again when it had ended.
     fn helper(self: &Arc<Self>) -> Result<Arc<Helper>, NetworkError> {
+        let mut slot = lock(&self.helper);
+        // Looked at with the slot in hand: a network that stops empties it once, after its end.
         if let Some(end) = lock(&self.end).clone() {
             return Err(NetworkError::Ended(end));
         }
-        let mut slot = lock(&self.helper);
         if let Some(helper) = slot.as_ref().filter(|helper| !helper.is_ended()) {
             return Ok(Arc::clone(helper));
         }

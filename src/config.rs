@@ -20,6 +20,9 @@ pub const PREFIX_MIN: u8 = 8;
 pub const PREFIX_MAX: u8 = 29;
 /// Smallest MTU: what every IPv4 host must accept (RFC 791 section 3.1), and so must be able to get.
 pub const MTU_MIN: u16 = 576;
+/// Largest MTU: that of a tap, 65,535 less the Ethernet header (drivers/net/tun.c, MAX_MTU). A
+/// namespace guest's link could not be set to more.
+pub const MTU_MAX: u16 = 65_521;
 /// Shortest lease, seconds. Below this a client does nothing but renew.
 pub const LEASE_SECS_MIN: u64 = 10;
 /// Longest lease, seconds. Option 51 holds 32 bits, all ones mean "for ever" (RFC 2131 section 3.3).
@@ -47,7 +50,7 @@ pub struct NetworkConfig {
     pub gateway: Ipv4Addr,
     /// Prefix length, 8..=29.
     pub prefix: u8,
-    /// MTU announced to guests, 576..=65,535.
+    /// MTU announced to guests, 576..=65,521.
     pub mtu: u16,
     /// First and last address that DHCP hands out.
     pub dhcp_range: (Ipv4Addr, Ipv4Addr),
@@ -59,7 +62,8 @@ pub struct NetworkConfig {
     pub dns: Vec<IpAddr>,
     /// MAC table ageing.
     pub ageing: Duration,
-    /// Flows of the NAT at most, all protocols.
+    /// TCP flows of the NAT at most. UDP and ping mappings have limits of their own
+    /// ([`crate::nat::udp::LIMITS`], [`crate::nat::icmp::LIMITS`]).
     pub flows_max: usize,
     /// Whether guests may connect to the host's own (non-loopback) addresses.
     pub host_access: bool,
@@ -131,7 +135,7 @@ pub struct Settings {
     pub dns: Vec<IpAddr>,
     /// MAC ageing.
     pub ageing: Option<Duration>,
-    /// Flow limit.
+    /// Limit of TCP flows.
     pub flows_max: Option<usize>,
     /// Whether guests reach the host's own addresses.
     pub host_access: bool,
@@ -214,10 +218,10 @@ impl NetworkConfig {
             );
             return Err(ConfigError::new("gateway", reason));
         }
-        if self.mtu < MTU_MIN {
+        if !(MTU_MIN..=MTU_MAX).contains(&self.mtu) {
             return Err(ConfigError::new(
                 "mtu",
-                format!("{} is not between {MTU_MIN} and 65535", self.mtu),
+                format!("{} is not between {MTU_MIN} and {MTU_MAX}", self.mtu),
             ));
         }
         self.validate_dhcp(subnet)?;
@@ -558,13 +562,13 @@ mod tests {
             }),
             "gateway"
         );
-        assert_eq!(
-            refused(Settings {
-                mtu: Some(575),
-                ..ok()
-            }),
-            "mtu"
-        );
+        for bad in [MTU_MIN - 1, MTU_MAX + 1, u16::MAX] {
+            let mtu = Some(bad);
+            assert_eq!(refused(Settings { mtu, ..ok() }), "mtu", "{bad}");
+        }
+        for mtu in [MTU_MIN, MTU_MAX].map(Some) {
+            Settings { mtu, ..ok() }.resolve("n").unwrap();
+        }
         for bad in [
             "192.168.122.9-192.168.122.3",
             "192.168.122.1-192.168.122.9",

@@ -258,8 +258,13 @@ impl DhcpServer {
             return Err(DropReason::NoLease);
         }
         self.counters.declines += 1;
-        // Someone set this address by hand, or plays.
-        log::warn!(
+        // Someone set this address by hand, or plays: a guest must not fill the log.
+        let level = match self.counters.declines {
+            1 => log::Level::Warn,
+            _ => log::Level::Debug,
+        };
+        log::log!(
+            level,
             "{} says that {address} is in use by another guest",
             client.mac
         );

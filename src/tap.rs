@@ -116,6 +116,15 @@ pub enum TapError {
         /// How it showed.
         cause: String,
     },
+    /// The helper's answer could not be received as it is.
+    #[error(
+        "the namespace helper's answer can't be used: {cause}; it may be the limit of open files \
+         ('ulimit -n')"
+    )]
+    HelperAnswer {
+        /// What is wrong.
+        cause: String,
+    },
     /// A file of a guest's namespace could not be set.
     #[error("{path}: {cause}")]
     GuestFile {

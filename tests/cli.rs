@@ -87,6 +87,7 @@ fn bad_input_is_refused_with_the_option_named() {
         ),
         (&["up", "--gateway", "x"], &["--gateway"]),
         (&["up", "--mtu", "100"], &["--mtu", "576"]),
+        (&["up", "--mtu", "65522"], &["--mtu", "576 and 65521"]),
         (&["up", "--mtu", "65536"], &["--mtu"]),
         (
             &["up", "--dhcp-range", "192.168.122.9-192.168.122.1"],

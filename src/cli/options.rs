@@ -47,11 +47,11 @@ pub(super) struct NetworkOptions {
     #[arg(long, value_name = "ADDR")]
     gateway: Option<Ipv4Addr>,
 
-    /// MTU announced to guests, 576 to 65535 bytes [default: 1500]
+    /// MTU announced to guests, 576 to 65521 bytes [default: 1500]
     #[arg(long, value_name = "BYTES")]
     mtu: Option<u16>,
 
-    /// Addresses that DHCP hands out [default: all but the gateway]
+    /// Addresses that DHCP hands out [default: the larger side of the gateway]
     #[arg(long, value_name = "FIRST-LAST")]
     dhcp_range: Option<AddressRange>,
 
@@ -71,7 +71,8 @@ pub(super) struct NetworkOptions {
     #[arg(long, value_name = "SECS", value_parser = config::parse_duration)]
     ageing: Option<Duration>,
 
-    /// Connections through the NAT at most, all protocols [default: 16384]
+    /// TCP connections through the NAT at most; beside them it has room for 8192 of UDP and 1024 of
+    /// ping [default: 16384]
     #[arg(long, value_name = "N")]
     max_flows: Option<usize>,
 
@@ -147,4 +148,48 @@ pub(super) struct PortFlags {
     /// A plain tap: no virtio-net header, no offloads (slow; for VMMs that know no better)
     #[arg(long)]
     pub(super) no_offload: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{MTU_MAX, MTU_MIN};
+    use crate::nat::{icmp, udp};
+    use clap::CommandFactory;
+
+    #[derive(clap::Parser)]
+    struct Command {
+        #[command(flatten)]
+        network: NetworkOptions,
+    }
+
+    #[test]
+    fn the_help_names_the_limits_and_defaults_there_are() {
+        let command = Command::command();
+        let default = NetworkConfig::default();
+        for (option, numbers) in [
+            (
+                "mtu",
+                vec![MTU_MIN.into(), MTU_MAX.into(), default.mtu.into()],
+            ),
+            (
+                "max_flows",
+                vec![udp::LIMITS.total, icmp::LIMITS.total, default.flows_max],
+            ),
+        ] {
+            let argument = command
+                .get_arguments()
+                .find(|argument| argument.get_id() == option)
+                .unwrap();
+            let help = argument.get_help().unwrap().to_string();
+            let words: Vec<&str> = help.split(|c: char| !c.is_ascii_digit()).collect();
+            for number in numbers {
+                let number = number.to_string();
+                assert!(
+                    words.contains(&&*number),
+                    "{option}: {number} is not in {help:?}"
+                );
+            }
+        }
+    }
 }

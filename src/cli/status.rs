@@ -45,16 +45,22 @@ pub(super) fn status(args: &Args) -> Result<ExitCode, Failure> {
 /// The status as tables.
 pub(super) fn render(status: &Status) -> String {
     let mut text = format!(
-        "network {} (pid {}), up {}\nsubnet {}, MTU {}\nflows: {} TCP, {} UDP, {} ICMP\n",
+        "network {} (pid {}), up {}\nsubnet {}, MTU {}\n",
         status.name,
         status.pid,
         uptime(Duration::from_secs(status.uptime_secs)),
         status.subnet,
         status.mtu,
-        status.flows.tcp,
-        status.flows.udp,
-        status.flows.icmp,
     );
+    let flows = &status.flows;
+    let _ = match &status.incomplete {
+        None => writeln!(
+            text,
+            "flows: {} TCP, {} UDP, {} ICMP",
+            flows.tcp, flows.udp, flows.icmp
+        ),
+        Some(why) => writeln!(text, "flows: unknown, {why}"),
+    };
     let heads = [
         "PORT",
         "NAME",
@@ -242,6 +248,7 @@ mod tests {
                 icmp: 0,
             },
             totals: [("flows_opened".to_owned(), 9), ("nothing".to_owned(), 0)].into(),
+            incomplete: None,
         };
         assert_eq!(
             render(&status),
@@ -264,6 +271,20 @@ TOTALS
 flows_opened  9
 "
         );
+    }
+
+    #[test]
+    fn what_is_unknown_is_not_shown_as_zero() {
+        let status = Status {
+            incomplete: Some("the data path has ended".to_owned()),
+            ..Status::default()
+        };
+        let text = render(&status);
+        assert!(
+            text.contains("flows: unknown, the data path has ended\n"),
+            "{text}"
+        );
+        assert!(!text.contains("TCP"));
     }
 
     #[test]

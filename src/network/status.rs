@@ -1,8 +1,21 @@
 //! The state of a network as `lanlet status` shows it.
 
+use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
+use std::time::Duration;
 
+use crossbeam_channel::RecvTimeoutError;
 use serde::{Deserialize, Serialize};
+
+use super::ports::Port;
+use super::{Shared, lock};
+use crate::dhcp::lease::LeaseKind;
+use crate::frame::PortId;
+use crate::port::KernelDrops;
+use crate::worker::{Command, Snapshot};
+
+/// How long `status` waits for the worker, which answers between two batches.
+const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// State of a network, as `lanlet status --json` prints it.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -26,7 +39,10 @@ pub struct Status {
     /// Flows of the NAT now.
     pub flows: FlowStatus,
     /// Counters of the network as a whole, by name.
-    pub totals: std::collections::BTreeMap<String, u64>,
+    pub totals: BTreeMap<String, u64>,
+    /// Why flows and most totals are missing; `None`: they are not.
+    #[serde(default)]
+    pub incomplete: Option<String>,
 }
 
 /// One port.
@@ -47,7 +63,7 @@ pub struct PortStatus {
     /// Bytes to the guest.
     pub tx_bytes: u64,
     /// Drops by reason, kernel-side ones included (`kernel_tx_dropped`, `kernel_rx_dropped`).
-    pub drops: std::collections::BTreeMap<String, u64>,
+    pub drops: BTreeMap<String, u64>,
 }
 
 /// One MAC table entry.
@@ -81,4 +97,109 @@ pub struct FlowStatus {
     pub udp: usize,
     /// ICMP echo mappings.
     pub icmp: usize,
+}
+
+impl Shared {
+    pub(super) fn status(&self) -> Status {
+        let (reply, snapshot) = crossbeam_channel::bounded(1);
+        self.worker.send(Command::Snapshot(reply));
+        let (snapshot, incomplete) = match snapshot.recv_timeout(SNAPSHOT_TIMEOUT) {
+            Ok(snapshot) => (snapshot, None),
+            Err(RecvTimeoutError::Timeout) => {
+                let secs = SNAPSHOT_TIMEOUT.as_secs();
+                let why = format!("the data path did not answer within {secs} s");
+                log::warn!("{why}: the status has no flows and totals");
+                (Snapshot::default(), Some(why))
+            }
+            Err(RecvTimeoutError::Disconnected) => (
+                Snapshot::default(),
+                Some("the data path has ended".to_owned()),
+            ),
+        };
+        let mut totals: BTreeMap<String, u64> = snapshot.counters.into_iter().collect();
+        if incomplete.is_none() {
+            totals.insert("host_sockets".to_owned(), snapshot.host_sockets as u64);
+        }
+        let table = self.switch.counters();
+        totals.extend(table.iter().map(|(name, count)| (name.to_owned(), count)));
+        // Copied out: the helper is asked for the drops of a wire, and may take its time.
+        let ports: Vec<_> = lock(&self.ports)
+            .by_id
+            .iter()
+            .map(|(&id, port)| (id, port.clone()))
+            .collect();
+        let ports = ports.iter().map(|(id, port)| port.status(*id)).collect();
+        let station = |station: crate::switch::Station| MacStatus {
+            mac: station.mac.to_string(),
+            port: station.port.0,
+        };
+        Status {
+            name: self.config.name.clone(),
+            pid: std::process::id(),
+            uptime_secs: self.epoch.elapsed().as_secs(),
+            subnet: format!("{}/{}", self.lan.address, self.lan.prefix),
+            mtu: self.lan.mtu,
+            ports,
+            macs: self.switch.snapshot().into_iter().map(station).collect(),
+            leases: self.lease_status(),
+            flows: FlowStatus {
+                tcp: snapshot.tcp,
+                udp: snapshot.udp,
+                icmp: snapshot.icmp,
+            },
+            totals,
+            incomplete,
+        }
+    }
+
+    fn lease_status(&self) -> Vec<LeaseStatus> {
+        lock(&self.leases)
+            .snapshot(self.now())
+            .into_iter()
+            .filter(|lease| matches!(lease.kind, LeaseKind::Bound | LeaseKind::Attached))
+            .map(|lease| LeaseStatus {
+                address: lease.address,
+                mac: lease.mac.to_string(),
+                hostname: lease.hostname,
+                expires_secs: lease.remaining.map(|left| left.secs()),
+            })
+            .collect()
+    }
+}
+
+impl Port {
+    fn status(&self, id: PortId) -> PortStatus {
+        use std::sync::atomic::Ordering::Relaxed;
+        let mut drops: BTreeMap<String, u64> = self
+            .counters
+            .dropped()
+            .map(|(reason, count)| (reason.name().to_owned(), count))
+            .collect();
+        let kernel = self
+            .drops
+            .iter()
+            .filter_map(|source| source.kernel_drops().ok());
+        let kernel = kernel.fold(KernelDrops::default(), |sum, drops| KernelDrops {
+            rx: sum.rx + drops.rx,
+            tx: sum.tx + drops.tx,
+        });
+        for (name, count) in [
+            ("kernel_rx_dropped", kernel.rx),
+            ("kernel_tx_dropped", kernel.tx),
+        ] {
+            if count != 0 {
+                drops.insert(name.to_owned(), count);
+            }
+        }
+        PortStatus {
+            id: id.0,
+            name: self.name.clone(),
+            kind: self.kind.to_owned(),
+            rx_frames: self.counters.rx_frames.load(Relaxed),
+            rx_bytes: self.counters.rx_bytes.load(Relaxed),
+            tx_frames: self.counters.tx_frames.load(Relaxed),
+            tx_bytes: self.counters.tx_bytes.load(Relaxed),
+            drops,
+        }
+    }
 }

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
@@ -16,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::protocol::{self, Event, Reply, Request};
 use super::{TapError, WireKind};
+use crate::config::MTU_MAX;
 use crate::port::{DropSource, KernelDrops};
 
 /// The hidden subcommand that runs [`super::helper::run_on_stdin`].
@@ -45,9 +47,8 @@ pub struct WireOptions {
 
 impl Default for WireOptions {
     fn default() -> Self {
-        // Largest MTU of a tap: 65,535 less the Ethernet header (drivers/net/tun.c, MAX_MTU).
         Self {
-            mtu: 65_521,
+            mtu: MTU_MAX.into(),
             queues: 1,
             plain: false,
             kind: None,
@@ -79,6 +80,8 @@ pub struct Wire {
 pub struct Helper {
     /// One request at a time.
     control: Mutex<OwnedFd>,
+    /// Requests and answers are out of step for good.
+    ended: AtomicBool,
     child: Mutex<Child>,
 }
 
@@ -113,11 +116,12 @@ impl Helper {
             .map_err(failed)?;
         let helper = Self {
             control: Mutex::new(control),
+            ended: AtomicBool::new(false),
             child: Mutex::new(child),
         };
         match helper.request(&Request::Start, &[child_events.as_fd()]) {
             Ok((Reply::Done, _)) => Ok((helper, HelperEvents { socket: events })),
-            Ok((reply, _)) => Err(unexpected(&reply)),
+            Ok((reply, _)) => Err(helper.unexpected(&reply)),
             Err(TapError::HelperGone { .. }) => {
                 let cause = io::Error::other("it is not the lanlet program, or it failed at once");
                 Err(failed(cause))
@@ -159,7 +163,7 @@ impl Helper {
                     uso,
                 })
             }
-            (reply, _) => Err(unexpected(&reply)),
+            (reply, _) => Err(self.unexpected(&reply)),
         }
     }
 
@@ -179,8 +183,24 @@ impl Helper {
     pub fn drops(&self, id: u64) -> Result<KernelDrops, TapError> {
         match self.request(&Request::Drops(id), &[])? {
             (Reply::Drops(drops), _) => Ok(drops),
-            (reply, _) => Err(unexpected(&reply)),
+            (reply, _) => Err(self.unexpected(&reply)),
         }
+    }
+
+    /// Whether it will answer no more.
+    pub fn is_ended(&self) -> bool {
+        self.ended.load(Relaxed)
+    }
+
+    /// Ends the helper: its wires go down, its events end, every request fails.
+    pub fn end(&self) {
+        self.ended.store(true, Relaxed);
+        // It has ended already if this fails.
+        let _ = self
+            .child
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .kill();
     }
 
     /// Process id of the helper, for status and tests.
@@ -197,17 +217,39 @@ impl Helper {
         fds: &[BorrowedFd<'_>],
     ) -> Result<(Reply, Vec<OwnedFd>), TapError> {
         let control = self.control.lock().unwrap_or_else(PoisonError::into_inner);
-        let gone = |error: io::Error| TapError::HelperGone {
-            cause: error.to_string(),
-        };
-        protocol::send(control.as_fd(), request, fds).map_err(gone)?;
-        match protocol::recv(control.as_fd()).map_err(gone)? {
-            Some((Reply::Failed(error), _)) => Err(error),
-            Some(answer) => Ok(answer),
-            None => Err(TapError::HelperGone {
-                cause: "it closed its socket".to_owned(),
-            }),
+        if self.is_ended() {
+            return Err(gone("it was given up"));
         }
+        let answer = protocol::send(control.as_fd(), request, fds)
+            .and_then(|()| protocol::recv(control.as_fd()));
+        match answer {
+            Ok(Some((Reply::Failed(error), _))) => Err(error),
+            Ok(Some(answer)) => Ok(answer),
+            // One message went by, and the next one will fit its request.
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                Err(TapError::HelperAnswer {
+                    cause: error.to_string(),
+                })
+            }
+            // An answer that comes late would be taken for the next request's.
+            Err(error) => {
+                self.end();
+                Err(match error.kind() {
+                    io::ErrorKind::WouldBlock => gone("it did not answer and was killed"),
+                    _ => gone(error),
+                })
+            }
+            Ok(None) => {
+                self.end();
+                Err(gone("it closed its socket"))
+            }
+        }
+    }
+
+    /// For an answer of another request: nothing that follows can be trusted.
+    fn unexpected(&self, reply: &Reply) -> TapError {
+        self.end();
+        gone(format!("it answered {reply:?}"))
     }
 }
 
@@ -228,13 +270,9 @@ impl HelperEvents {
     pub fn next_event(&self) -> Result<Option<Event>, TapError> {
         match protocol::recv(self.socket.as_fd()) {
             Ok(Some((event, _))) => Ok(Some(event)),
-            Ok(None) => Err(TapError::HelperGone {
-                cause: "it closed its socket".to_owned(),
-            }),
+            Ok(None) => Err(gone("it closed its socket")),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
-            Err(error) => Err(TapError::HelperGone {
-                cause: error.to_string(),
-            }),
+            Err(error) => Err(gone(error)),
         }
     }
 }
@@ -265,9 +303,9 @@ impl DropSource for WireDrops {
     }
 }
 
-fn unexpected(reply: &Reply) -> TapError {
+fn gone(cause: impl std::fmt::Display) -> TapError {
     TapError::HelperGone {
-        cause: format!("it answered {reply:?}"),
+        cause: cause.to_string(),
     }
 }
 
@@ -289,4 +327,54 @@ fn default_program() -> PathBuf {
         return "/proc/self/exe".into();
     }
     PROGRAM.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Instant;
+
+    /// A helper that does nothing by itself, and its end of the socket.
+    fn mute(timeout: Duration) -> (Helper, OwnedFd) {
+        let (control, theirs) = pair().unwrap();
+        set_socket_timeout(&control, Timeout::Recv, Some(timeout)).unwrap();
+        let helper = Helper {
+            control: Mutex::new(control),
+            ended: AtomicBool::new(false),
+            child: Mutex::new(Command::new("sleep").arg("60").spawn().unwrap()),
+        };
+        (helper, theirs)
+    }
+
+    #[test]
+    fn an_answer_that_comes_late_is_nobody_s() {
+        let (helper, theirs) = mute(Duration::from_millis(20));
+        let error = helper.drops(0).unwrap_err();
+        assert!(error.to_string().contains("killed"), "{error}");
+        let late = KernelDrops { rx: 1, tx: 2 };
+        protocol::send(theirs.as_fd(), &Reply::Drops(late), &[]).unwrap();
+        assert!(matches!(helper.drops(1), Err(TapError::HelperGone { .. })));
+        assert!(helper.is_ended());
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while helper.child.lock().unwrap().try_wait().unwrap().is_none() {
+            assert!(Instant::now() < deadline, "the child lives on");
+        }
+    }
+
+    #[test]
+    fn an_answer_out_of_step_ends_it_and_a_refusal_does_not() {
+        let (helper, theirs) = mute(ANSWER_TIMEOUT);
+        let failed = Reply::Failed(TapError::TunMissing);
+        protocol::send(theirs.as_fd(), &failed, &[]).unwrap();
+        assert!(matches!(helper.drops(0), Err(TapError::TunMissing)));
+        crate::sys::fd_pass::send(theirs.as_fd(), b"nonsense", &[]).unwrap();
+        assert!(matches!(
+            helper.drops(0),
+            Err(TapError::HelperAnswer { .. })
+        ));
+        assert!(!helper.is_ended());
+        protocol::send(theirs.as_fd(), &Reply::Done, &[]).unwrap();
+        assert!(matches!(helper.drops(0), Err(TapError::HelperGone { .. })));
+        assert!(helper.is_ended());
+    }
 }

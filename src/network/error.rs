@@ -1,0 +1,49 @@
+//! Why a network could not be set up.
+
+use crate::config::ConfigError;
+use crate::dhcp::lease::{PoolError, Refusal};
+use crate::frame::Mac;
+use crate::switch::PORTS_MAX;
+use crate::tap::TapError;
+
+/// Why a network or port could not be set up. Names the remedy where there is one.
+#[derive(Debug, thiserror::Error)]
+pub enum NetworkError {
+    /// A key of the configuration is wrong.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The DHCP range is unusable.
+    #[error("dhcp-range: {0}")]
+    Pool(#[from] PoolError),
+    /// A tap or the helper failed.
+    #[error(transparent)]
+    Tap(#[from] TapError),
+    /// The system refused a thread, an epoll or the like.
+    #[error("cannot {action}: {cause}")]
+    System {
+        /// What was tried.
+        action: &'static str,
+        /// Why it failed.
+        cause: std::io::Error,
+    },
+    /// No address for a guest.
+    #[error("no address for {mac}: {cause}; widen --dhcp-range or --subnet")]
+    NoAddress {
+        /// The guest.
+        mac: Mac,
+        /// Why.
+        cause: Refusal,
+    },
+    /// A guest with this MAC has its lease already.
+    #[error("a guest with the MAC {mac} is attached already: give each its own --mac, or none")]
+    MacTaken {
+        /// The guest.
+        mac: Mac,
+    },
+    /// All port numbers are in use.
+    #[error("the switch has {PORTS_MAX} ports already: detach some or start a second network")]
+    PortsFull,
+    /// The data path has ended.
+    #[error("the network's worker has ended{}", .0.as_ref().map(|cause| format!(": {cause}")).unwrap_or_default())]
+    Ended(Option<String>),
+}

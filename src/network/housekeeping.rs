@@ -1,0 +1,145 @@
+//! What has to be looked after while a network runs: the lease file, and where DNS over TCP goes.
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, SystemTime};
+
+use super::{Shared, lock};
+use crate::control::lease_file::LeaseFile;
+use crate::control::resolver::ResolverHandle;
+use crate::dhcp::lease::LeaseTable;
+use crate::frame;
+use crate::worker::Command;
+
+/// How often the lease file and the DNS upstream are looked after.
+const HOUSEKEEPING: Duration = Duration::from_secs(1);
+
+/// The lease file and how far it follows the table.
+pub(super) struct LeaseKeeper {
+    file: LeaseFile,
+    /// The table's generation in the file.
+    saved: u64,
+    /// The failure that was warned of.
+    warned: Option<String>,
+}
+
+impl LeaseKeeper {
+    /// Restores the leases of the last run into `leases`.
+    pub(super) fn restore(file: LeaseFile, leases: &mut LeaseTable) -> Self {
+        let path = file.path().display();
+        match file.load() {
+            Ok(records) => {
+                let count = leases.restore(&records, frame::Instant::ZERO, unix_now());
+                log::debug!("{count} leases restored from {path}");
+            }
+            Err(error) => log::warn!("leases of the last run are lost: {path}: {error}"),
+        }
+        Self {
+            saved: leases.generation(),
+            file,
+            warned: None,
+        }
+    }
+
+    /// Writes the file if the table has changed since. A failure is tried again the next time, and
+    /// warned of once for each cause. It blocks as long as the disk does.
+    pub(super) fn follow(&mut self, leases: &Mutex<LeaseTable>, now: frame::Instant) {
+        let (generation, records) = {
+            let leases = lock(leases);
+            if leases.generation() == self.saved {
+                return;
+            }
+            (leases.generation(), leases.records(now, unix_now()))
+        };
+        let path = self.file.path().display();
+        match self.file.save(records) {
+            Ok(()) => {
+                self.saved = generation;
+                if self.warned.take().is_some() {
+                    log::info!("leases are kept again: {path}");
+                }
+            }
+            Err(error) => {
+                let cause = error.to_string();
+                if self.warned.as_ref() != Some(&cause) {
+                    log::warn!("leases are not kept: {path}: {cause}");
+                    self.warned = Some(cause);
+                }
+            }
+        }
+    }
+}
+
+/// Keeps the lease file and the upstream of DNS over TCP current.
+pub(super) async fn housekeep(
+    shared: &Arc<Shared>,
+    resolver: &ResolverHandle,
+    keeper: Option<&Arc<Mutex<LeaseKeeper>>>,
+) {
+    let mut upstream = None;
+    let mut tick = tokio::time::interval(HOUSEKEEPING);
+    loop {
+        tick.tick().await;
+        let current = resolver.upstream().and_then(|server| match server {
+            SocketAddr::V4(server) => Some(server),
+            SocketAddr::V6(_) => None,
+        });
+        if upstream != current {
+            upstream = current;
+            shared.worker.send(Command::DnsUpstream(current));
+        }
+        if let Some(keeper) = keeper {
+            let (keeper, shared) = (Arc::clone(keeper), Arc::clone(shared));
+            // A slow disk must not hold up the resolver on this thread. A panic was reported.
+            let _ = tokio::task::spawn_blocking(move || {
+                lock(&keeper).follow(&shared.leases, shared.now());
+            })
+            .await;
+        }
+    }
+}
+
+fn unix_now() -> u64 {
+    SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .map_or(0, |time| time.as_secs())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::NetworkConfig;
+    use crate::dhcp::DhcpConfig;
+    use crate::frame::{Mac, PortId};
+    use crate::gateway::LanConfig;
+    use std::fs;
+
+    #[test]
+    fn a_failed_save_is_made_up_for_and_an_unchanged_table_is_not_written() {
+        let directory = std::env::temp_dir().join(format!("lanlet-keeper-{}", std::process::id()));
+        let path = directory.join("leases");
+        let config = NetworkConfig::default();
+        let lan = LanConfig {
+            mac: Mac([2; 6]),
+            address: config.gateway,
+            prefix: config.prefix,
+            mtu: config.mtu,
+        };
+        let now = frame::Instant::from_secs(1);
+        let range = DhcpConfig::new(lan.clone()).range();
+        let mut table = LeaseTable::new(range, &lan).unwrap();
+        let mut keeper = LeaseKeeper::restore(LeaseFile::new(path.clone()), &mut table);
+        let table = Mutex::new(table);
+        lock(&table).attach(Mac([4; 6]), PortId(1), now).unwrap();
+        keeper.follow(&table, now);
+        assert!(keeper.warned.as_ref().unwrap().contains("No such file"));
+
+        fs::create_dir(&directory).unwrap();
+        keeper.follow(&table, now);
+        assert!(keeper.warned.is_none() && path.exists());
+        fs::remove_file(&path).unwrap();
+        keeper.follow(&table, now);
+        assert!(!path.exists(), "nothing had changed");
+        fs::remove_dir(&directory).unwrap();
+    }
+}

@@ -1,0 +1,165 @@
+//! The ports of a network: their numbers, and what lives and ends with each.
+
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+use std::sync::{Arc, Weak};
+
+use super::{NetworkError, Shared, lock};
+use crate::dhcp::lease::Refusal;
+use crate::frame::{Mac, PortId};
+use crate::port::{DropSource, PortRx, PortTx};
+use crate::stats::PortCounters;
+use crate::switch::PORTS_MAX;
+use crate::tap::Helper;
+use crate::worker::Command;
+
+#[derive(Default)]
+pub(super) struct Ports {
+    pub(super) last: u16,
+    pub(super) by_id: BTreeMap<PortId, Port>,
+}
+
+#[derive(Clone)]
+pub(super) struct Port {
+    pub(super) name: String,
+    pub(super) kind: &'static str,
+    pub(super) mac: Option<Mac>,
+    /// The lease of `mac` ends with the port.
+    pub(super) leased: bool,
+    pub(super) counters: Arc<PortCounters>,
+    pub(super) drops: Vec<Arc<dyn DropSource>>,
+    pub(super) wire: Option<PortWire>,
+}
+
+/// The wire behind a VMM's port.
+#[derive(Clone)]
+pub(super) struct PortWire {
+    pub(super) helper: Arc<Helper>,
+    pub(super) id: u64,
+}
+
+/// A port's halves and what belongs to them, before it has a number.
+pub(super) struct Opened {
+    pub(super) rx: Box<dyn PortRx>,
+    pub(super) tx: Arc<dyn PortTx>,
+    pub(super) drops: Vec<Arc<dyn DropSource>>,
+    pub(super) kind: &'static str,
+    pub(super) wire: Option<PortWire>,
+}
+
+impl Ports {
+    /// The next number after the last one given: a number is not taken up again at once, so that a
+    /// late event of an old port does not hit a fresh one.
+    fn free_id(&mut self) -> Option<PortId> {
+        let count = PORTS_MAX as u16;
+        let id = (1..count)
+            .map(|step| PortId(1 + (self.last + step - 1) % (count - 1)))
+            .find(|id| !self.by_id.contains_key(id))?;
+        self.last = id.0;
+        Some(id)
+    }
+}
+
+impl Shared {
+    /// Gives a port its number and hands it to the worker. `leased`: with an address for `mac`,
+    /// which ends with the port.
+    pub(super) fn add_port(
+        &self,
+        opened: Opened,
+        name: String,
+        mac: Option<Mac>,
+        leased: bool,
+    ) -> Result<(PortId, Option<Ipv4Addr>), NetworkError> {
+        let Opened {
+            rx,
+            tx,
+            drops,
+            kind,
+            wire,
+        } = opened;
+        let counters = Arc::new(PortCounters::default());
+        let mut ports = lock(&self.ports);
+        let id = ports.free_id().ok_or(NetworkError::PortsFull)?;
+        // Before the port is there: where it fails, the lease that stands in its way is not touched.
+        let address = match mac.filter(|_| leased) {
+            Some(mac) => Some(self.lease_for(mac, id)?),
+            None => None,
+        };
+        let name = if name.is_empty() {
+            format!("{kind}{id}")
+        } else {
+            name
+        };
+        log::debug!("port {id} ({name}) attached");
+        let port = Port {
+            name,
+            kind,
+            mac,
+            leased: address.is_some(),
+            counters: Arc::clone(&counters),
+            drops,
+            wire,
+        };
+        ports.by_id.insert(id, port);
+        // Sent before the lock is gone: nobody can detach the port, and so have the worker remove it,
+        // before the worker was told to add it.
+        let added = self.worker.send(Command::AddPort {
+            id,
+            rx,
+            tx,
+            counters,
+        });
+        drop(ports);
+        if added {
+            return Ok((id, address));
+        }
+        self.detach(id);
+        Err(NetworkError::Ended(lock(&self.end).clone().flatten()))
+    }
+
+    fn lease_for(&self, mac: Mac, id: PortId) -> Result<Ipv4Addr, NetworkError> {
+        lock(&self.leases)
+            .attach(mac, id, self.now())
+            .map_err(|cause| match cause {
+                Refusal::Taken => NetworkError::MacTaken { mac },
+                cause => NetworkError::NoAddress { mac, cause },
+            })
+    }
+
+    /// Removes a port and what lives with it.
+    pub(super) fn detach(&self, id: PortId) {
+        if let Some(PortWire { helper, id }) = self.remove_port(id) {
+            // The helper may be gone with its wires already.
+            let _ = helper.destroy_wire(id);
+        }
+    }
+
+    /// Removes a port; its wire is left to the caller, to take down without a lock held.
+    fn remove_port(&self, id: PortId) -> Option<PortWire> {
+        let port = lock(&self.ports).by_id.remove(&id)?;
+        log::debug!("port {id} ({}) detached", port.name);
+        self.worker.send(Command::RemovePort(id));
+        if let (true, Some(mac)) = (port.leased, port.mac) {
+            lock(&self.leases).detach(mac, self.now());
+        }
+        port.wire
+    }
+
+    /// Removes the ports on the wires of `helper` that `gone` names: the helper has forgotten them,
+    /// or is gone itself. It is asked nothing, since it may be waiting for this very thread to take
+    /// its notices.
+    pub(super) fn drop_wires(&self, helper: &Weak<Helper>, gone: impl Fn(u64) -> bool) {
+        let is_gone = |wire: &PortWire| {
+            std::ptr::eq(Arc::as_ptr(&wire.helper), helper.as_ptr()) && gone(wire.id)
+        };
+        let ports: Vec<PortId> = lock(&self.ports)
+            .by_id
+            .iter()
+            .filter(|(_, port)| port.wire.as_ref().is_some_and(is_gone))
+            .map(|(&id, _)| id)
+            .collect();
+        for id in ports {
+            self.remove_port(id);
+        }
+    }
+}

@@ -1,0 +1,193 @@
+//! Setting a network up: its tables, its worker and its threads.
+
+use std::collections::BTreeMap;
+use std::hash::{BuildHasher, RandomState};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Instant;
+
+use tokio::sync::Notify;
+
+use super::housekeeping::{LeaseKeeper, housekeep};
+use super::ports::{Port, Ports};
+use super::{Network, NetworkError, Shared, lock, system};
+use crate::config::NetworkConfig;
+use crate::control::lease_file::LeaseFile;
+use crate::control::resolver::{AnswerSink, Resolver, ResolverConfig, ResolverHandle};
+use crate::dhcp::DhcpConfig;
+use crate::dhcp::lease::LeaseTable;
+use crate::frame::{self, Mac, PortId};
+use crate::gateway::LanConfig;
+use crate::nat::NatConfig;
+use crate::stats::PortCounters;
+use crate::switch::{Switch, SwitchConfig};
+use crate::worker::{Command, Event, Worker, WorkerConfig};
+
+/// Events that wait for the event thread at most: a burst of DNS queries of all guests.
+const EVENTS_MAX: usize = 1024;
+
+impl Network {
+    /// Starts a network: its worker and its control thread.
+    ///
+    /// # Errors
+    /// What is wrong or missing, with the remedy. Nothing is left behind.
+    pub fn start(config: NetworkConfig) -> Result<Self, NetworkError> {
+        config.validate()?;
+        let lan = LanConfig {
+            mac: gateway_mac(&config),
+            address: config.gateway,
+            prefix: config.prefix,
+            mtu: config.mtu,
+        };
+        let dhcp = dhcp_config(&config, &lan);
+        let epoch = Instant::now();
+        let mut leases = LeaseTable::new(dhcp.range(), &lan)?;
+        let keeper = config.lease_file.clone().map(|path| {
+            let keeper = LeaseKeeper::restore(LeaseFile::new(path), &mut leases);
+            Arc::new(Mutex::new(keeper))
+        });
+        let leases = Arc::new(Mutex::new(leases));
+        let mut switch = SwitchConfig::new(lan.mac, RandomState::new().hash_one(epoch));
+        switch.ageing = frame::Duration::from_secs(config.ageing.as_secs());
+        let switch = Arc::new(Switch::new(switch));
+        let gateway_counters = Arc::new(PortCounters::default());
+        let (events, event_queue) = crossbeam_channel::bounded(EVENTS_MAX);
+        let (worker, handle) = Worker::new(WorkerConfig {
+            switch: Arc::clone(&switch),
+            dhcp,
+            leases: Arc::clone(&leases),
+            nat: NatConfig {
+                lan: lan.clone(),
+                flows_max: config.flows_max,
+                host_access: config.host_access,
+            },
+            gateway_counters: Arc::clone(&gateway_counters),
+            events,
+            epoch,
+        })
+        .map_err(system("set up the worker"))?;
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .thread_name("lanlet-leases")
+            .max_blocking_threads(1)
+            .build()
+            .map_err(system("set up the control thread"))?;
+        let (resolver, resolver_handle) = Resolver::new(ResolverConfig {
+            servers: config.dns.clone(),
+            ..ResolverConfig::default()
+        });
+        let gateway = Port {
+            name: "gateway".to_owned(),
+            kind: "gateway",
+            mac: Some(lan.mac),
+            leased: false,
+            counters: gateway_counters,
+            drops: Vec::new(),
+            wire: None,
+        };
+        let shared = Arc::new(Shared {
+            config,
+            lan,
+            epoch,
+            worker: handle,
+            switch,
+            leases,
+            ports: Mutex::new(Ports {
+                last: 0,
+                by_id: BTreeMap::from([(PortId::GATEWAY, gateway)]),
+            }),
+            helper: Mutex::new(None),
+            stop: Notify::new(),
+            end: Mutex::new(None),
+            ended: Condvar::new(),
+        });
+        let network = Self {
+            shared: Arc::clone(&shared),
+            threads: Mutex::new(Vec::new()),
+        };
+        network.thread("lanlet-worker", {
+            let shared = Arc::clone(&shared);
+            move || run_worker(worker, &shared)
+        })?;
+        network.thread("lanlet-dns", {
+            let shared = Arc::clone(&shared);
+            let handle = resolver_handle.clone();
+            move || {
+                runtime.block_on(async {
+                    tokio::select! {
+                        () = resolver.run() => {}
+                        () = housekeep(&shared, &handle, keeper.as_ref()) => {}
+                        () = shared.stop.notified() => {}
+                    }
+                });
+                if let Some(keeper) = &keeper {
+                    lock(keeper).follow(&shared.leases, shared.now());
+                }
+            }
+        })?;
+        network.thread("lanlet-events", move || {
+            take_events(&event_queue, &shared, &resolver_handle)
+        })?;
+        Ok(network)
+    }
+
+    fn thread(&self, name: &str, body: impl FnOnce() + Send + 'static) -> Result<(), NetworkError> {
+        let thread = std::thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(body);
+        lock(&self.threads).push(thread.map_err(system("start a thread"))?);
+        Ok(())
+    }
+}
+
+/// The worker thread's body: a failure or panic is kept for [`Network::failed`].
+fn run_worker(worker: Worker, shared: &Shared) {
+    let ran = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| worker.run()));
+    let end = match ran {
+        Ok(Ok(())) => None,
+        Ok(Err(error)) => Some(error.to_string()),
+        Err(_) => Some("it panicked; the message is above".to_owned()),
+    };
+    *lock(&shared.end) = Some(end);
+    shared.ended.notify_all();
+}
+
+/// The event thread's body; ends with the worker, which holds the other end.
+fn take_events(
+    events: &crossbeam_channel::Receiver<Event>,
+    shared: &Arc<Shared>,
+    resolver: &ResolverHandle,
+) {
+    let worker = shared.worker.clone();
+    let sink: AnswerSink = Arc::new(move |answer| {
+        worker.send(Command::DnsAnswer(answer));
+    });
+    for event in events {
+        match event {
+            Event::Dns(query) => {
+                if let Err(query) = resolver.ask(query, &sink) {
+                    shared.worker.send(Command::DnsAbandoned(query.id));
+                }
+            }
+            Event::PortGone(id) => shared.detach(id),
+        }
+    }
+}
+
+fn dhcp_config(config: &NetworkConfig, lan: &LanConfig) -> DhcpConfig {
+    let mut dhcp = DhcpConfig::new(lan.clone());
+    (dhcp.first, dhcp.last) = config.dhcp_range;
+    dhcp.lease_secs = u32::try_from(config.lease_time.as_secs()).unwrap_or(u32::MAX);
+    dhcp.domain = config.domain.clone();
+    dhcp
+}
+
+/// The gateway's MAC: the same at each start of a network, so that running guests' ARP caches stay
+/// right, and in QEMU's range 52:54:00. FNV-1a, because std's hashers may change between releases.
+fn gateway_mac(config: &NetworkConfig) -> Mac {
+    let text = format!("{}/{}", config.name, config.gateway);
+    let hash = text.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    });
+    let [a, b, c, ..] = hash.to_be_bytes();
+    Mac([0x52, 0x54, 0, a, b, c])
+}

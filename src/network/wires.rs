@@ -1,0 +1,112 @@
+//! The helper process and the wires it makes for VMMs.
+//!
+//! The helper sends its notices without waiting for anybody to want them, and answers requests one
+//! by one. So the thread that takes the notices asks it nothing, and nobody asks it anything with a
+//! lock held that this thread needs: each would wait for the other.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Weak};
+
+use rustix::event::{PollFd, PollFlags};
+
+use super::ports::{Opened, PortWire};
+use super::{NetworkError, Shared, lock, system};
+use crate::port::{self, DropSource, PortRx, PortTx};
+use crate::tap::{
+    Event as HelperEvent, Helper, HelperEvents, TapError, WireDrops, WireKind, WireOptions,
+};
+
+/// What a VMM is given of its wire.
+pub(super) struct VmmEnd {
+    pub(super) fd: OwnedFd,
+    pub(super) ifname: String,
+}
+
+impl Shared {
+    /// Makes a wire: the switch's end as a port, and the VMM's.
+    pub(super) fn open_wire(
+        self: &Arc<Self>,
+        options: WireOptions,
+    ) -> Result<(Opened, VmmEnd), NetworkError> {
+        let helper = self.helper()?;
+        let wire = helper.create_wire(options)?;
+        let mut drops: Vec<Arc<dyn DropSource>> =
+            vec![Arc::new(WireDrops::new(Arc::clone(&helper), wire.id))];
+        let (rx, tx): (Box<dyn PortRx>, Arc<dyn PortTx>) = match wire.kind {
+            WireKind::Mirred => {
+                let (rx, tx) = port::tap::open(wire.sw)?;
+                (Box::new(rx), Arc::new(tx))
+            }
+            WireKind::Packet => {
+                let (rx, tx, ring) = port::packet::open(wire.sw, wire.uso)?;
+                drops.push(Arc::new(ring));
+                (Box::new(rx), Arc::new(tx))
+            }
+        };
+        let fd = wire.vm.into_iter().next();
+        let fd = fd.ok_or_else(|| TapError::not_a_tap("no fd came with the wire"))?;
+        let opened = Opened {
+            rx,
+            tx,
+            drops,
+            kind: "vmm",
+            wire: Some(PortWire {
+                helper,
+                id: wire.id,
+            }),
+        };
+        let ifname = wire.vm_ifname;
+        Ok((opened, VmmEnd { fd, ifname }))
+    }
+
+    /// The helper process, started when the first VMM comes, and again when it had ended.
+    fn helper(self: &Arc<Self>) -> Result<Arc<Helper>, NetworkError> {
+        if let Some(end) = lock(&self.end).clone() {
+            return Err(NetworkError::Ended(end));
+        }
+        let mut slot = lock(&self.helper);
+        if let Some(helper) = slot.as_ref().filter(|helper| !helper.is_ended()) {
+            return Ok(Arc::clone(helper));
+        }
+        let (helper, events) = Helper::spawn(self.config.helper.as_deref())?;
+        let helper = Arc::new(helper);
+        let (watched, shared) = (Arc::downgrade(&helper), Arc::downgrade(self));
+        std::thread::Builder::new()
+            .name("lanlet-helper".to_owned())
+            .spawn(move || watch_helper(&events, &watched, &shared))
+            .map_err(system("start a thread"))?;
+        *slot = Some(Arc::clone(&helper));
+        Ok(helper)
+    }
+
+    /// Cleans up after a helper that has ended.
+    fn helper_ended(&self, helper: &Weak<Helper>, error: &TapError) {
+        let Some(ended) = helper.upgrade() else {
+            // Nobody holds it any more: the network has stopped.
+            return;
+        };
+        // First of all: whoever adds a port of its after the search below sees this.
+        ended.end();
+        lock(&self.helper).take_if(|current| Arc::ptr_eq(current, &ended));
+        self.drop_wires(helper, |_| true);
+        log::warn!("{error}; VMMs can attach again, those attached have lost their link");
+    }
+}
+
+/// Removes the ports of VMMs that are gone; ends with the helper.
+fn watch_helper(events: &HelperEvents, helper: &Weak<Helper>, shared: &Weak<Shared>) {
+    loop {
+        let mut fds = [PollFd::from_borrowed_fd(events.as_fd(), PollFlags::IN)];
+        // An error other than EINTR shows in the receive that follows.
+        let _ = rustix::event::poll(&mut fds, None);
+        let event = events.next_event();
+        let Some(shared) = shared.upgrade() else {
+            return;
+        };
+        match event {
+            Ok(Some(HelperEvent::Gone(wire))) => shared.drop_wires(helper, |id| id == wire),
+            Ok(None) => {}
+            Err(error) => return shared.helper_ended(helper, &error),
+        }
+    }
+}

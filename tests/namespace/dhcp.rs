@@ -208,7 +208,7 @@ fn leases_outlive_the_server() {
             start
             say restored="$(status_of "len(s['leases'])")"
             client 72 second; client 71 first; client 73 third
-            until_true 5 grep -q 52:54:00:00:00:73 leases
+            until_true 10 grep -q 52:54:00:00:00:73 leases
             kill -KILL $NETWORK; wait $NETWORK 2>/dev/null
             start
             say restored_again="$(status_of "len(s['leases'])")"

@@ -171,7 +171,7 @@ fn names_macs_and_addresses_that_are_taken() {
             try address lanlet exec --name default -- true
             say ports_full="$(status_of "len(s['ports'])")" leases_full="$(status_of "len(set(l['address'] for l in s['leases']))")"
             kill -KILL $!
-            until_true 3 lanlet exec --name default -- true
+            until_true 10 lanlet exec --name default -- true
             say free=$?
             "#
         ),

@@ -74,7 +74,7 @@ fn the_server_ends_first() {
             once 7002 '' slow
             once 7003 slow ''
             once 7004 slow slow
-            until_true 5 test "$(status_of "s['flows']['tcp']")" = 0
+            until_true 10 status_is "s['flows']['tcp']" 0
             say left="$(status_of "s['flows']['tcp'] + s['totals']['host_sockets']")" drops="$(drops)"
             "#
         ),

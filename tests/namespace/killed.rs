@@ -34,7 +34,7 @@ fn a_network_killed_leaves_nothing() {
             kill -KILL $NETWORK
             wait $NETWORK 2>/dev/null
             # The helper goes with it; the guests' commands go on, without a network.
-            until_true 3 sh -c '! pgrep -f [n]etns-helper'
+            until_true 10 sh -c '! pgrep -f [n]etns-helper'
             say helpers_left="$(pgrep -c -f '[n]etns-helper')"
             say guests="$(kill -0 $vmm_pid && kill -0 $guest && echo live)"
             say told="$(grep -c 'the network has ended' vmm.log guest.log | cut -d: -f2 | tr '\n' ,)"
@@ -44,7 +44,7 @@ fn a_network_killed_leaves_nothing() {
             say ms=$((($(date +%s%N) - start) / 1000000))
             say next="$(lanlet exec --name default -- ping -c 1 -W 2 192.168.122.1 >/dev/null && echo works)"
             kill -KILL $vmm_pid $guest $NETWORK
-            until_true 3 gone
+            until_true 10 gone
             say processes="$(processes)" namespaces=$(($(namespaces) - namespaces))
             "#
         ),
@@ -89,7 +89,7 @@ fn a_command_killed_takes_its_own_network_along() {
                 say running="$(pgrep -c -f '^[s]leep 61')" helpers="$(pgrep -c -f '[n]etns-helper')"
                 kill -KILL $exec $run
                 wait $exec $run 2>/dev/null
-                until_true 3 gone
+                until_true 10 gone
                 say commands="$(pgrep -c -f '^[s]leep 61')" processes="$(processes)" namespaces=$(($(namespaces) - namespaces))
                 rm -f exec.log run.log
             done
@@ -134,7 +134,7 @@ fn a_killed_helper_is_replaced() {
             vmm
             first=$!
             kill -KILL "$(pgrep -f '[n]etns-helper')"
-            until_true 3 test "$(status_of "len(s['ports'])")" = 2
+            until_true 10 status_is "len(s['ports'])" 2
             say after="$(status_of "','.join(p['kind'] for p in s['ports'])")" warned="$(grep -c 'helper' up.log)"
             touch go
             wait_for guest.log guest=
@@ -145,7 +145,7 @@ fn a_killed_helper_is_replaced() {
             lanlet down --name default
             say down=$?
             kill -KILL $guest $first $!
-            until_true 3 gone
+            until_true 10 gone
             say processes="$(processes)" namespaces=$(($(namespaces) - namespaces))
             "#
         ),

@@ -42,8 +42,7 @@ fn guests_reach_each_other() {
                 python3 peer.py udp_sizes $one 7002 0 1 1472 9000"
             say data="$(sha <data)" drops="$(drops)" kinds="$(status_of "','.join(p['kind'] for p in s['ports'])")"
             touch over
-            until_true 5 sh -c '! pgrep -f "[g]uest-init"'
-            until_true 5 test "$(status_of "len(s['ports'])")" = 1
+            until_true 10 status_is "len(s['ports'])" 1
             say left="$(status_of "len(s['ports']) + len(s['macs']) + len(s['leases'])")"
             "#
         ),

@@ -32,6 +32,8 @@ status_of() {
     shift
     lanlet status --json "$@" | python3 -c "import json, sys; s = json.load(sys.stdin); print($expression)"
 }
+# Whether an expression on the status has a value: status_is EXPRESSION VALUE
+status_is() { [ "$(status_of "$1")" = "$2" ]; }
 # What was dropped anywhere, as PORT:REASON:COUNT,... or none.
 drops() {
     status_of "','.join(':'.join((p['name'], k, str(v))) for p in s['ports'] for k, v in p['drops'].items() if v) or 'none'" "$@"

@@ -56,7 +56,7 @@ sleep 5
 say rss_idle_again=$(rss) drops="$(drops)"
 # Twenty thousand segments at once: the tap's queue may drop some of them on a busy machine.
 ask close
-until_true 10 sh -c "\"$LANLET\" status --json | grep -q '\"tcp\": 0'"
+until_true 30 status_is "s['flows']['tcp']" 0
 say flows_left="$(status_of "sum(s['flows'].values())")" sockets_left=$(sockets)
 exec 5>&-
 cat told

@@ -50,7 +50,7 @@ fn many_peers_are_kept_apart() {
         say mappings="$(status_of "s['flows']['udp']")" sockets="$(status_of "s['totals']['host_sockets']")"
         say drops="$(drops)"
         kill -KILL $guest
-        until_true 3 test "$(status_of "len(s['ports'])")" = 1
+        until_true 10 status_is "len(s['ports'])" 1
         say left="$(status_of "s['flows']['udp'] + s['totals']['host_sockets']")"
         "#,
     ) else {

@@ -16,7 +16,7 @@ use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
@@ -34,6 +34,9 @@ use crate::switch::Switch;
 use crate::tap::guest::GUEST_IFNAME;
 use crate::tap::{Helper, LinkDrops, TapError, WireOptions};
 use crate::worker::{Command, WorkerHandle};
+
+/// Pause between two looks at a draining network.
+const DRAIN_STEP: Duration = Duration::from_millis(5);
 
 /// A running network. Dropping it stops it.
 pub struct Network {
@@ -209,6 +212,20 @@ impl Network {
     /// The network's state.
     pub fn status(&self) -> Status {
         self.shared.status()
+    }
+
+    /// Waits until no TCP flow is left, `limit` at most: for guests that have ended, whose last bytes
+    /// are still on their way outside.
+    pub fn drain(&self, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        while self
+            .shared
+            .snapshot()
+            .is_ok_and(|snapshot| snapshot.tcp != 0)
+            && Instant::now() < deadline
+        {
+            std::thread::sleep(DRAIN_STEP);
+        }
     }
 
     /// Ends the worker and whatever else runs for the network. Ports are gone, [`Network::failed`]

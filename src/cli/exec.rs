@@ -96,7 +96,9 @@ pub(super) fn exec(args: &Args) -> Result<ExitCode, Failure> {
     let address =
         address.ok_or_else(|| Failure::because("the network gave the guest no address"))?;
     let child = guest.start(mac, address)?;
-    child::supervise(child, &signals, lan.gone())
+    let ended = child::supervise(child, &signals, lan.gone());
+    lan.drain();
+    ended
 }
 
 /// A guest that waits for its address. Dropped, it ends.

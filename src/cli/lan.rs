@@ -2,6 +2,7 @@
 
 use std::hash::{BuildHasher, RandomState};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
 
 use super::options::{NameOption, NetworkOptions};
 use super::{Failure, child};
@@ -9,6 +10,11 @@ use crate::control::RuntimeDir;
 use crate::control::client::Client;
 use crate::frame::{Mac, PortId};
 use crate::network::{GuestAddress, GuestTap, Network, PortOptions, VmmPort};
+
+/// How long a network waits for its last bytes to be taken, after the command it was for has ended.
+/// Takes milliseconds unless the outside reads slowly, or somebody the command left behind holds a
+/// connection open.
+const DRAIN_MAX: Duration = Duration::from_secs(2);
 
 /// A network to attach to.
 pub(super) enum Lan {
@@ -87,6 +93,14 @@ impl Lan {
             Lan::Embedded(network) => network.attach_tap(tap, options)?,
             Lan::Running(client) => client.attach_tap(&tap, &options)?,
         })
+    }
+
+    /// Before a network of this process ends: lets the connections that the command has closed deliver
+    /// what they still hold.
+    pub(super) fn drain(&self) {
+        if let Lan::Embedded(network) = self {
+            network.drain(DRAIN_MAX);
+        }
     }
 
     /// What becomes readable when the network of another process ends.

@@ -100,10 +100,18 @@ pub struct FlowStatus {
 }
 
 impl Shared {
-    pub(super) fn status(&self) -> Status {
+    /// The worker's own state.
+    ///
+    /// # Errors
+    /// It did not answer in time, or has ended.
+    pub(super) fn snapshot(&self) -> Result<Snapshot, RecvTimeoutError> {
         let (reply, snapshot) = crossbeam_channel::bounded(1);
         self.worker.send(Command::Snapshot(reply));
-        let (snapshot, incomplete) = match snapshot.recv_timeout(SNAPSHOT_TIMEOUT) {
+        snapshot.recv_timeout(SNAPSHOT_TIMEOUT)
+    }
+
+    pub(super) fn status(&self) -> Status {
+        let (snapshot, incomplete) = match self.snapshot() {
             Ok(snapshot) => (snapshot, None),
             Err(RecvTimeoutError::Timeout) => {
                 let secs = SNAPSHOT_TIMEOUT.as_secs();

@@ -133,3 +133,22 @@ fn a_killed_guest_ends_its_connections() {
     );
     assert!(ended.number("secs") < HEARD_SECS, "{}", outcome.text());
 }
+
+/// A command that ends right behind its last byte, on a network that ends with it: what it sent arrives.
+#[test]
+fn what_a_command_sent_last_still_arrives() {
+    let Some(outcome) = scenario(
+        &World::new(),
+        r#"
+        outside python3 peer.py serve_count 7001 >server &
+        server=$!
+        listening tcp 7001 outside
+        "$LAB/as-user" "$LANLET" exec -- bash -c 'head -c 3000000 /dev/zero >/dev/tcp/198.51.100.2/7001'
+        wait $server
+        cat server
+        "#,
+    ) else {
+        return;
+    };
+    assert_said(&outcome.passed(), &[("count", "3000000")]);
+}

@@ -119,6 +119,17 @@ def serve_answer_after_end(port, slow=""):
             connection.sendall(read_to_end(connection, bool(slow)))
 
 
+def serve_count(port):
+    """Reads one client to its end, slowly, and says how much came."""
+    server = listen(int(port))
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 * 1024)
+    connection, _ = server.accept()
+    try:
+        say(count=len(read_to_end(connection, True)))
+    except OSError as error:
+        say(count=name(error))
+
+
 def send_then_read(host, port, path, slow=""):
     """Sends a file and a FIN, then reads to the server's FIN."""
     data = open(path, "rb").read()

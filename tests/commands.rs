@@ -215,6 +215,11 @@ fn what_the_machine_lacks_is_said_with_the_remedy() {
         r#"
         lanlet check >good.out
         say good=$?
+        for flows in 16384 100; do
+            ( ulimit -n 12000; lanlet exec --max-flows $flows -- true 2>files.err )
+            say files_$flows=$?,$(grep -c 'may need 26624 open files, and the limit is 12000' files.err)
+            grep -q warning files.err; say files_warned_$flows=$?
+        done
         # A user namespace below which there may be none, and in it somebody without capabilities.
         barred() {
             unshare --user --map-root-user sh -c '
@@ -245,6 +250,10 @@ fn what_the_machine_lacks_is_said_with_the_remedy() {
         &outcome,
         &[
             ("good", "0"),
+            ("files_16384", "0,1"),
+            ("files_warned_16384", "0"),
+            ("files_100", "0,0"),
+            ("files_warned_100", "1"),
             ("userns_run", "1"),
             ("userns_run_told", yes),
             ("userns_exec", "1"),

@@ -18,7 +18,7 @@ use crate::dhcp::DhcpConfig;
 use crate::dhcp::lease::LeaseTable;
 use crate::frame::{self, Mac, PortId};
 use crate::gateway::LanConfig;
-use crate::nat::{NatConfig, icmp, udp};
+use crate::nat::NatConfig;
 use crate::stats::PortCounters;
 use crate::switch::{Switch, SwitchConfig};
 use crate::worker::{Command, Event, Worker, WorkerConfig};
@@ -30,9 +30,10 @@ const EVENTS_MAX: usize = 1024;
 /// connections, DNS queries under way.
 const FILES_RESERVED: usize = 1024;
 
-/// Open files that a network needs whose NAT is full in every protocol.
+/// Open files that a network needs whose NAT is full of TCP flows. UDP and ping mappings are not
+/// counted: they expire within minutes, and out of files the oldest gives way.
 pub fn open_files_wanted(flows_max: usize) -> usize {
-    flows_max + udp::LIMITS.total + icmp::LIMITS.total + FILES_RESERVED
+    flows_max + FILES_RESERVED
 }
 
 /// Warns where the NAT would run out of sockets before it runs out of flows.

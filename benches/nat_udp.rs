@@ -8,6 +8,7 @@ use std::time::{Duration, Instant as Clock};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use lanlet::frame::Instant;
+use lanlet::nat::icmp::ErrorSender;
 use lanlet::nat::mapping::Limits;
 use lanlet::nat::testing::{FakeUplink, FrameLog, GUEST, guest_udp, guest_udp_train, lan, parse};
 use lanlet::nat::udp::UdpNat;
@@ -41,23 +42,27 @@ fn nat() -> UdpNat {
     UdpNat::new(lan(), limits, true)
 }
 
+/// Where answers to the guest go.
+type Answers = (FrameLog, ErrorSender);
+
 fn send<U: Uplink>(
     nat: &mut UdpNat,
     up: &mut U,
-    out: &mut FrameLog,
+    (out, errors): &mut Answers,
     frame: &[u8],
     offload: Offload,
 ) {
     let packet = parse(frame, offload);
     let (ip, udp) = packet.udp4().expect("UDP");
-    let result = nat.handle_packet(&packet, ip, udp, NOW, up, out);
+    let answers = (out, errors);
+    let result = nat.handle_packet(&packet, ip, udp, NOW, up, answers);
     let _ = black_box(result);
 }
 
-fn silent() -> (FakeUplink, FrameLog) {
+fn silent() -> (FakeUplink, Answers) {
     let (mut up, mut out) = (FakeUplink::new(1), FrameLog::default());
     (up.keep_sent, out.keep) = (false, false);
-    (up, out)
+    (up, (out, ErrorSender::new()))
 }
 
 /// The id of the first mapping of a fresh NAT.
@@ -114,7 +119,7 @@ fn to_guest(criterion: &mut Criterion) {
                         up.deliver(socket, OUTSIDE, &payload, segment);
                     }
                 };
-                timed(rounds, &mut nat, &mut up, &mut out, deliver)
+                timed(rounds, &mut nat, &mut up, &mut out.0, deliver)
             });
         });
     }
@@ -134,7 +139,7 @@ fn to_guest(criterion: &mut Criterion) {
                         peer.send_to(&payload, mapped).expect("sent");
                     }
                 };
-                timed(rounds, &mut nat, &mut up, &mut out, deliver)
+                timed(rounds, &mut nat, &mut up, &mut out.0, deliver)
             });
         });
     }

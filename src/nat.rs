@@ -284,8 +284,15 @@ impl Nat {
                 self.tcp
                     .handle_packet(packet, (ip, tcp), to, now, (up, out))
             }
-            Transport::Udp(udp) => self.udp.handle_packet(packet, ip, udp, now, up, out),
-            Transport::Icmp(message) => self.icmp.handle_packet(packet, ip, message, now, up, out),
+            Transport::Udp(udp) => {
+                let answers = (out, &mut self.errors);
+                self.udp.handle_packet(packet, ip, udp, now, up, answers)
+            }
+            Transport::Icmp(message) => {
+                let answers = (out, &mut self.errors);
+                self.icmp
+                    .handle_packet(packet, ip, message, now, up, answers)
+            }
             Transport::Fragment => Err(DropReason::Fragment),
             Transport::Other(_) => {
                 self.errors.send(

@@ -112,7 +112,6 @@ pub struct PingNat {
     lan: LanConfig,
     host_access: bool,
     table: MappingTable<Mapping, 2>,
-    errors: ErrorSender,
     counters: PingCounters,
     hinted: bool,
 }
@@ -124,7 +123,6 @@ impl PingNat {
             lan,
             host_access,
             table: MappingTable::new(CLASSES, limits),
-            errors: ErrorSender::new(),
             counters: PingCounters::default(),
             hinted: false,
         }
@@ -156,7 +154,7 @@ impl PingNat {
         message: &[u8],
         now: Instant,
         up: &mut U,
-        out: &mut O,
+        (out, errors): (&mut O, &mut ErrorSender),
     ) -> Result<(), DropReason> {
         if message.len() < ECHO_HEADER_LEN || message[..2] != [ECHO_REQUEST, 0] {
             return Err(DropReason::Unclaimed);
@@ -169,7 +167,7 @@ impl PingNat {
         let id = match self.mapping(guest, (packet.source, packet.ingress), to, now, up) {
             Err(DropReason::ForbiddenDestination) => {
                 let kind = ErrorKind::Prohibited;
-                self.errors.send(&self.lan, kind, packet, now, out);
+                errors.send(&self.lan, kind, packet, now, out);
                 return Err(DropReason::ForbiddenDestination);
             }
             result => result?,
@@ -187,7 +185,7 @@ impl PingNat {
             }
             Err((reason, kind)) => {
                 if let Some(kind) = kind {
-                    self.errors.send(&self.lan, kind, packet, now, out);
+                    errors.send(&self.lan, kind, packet, now, out);
                 }
                 Err(reason)
             }

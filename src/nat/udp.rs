@@ -154,7 +154,6 @@ pub struct UdpNat {
     lan: LanConfig,
     host_access: bool,
     table: MappingTable<Mapping, 4>,
-    errors: ErrorSender,
     counters: UdpCounters,
 }
 
@@ -165,7 +164,6 @@ impl UdpNat {
             lan,
             host_access,
             table: MappingTable::new(CLASSES, limits),
-            errors: ErrorSender::new(),
             counters: UdpCounters::default(),
         }
     }
@@ -198,7 +196,7 @@ impl UdpNat {
         udp: &Udp<'_>,
         now: Instant,
         up: &mut U,
-        out: &mut O,
+        (out, errors): (&mut O, &mut ErrorSender),
     ) -> Result<(), DropReason> {
         // Port 0 can neither be sent to nor answered (RFC 768: "if not used").
         if udp.source_port == 0 || udp.destination_port == 0 {
@@ -212,7 +210,7 @@ impl UdpNat {
         let id = match self.mapping(guest, (packet.source, packet.ingress), to, now, up) {
             Err(DropReason::ForbiddenDestination) => {
                 let kind = ErrorKind::Prohibited;
-                self.errors.send(&self.lan, kind, packet, now, out);
+                errors.send(&self.lan, kind, packet, now, out);
                 return Err(DropReason::ForbiddenDestination);
             }
             result => result?,
@@ -239,7 +237,7 @@ impl UdpNat {
             }
             Err((reason, kind)) => {
                 if let Some(kind) = kind {
-                    self.errors.send(&self.lan, kind, packet, now, out);
+                    errors.send(&self.lan, kind, packet, now, out);
                 }
                 Err(reason)
             }

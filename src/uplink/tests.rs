@@ -378,6 +378,7 @@ fn ping_loopback_or_be_told_it_is_forbidden() {
 
 #[test]
 fn a_guests_datagrams_and_trains_cross_real_sockets() {
+    use crate::nat::icmp::ErrorSender;
     use crate::nat::mapping::Limits;
     use crate::nat::testing::{FrameLog, GUEST, guest_udp, guest_udp_train, lan, parse};
     use crate::offload::{Gso, Offload};
@@ -399,7 +400,8 @@ fn a_guests_datagrams_and_trains_cross_real_sockets() {
     ] {
         let packet = parse(&frame, offload);
         let (ip, udp) = packet.udp4().unwrap();
-        nat.handle_packet(&packet, ip, udp, now, &mut up, &mut out)
+        let answers = (&mut out, &mut ErrorSender::new());
+        nat.handle_packet(&packet, ip, udp, now, &mut up, answers)
             .unwrap();
     }
     let mut buffer = [0; 2000];

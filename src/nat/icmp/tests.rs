@@ -12,6 +12,7 @@ struct Bench {
     nat: PingNat,
     up: FakeUplink,
     out: FrameLog,
+    errors: ErrorSender,
     now: Instant,
     drops: Vec<DropReason>,
 }
@@ -22,6 +23,7 @@ impl Bench {
             nat: PingNat::new(lan(), limits, false),
             up: FakeUplink::new(1),
             out: FrameLog::default(),
+            errors: ErrorSender::new(),
             now: Instant::from_secs(1000),
             drops: Vec::new(),
         }
@@ -35,8 +37,9 @@ impl Bench {
         let Transport::Icmp(message) = ip.transport else {
             panic!("not ICMP")
         };
-        let (nat, up, out) = (&mut self.nat, &mut self.up, &mut self.out);
-        nat.handle_packet(&packet, ip, message, self.now, up, out)
+        let (nat, up) = (&mut self.nat, &mut self.up);
+        let answers = (&mut self.out, &mut self.errors);
+        nat.handle_packet(&packet, ip, message, self.now, up, answers)
     }
 
     fn ping(&mut self, to: Ipv4Addr, identifier: u16) -> Result<(), DropReason> {

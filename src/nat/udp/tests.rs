@@ -16,6 +16,7 @@ struct Bench {
     nat: UdpNat,
     up: FakeUplink,
     out: FrameLog,
+    errors: ErrorSender,
     now: Instant,
     drops: Vec<DropReason>,
 }
@@ -26,6 +27,7 @@ impl Bench {
             nat: UdpNat::new(lan(), limits, false),
             up: FakeUplink::new(1),
             out: FrameLog::default(),
+            errors: ErrorSender::new(),
             now: Instant::from_secs(1000),
             drops: Vec::new(),
         }
@@ -34,8 +36,9 @@ impl Bench {
     fn frame(&mut self, frame: &[u8], offload: Offload) -> Result<(), DropReason> {
         let packet = parse(frame, offload);
         let (ip, udp) = packet.udp4().expect("UDP");
-        let (nat, up, out) = (&mut self.nat, &mut self.up, &mut self.out);
-        nat.handle_packet(&packet, ip, udp, self.now, up, out)
+        let (nat, up) = (&mut self.nat, &mut self.up);
+        let answers = (&mut self.out, &mut self.errors);
+        nat.handle_packet(&packet, ip, udp, self.now, up, answers)
     }
 
     fn send(&mut self, port: u16, to: SocketAddrV4, payload: &[u8]) -> Result<(), DropReason> {
@@ -400,8 +403,10 @@ fn limits_evict_the_idle_and_spare_the_busy() {
     // The event of the evicted mapping finds nothing.
     let stale = bench.up.closed[0].owner;
     let SockOwner::Udp(id) = stale else { panic!() };
-    let (nat, up, out) = (&mut bench.nat, &mut bench.up, &mut bench.out);
-    nat.handle_ready(id, bench.now, up, out, &mut |_| panic!("nothing is there"));
+    let (nat, up) = (&mut bench.nat, &mut bench.up);
+    nat.handle_ready(id, bench.now, up, &mut bench.out, &mut |_| {
+        panic!("nothing is there")
+    });
 }
 
 #[test]
@@ -434,8 +439,9 @@ fn a_gone_port_takes_its_mappings_along() {
     let home = packet.ingress;
     packet.ingress = PortId(home.0 + 1);
     let (ip, udp) = packet.udp4().expect("UDP");
-    let (nat, up, out) = (&mut bench.nat, &mut bench.up, &mut bench.out);
-    nat.handle_packet(&packet, ip, udp, bench.now, up, out)
+    let (nat, up) = (&mut bench.nat, &mut bench.up);
+    let answers = (&mut bench.out, &mut bench.errors);
+    nat.handle_packet(&packet, ip, udp, bench.now, up, answers)
         .unwrap();
     bench.nat.forget_port(home, &mut bench.up);
     assert_eq!((bench.nat.len(), bench.up.open_count()), (1, 1));

@@ -7,7 +7,7 @@
 //! # One turn
 //! Wait for events; for each ready port read a batch, decide and send frame by frame, then flush the
 //! NAT; for each ready host socket let its flow act. Flows that exhausted their share, and ports that
-//! had more than [`BATCHES_PER_TURN`], get their next turn after everybody else's.
+//! had more than `BATCHES_PER_TURN`, get their next turn after everybody else's.
 //!
 //! # Control
 //! Other threads send a [`Command`] and write to the worker's eventfd. What the worker has to tell

@@ -1,7 +1,7 @@
 //! TCP of the NAT: a guest's connection is ended here and carried on by a socket of the host.
 //!
 //! # Theory of operation
-//! A flow has two ends. The guest's end is a [`TcpEngine`] that speaks TCP with the guest as if it
+//! A flow has two ends. The guest's end is a `TcpEngine` that speaks TCP with the guest as if it
 //! were the outside server. The host's end is a non-blocking socket of the [`Uplink`]. Between them
 //! bytes go from ring to socket and from socket to ring; what one end can't take closes the other
 //! end's window, so nothing queues without a bound.

@@ -36,8 +36,9 @@ check:
 
 # Unit, property and layering tests, then those in namespaces and with QEMU guests: the binary under
 # test runs as an unprivileged user (lab/as-user), from a copy that this user can reach (lab/stage).
+# Three at a time: the scenarios wait more than they work.
 e2e:
-	$(CARGO) test --locked --lib --bins --tests --no-fail-fast
+	RUST_TEST_THREADS=3 $(CARGO) test --locked --lib --bins --tests --no-fail-fast
 	$(CARGO) test --locked --doc
 
 image:

@@ -5,6 +5,9 @@ say() { echo "@@LANLET $*"; }
 
 # The shell would take its own applet; commands that run others (timeout, xargs) find the right one.
 nc() { nc.openbsd "$@"; }
+# Where the image has the real ones (initrd-tools.gz).
+[ -L /bin/ping ] || ping() { /bin/ping "$@"; }
+[ -L /bin/traceroute ] || traceroute() { /bin/traceroute "$@"; }
 
 uptime_secs() { cut -d' ' -f1 /proc/uptime; }
 

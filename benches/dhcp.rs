@@ -64,6 +64,7 @@ impl Lab {
             address: GATEWAY,
             prefix,
             mtu: 1500,
+            v6: None,
         };
         let config = DhcpConfig::new(lan);
         let leases = LeaseTable::new(config.range(), &config.lan).expect("a pool");

@@ -2,18 +2,19 @@
 //! calls, at few and at many flows, and what opening and closing a flow costs.
 
 use std::hint::black_box;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{Ipv4Addr, SocketAddr};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use lanlet::frame::Instant;
+use lanlet::frame::{Duration, Instant};
 use lanlet::nat::SockOwner;
-use lanlet::nat::tcp::TcpNat;
+use lanlet::nat::tcp::{OPENS_PER_SEC, TcpNat};
 use lanlet::nat::testing::{FakeUplink, FrameLog, GUEST, guest_tcp, lan, parse};
 use lanlet::offload::{Csum, Offload};
 use lanlet::wire::{Body, Transport};
 
 const NOW: Instant = Instant::from_micros_const(1_000_000);
-const OUTSIDE: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(198, 51, 100, 7), 80);
+const OUTSIDE: SocketAddr =
+    SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::new(198, 51, 100, 7)), 80);
 const SYN: u8 = 0x02;
 const ACK: u8 = 0x10;
 /// MSS 1460 and window scale 7, as Linux sends them.
@@ -22,12 +23,13 @@ const OPTIONS: [u8; 8] = [2, 4, 5, 180, 1, 3, 3, 7];
 const BATCH: usize = 64;
 
 struct Flow {
-    guest: SocketAddrV4,
+    guest: SocketAddr,
     sequence: u32,
     acknowledgment: u32,
 }
 
 struct Bench {
+    now: Instant,
     nat: TcpNat,
     up: FakeUplink,
     log: FrameLog,
@@ -37,6 +39,7 @@ struct Bench {
 impl Bench {
     fn new(flows: usize) -> Self {
         let mut bench = Self {
+            now: NOW,
             nat: TcpNat::new(lan(), 20_000, NOW),
             up: FakeUplink::new(1),
             log: FrameLog::default(),
@@ -66,16 +69,18 @@ impl Bench {
         };
         let handled = self.nat.handle_packet(
             &packet,
-            (ip, tcp),
-            OUTSIDE,
-            NOW,
+            (&ip.any(), tcp),
+            lanlet::nat::tcp::Target::Address(OUTSIDE),
+            self.now,
             (&mut self.up, &mut self.log),
         );
         let _ = black_box(handled);
     }
 
     fn open(&mut self, port: u16) -> Flow {
-        let guest = SocketAddrV4::new(GUEST, port);
+        // As fast as a port may open flows for ever.
+        self.now += Duration::from_micros(1_000_000 / OPENS_PER_SEC);
+        let guest = SocketAddr::new(GUEST.into(), port);
         self.packet(&guest_tcp(
             guest,
             OUTSIDE,
@@ -86,9 +91,9 @@ impl Bench {
         ));
         while let Some((SockOwner::Tcp(id), ready)) = self.up.poll_event() {
             self.nat
-                .handle_ready(id, ready, NOW, (&mut self.up, &mut self.log));
+                .handle_ready(id, ready, self.now, (&mut self.up, &mut self.log));
         }
-        self.nat.flush(NOW, &mut self.up, &mut self.log);
+        self.nat.flush(self.now, &mut self.up, &mut self.log);
         let (syn_ack, _) = self.log.pop().expect("a SYN-ACK");
         let ours = u32::from_be_bytes([syn_ack[38], syn_ack[39], syn_ack[40], syn_ack[41]]);
         let acknowledgment = ours.wrapping_add(1);
@@ -100,7 +105,7 @@ impl Bench {
             &[],
             &[],
         ));
-        self.nat.flush(NOW, &mut self.up, &mut self.log);
+        self.nat.flush(self.now, &mut self.up, &mut self.log);
         Flow {
             guest,
             sequence: 1,
@@ -120,7 +125,7 @@ impl Bench {
             flow.sequence = flow.sequence.wrapping_add(payload_len);
             self.packet(frame);
         }
-        self.nat.flush(NOW, &mut self.up, &mut self.log);
+        self.nat.flush(self.now, &mut self.up, &mut self.log);
     }
 }
 
@@ -128,7 +133,7 @@ fn from_guest(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("nat_tcp/from_guest");
     for flows in [10, 1_000, 10_000] {
         let mut bench = Bench::new(flows);
-        let guest = SocketAddrV4::new(GUEST, 1);
+        let guest = SocketAddr::new(GUEST.into(), 1);
         let mut frame = guest_tcp(guest, OUTSIDE, (1, 1), (ACK, 512), &[], &[7; 1460]);
         group.throughput(Throughput::Elements(BATCH as u64));
         let mut first = 0;
@@ -160,7 +165,7 @@ fn open_and_reset(criterion: &mut Criterion) {
                 &[],
             );
             bench.packet(&reset);
-            bench.nat.flush(NOW, &mut bench.up, &mut bench.log);
+            bench.nat.flush(bench.now, &mut bench.up, &mut bench.log);
             bench.up.closed.clear();
         });
     });

@@ -1,30 +1,35 @@
 //! UDP through the NAT, per packet: the translation alone (a scripted host), and with real sockets on
 //! loopback, where the system calls are most of it.
 
+use std::cell::RefCell;
 use std::hint::black_box;
-use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
+use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::{Duration, Instant as Clock};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use lanlet::frame::Instant;
+use lanlet::nat::egress::{Egress, HostAccess};
 use lanlet::nat::icmp::ErrorSender;
 use lanlet::nat::mapping::Limits;
 use lanlet::nat::testing::{FakeUplink, FrameLog, GUEST, guest_udp, guest_udp_train, lan, parse};
 use lanlet::nat::udp::UdpNat;
-use lanlet::nat::{FlowId, SendOptions, SockOwner, Uplink};
+use lanlet::nat::{FlowId, Ready, SendOptions, SockOwner, Uplink};
 use lanlet::offload::Offload;
 use lanlet::uplink::HostUplink;
+use lanlet::uplink::outbound::Outbound;
+use lanlet::wire::Family;
 use rustix::event::epoll;
 
 const NOW: Instant = Instant::from_micros_const(1_000_000);
-const OUTSIDE: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(198, 51, 100, 7), 7000);
+const OUTSIDE: SocketAddr =
+    SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::new(198, 51, 100, 7)), 7000);
 /// What one receive call takes in at most.
 const BATCH: u64 = 32;
 
 /// Name, datagram or train, and its offload.
-fn frames(to: SocketAddrV4) -> Vec<(&'static str, Vec<u8>, Offload)> {
-    let guest = SocketAddrV4::new(GUEST, 5000);
+fn frames(to: SocketAddr) -> Vec<(&'static str, Vec<u8>, Offload)> {
+    let guest = SocketAddr::new(GUEST.into(), 5000);
     let plain = |len| guest_udp(guest, to, 64, &vec![7; len]);
     let (train, offload) = guest_udp_train(guest, to, 1472, &vec![7; 44 * 1472]);
     vec![
@@ -38,8 +43,9 @@ fn nat() -> UdpNat {
     let limits = Limits {
         total: 20_000,
         per_guest: 20_000,
+        per_port: usize::MAX,
     };
-    UdpNat::new(lan(), limits, true)
+    UdpNat::new(lan(), limits)
 }
 
 /// Where answers to the guest go.
@@ -55,8 +61,10 @@ fn send<U: Uplink>(
     let packet = parse(frame, offload);
     let (ip, udp) = packet.udp4().expect("UDP");
     let answers = (out, errors);
-    let result = nat.handle_packet(&packet, ip, udp, NOW, up, answers);
-    let _ = black_box(result);
+    let result = EGRESS.with_borrow_mut(|egress| {
+        nat.handle_packet(&packet, (&ip.any(), udp), egress, NOW, up, answers)
+    });
+    black_box(result).expect("it is sent");
 }
 
 fn silent() -> (FakeUplink, Answers) {
@@ -82,7 +90,14 @@ fn from_guest(criterion: &mut Criterion) {
     for mappings in [10u16, 10_000] {
         let (mut nat, (mut up, mut out)) = (nat(), silent());
         let frames: Vec<_> = (0..mappings)
-            .map(|n| guest_udp(SocketAddrV4::new(GUEST, 2000 + n), OUTSIDE, 64, &[7; 64]))
+            .map(|n| {
+                guest_udp(
+                    SocketAddr::new(GUEST.into(), 2000 + n),
+                    OUTSIDE,
+                    64,
+                    &[7; 64],
+                )
+            })
             .collect();
         let mut next = frames.iter().cycle();
         group.bench_function(BenchmarkId::new("mappings", mappings), |bencher| {
@@ -93,7 +108,7 @@ fn from_guest(criterion: &mut Criterion) {
         });
     }
     let sink = UdpSocket::bind("127.0.0.1:0").expect("loopback");
-    for (name, frame, offload) in frames(address(&sink)) {
+    for (name, frame, offload) in frames(shown(&sink)) {
         let (mut nat, mut up, mut out) = (nat(), host(), silent().1);
         group.bench_function(BenchmarkId::new("loopback", name), |bencher| {
             bencher.iter(|| send(&mut nat, &mut up, &mut out, &frame, offload));
@@ -111,7 +126,7 @@ fn to_guest(criterion: &mut Criterion) {
         group.bench_function(id, |bencher| {
             bencher.iter_custom(|rounds| {
                 let (mut nat, (mut up, mut out)) = (nat(), silent());
-                let frame = guest_udp(SocketAddrV4::new(GUEST, 5000), OUTSIDE, 64, b"x");
+                let frame = guest_udp(SocketAddr::new(GUEST.into(), 5000), OUTSIDE, 64, b"x");
                 send(&mut nat, &mut up, &mut out, &frame, Offload::default());
                 let socket = up.socket_of(SockOwner::Udp(FIRST)).expect("open");
                 let deliver = |up: &mut FakeUplink| {
@@ -130,7 +145,12 @@ fn to_guest(criterion: &mut Criterion) {
             bencher.iter_custom(|rounds| {
                 let peer = UdpSocket::bind("127.0.0.1:0").expect("loopback");
                 let (mut nat, mut up, mut out) = (nat(), host(), silent().1);
-                let frame = guest_udp(SocketAddrV4::new(GUEST, 0xf00d), address(&peer), 64, b"x");
+                let frame = guest_udp(
+                    SocketAddr::new(GUEST.into(), 0xf00d),
+                    shown(&peer),
+                    64,
+                    b"x",
+                );
                 send(&mut nat, &mut up, &mut out, &frame, Offload::default());
                 let (_, mapped) = peer.recv_from(&mut [0; 8]).expect("the guest's datagram");
                 let payload = vec![7; len];
@@ -154,12 +174,21 @@ fn timed<U: Uplink>(
     out: &mut FrameLog,
     deliver: impl Fn(&mut U),
 ) -> Duration {
-    let mut total = Duration::ZERO;
+    let (mut total, mut errors) = (Duration::ZERO, ErrorSender::new());
     for _ in 0..rounds {
         deliver(up);
         let before = out.count;
         let start = Clock::now();
-        nat.handle_ready(FIRST, NOW, up, out, &mut |reason| panic!("{reason:?}"));
+        EGRESS.with_borrow(|egress| {
+            nat.handle_ready(
+                FIRST,
+                Ready::default(),
+                egress,
+                NOW,
+                (&mut *up, &mut *out, &mut errors),
+                &mut |reason| panic!("{reason:?}"),
+            );
+        });
         total += start.elapsed();
         assert_eq!(out.count - before, BATCH);
     }
@@ -170,14 +199,14 @@ fn timed<U: Uplink>(
 fn host_address(criterion: &mut Criterion) {
     let mut up = host();
     criterion.bench_function("uplink/is_host_address", |bencher| {
-        bencher.iter(|| black_box(up.is_host_address(*OUTSIDE.ip())));
+        bencher.iter(|| black_box(up.is_host_address(OUTSIDE.ip())));
     });
     let sink = UdpSocket::bind("127.0.0.1:0").expect("loopback");
     let to = address(&sink);
     let owner = SockOwner::Udp(FIRST);
     criterion.bench_function("uplink/udp open, send, close", |bencher| {
         bencher.iter(|| {
-            let socket = up.udp_open(0, owner).expect("open");
+            let (socket, _) = up.udp_open(Family::V4, 0, owner).expect("open");
             up.send_to(socket, to, b"x", SendOptions::default());
             up.close(socket);
         });
@@ -186,12 +215,29 @@ fn host_address(criterion: &mut Criterion) {
 
 fn host() -> HostUplink {
     let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).expect("epoll");
-    HostUplink::new(Arc::new(epoll)).expect("uplink")
+    HostUplink::new(Arc::new(epoll), Outbound::default()).expect("uplink")
 }
 
-fn address(socket: &UdpSocket) -> SocketAddrV4 {
+thread_local! {
+    /// The host's loopback is open by another address.
+    static EGRESS: RefCell<Egress> = RefCell::new(Egress::new(
+        lan(),
+        HostAccess {
+            loopback: vec![LOOPBACK.into()],
+            ..HostAccess::default()
+        },
+    ));
+}
+const LOOPBACK: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
+
+/// Where a guest writes to for a socket on the host's loopback.
+fn shown(socket: &UdpSocket) -> SocketAddr {
+    SocketAddr::new(LOOPBACK.into(), address(socket).port())
+}
+
+fn address(socket: &UdpSocket) -> SocketAddr {
     match socket.local_addr() {
-        Ok(std::net::SocketAddr::V4(address)) => address,
+        Ok(address) => address,
         other => panic!("{other:?}"),
     }
 }

@@ -9,9 +9,11 @@ mod child;
 mod demo;
 mod docs;
 mod exec;
+mod forward;
 mod lan;
 mod logger;
 mod options;
+mod policy;
 mod qemu;
 mod run;
 mod status;
@@ -53,6 +55,7 @@ Examples:
   lanlet qemu -- -m 1G -drive file=one.qcow2
   lanlet run -- cloud-hypervisor --net fd={fd},mac={mac} --kernel vmlinuz
   lanlet exec -- bash                               a shell on the LAN, no VM
+  lanlet qemu -p 2222:22 -- -m 1G disk.qcow2        the VM's port 22 is the host's 2222
   lanlet status                                     who is there, and what was dropped
   lanlet check                                      what this machine can do
 
@@ -64,6 +67,7 @@ Examples:
   lanlet qemu -- -m 1G -drive file=one.qcow2
   lanlet run -- cloud-hypervisor --net fd={fd},mac={mac} --kernel vmlinuz
   lanlet exec -- bash                               a shell on the LAN, no VM
+  lanlet qemu -p 2222:22 -- -m 1G disk.qcow2        the VM's port 22 is the host's 2222
   lanlet status                                     who is there, and what was dropped
   lanlet check                                      what this machine can do
 
@@ -98,6 +102,8 @@ enum Command {
     Qemu(qemu::Args),
     Exec(exec::Args),
     Status(status::Args),
+    Forward(forward::Args),
+    Policy(policy::Args),
     Down(up::DownArgs),
     Demo(demo::Args),
     Check(check::Args),
@@ -183,6 +189,8 @@ pub fn main() -> ExitCode {
         Command::Qemu(args) => qemu::qemu(&args),
         Command::Exec(args) => exec::exec(&args),
         Command::Status(args) => status::status(&args),
+        Command::Forward(args) => forward::forward(&args),
+        Command::Policy(args) => policy::policy(&args),
         Command::Down(args) => up::down(&args),
         Command::Demo(args) => demo::demo(&args),
         Command::Check(args) => check::check(&args),

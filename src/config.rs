@@ -4,11 +4,24 @@
 //! [`Settings::resolve`] fills in the defaults that follow from other keys (the gateway and the DHCP
 //! range from the subnet) and refuses the whole where one key is wrong, naming it.
 
+mod host;
+mod subnet6;
+
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
+
+use crate::nat::egress::HostAccess;
+use crate::nat::forward::ForwardSpec;
+use crate::nat::policy::Policy;
+use crate::nat::udp::UdpBehaviour;
+use crate::uplink::outbound::Outbound;
+
+pub use self::subnet6::{PREFIX6_LEN, Subnet6};
+use crate::wire::ipv6;
+pub use host::{HostPorts, HostSettings};
 
 /// Name of the network where none is given.
 pub const NAME_DEFAULT: &str = "default";
@@ -50,6 +63,8 @@ pub struct NetworkConfig {
     pub gateway: Ipv4Addr,
     /// Prefix length, 8..=29.
     pub prefix: u8,
+    /// IPv6 of the LAN.
+    pub subnet6: Subnet6,
     /// MTU announced to guests, 576..=65,521.
     pub mtu: u16,
     /// First and last address that DHCP hands out.
@@ -65,8 +80,16 @@ pub struct NetworkConfig {
     /// TCP flows of the NAT at most. UDP and ping mappings have limits of their own
     /// ([`crate::nat::udp::LIMITS`], [`crate::nat::icmp::LIMITS`]).
     pub flows_max: usize,
-    /// Whether guests may connect to the host's own (non-loopback) addresses.
-    pub host_access: bool,
+    /// What of the host guests reach.
+    pub host: HostAccess,
+    /// Where guests' traffic leaves from.
+    pub outbound: Outbound,
+    /// Mapping and filtering of UDP (RFC 4787 4.1 and 5).
+    pub udp: UdpBehaviour,
+    /// Forwards to begin with; more are added while the network runs.
+    pub forwards: Vec<ForwardSpec>,
+    /// Egress policy at the start; `None`: guests may go wherever the rest lets them.
+    pub policy: Option<Policy>,
     /// Where leases are kept across restarts; `None`: not kept.
     pub lease_file: Option<PathBuf>,
     /// The `lanlet` program, which is run once more as the helper that holds the taps' namespace.
@@ -80,6 +103,7 @@ impl Default for NetworkConfig {
             name: NAME_DEFAULT.to_owned(),
             gateway: Ipv4Addr::new(192, 168, 122, 1),
             prefix: 24,
+            subnet6: Subnet6::Auto,
             mtu: 1500,
             dhcp_range: (
                 Ipv4Addr::new(192, 168, 122, 2),
@@ -90,7 +114,11 @@ impl Default for NetworkConfig {
             dns: Vec::new(),
             ageing: Duration::from_secs(300),
             flows_max: 16_384,
-            host_access: false,
+            host: HostAccess::default(),
+            outbound: Outbound::default(),
+            udp: UdpBehaviour::default(),
+            forwards: Vec::new(),
+            policy: None,
             lease_file: None,
             helper: None,
         }
@@ -108,7 +136,7 @@ pub struct ConfigError {
 }
 
 impl ConfigError {
-    fn new(key: &'static str, reason: impl Into<String>) -> Self {
+    pub(crate) fn new(key: &'static str, reason: impl Into<String>) -> Self {
         Self {
             key,
             reason: reason.into(),
@@ -123,6 +151,8 @@ pub struct Settings {
     pub subnet: Option<Subnet>,
     /// The gateway's address; by default the subnet's first.
     pub gateway: Option<Ipv4Addr>,
+    /// IPv6 of the LAN.
+    pub subnet6: Option<Subnet6>,
     /// MTU of the LAN, bytes.
     pub mtu: Option<u16>,
     /// Addresses DHCP hands out; by default all of the larger side of the gateway.
@@ -137,8 +167,10 @@ pub struct Settings {
     pub ageing: Option<Duration>,
     /// Limit of TCP flows.
     pub flows_max: Option<usize>,
-    /// Whether guests reach the host's own addresses.
-    pub host_access: bool,
+    /// What of the host guests reach, and where their traffic leaves from.
+    pub host: HostSettings,
+    /// Mapping and filtering of UDP.
+    pub udp: UdpBehaviour,
 }
 
 impl Settings {
@@ -160,6 +192,7 @@ impl Settings {
             name: name.to_owned(),
             gateway,
             prefix: subnet.prefix,
+            subnet6: self.subnet6.unwrap_or_default(),
             mtu: self.mtu.unwrap_or(default.mtu),
             dhcp_range: (range.first, range.last),
             lease_time: self.lease_time.unwrap_or(default.lease_time),
@@ -167,7 +200,11 @@ impl Settings {
             dns: self.dns.clone(),
             ageing: self.ageing.unwrap_or(default.ageing),
             flows_max: self.flows_max.unwrap_or(default.flows_max),
-            host_access: self.host_access,
+            host: self.host.access(),
+            outbound: self.host.outbound()?,
+            udp: self.udp,
+            forwards: Vec::new(),
+            policy: None,
             lease_file: None,
             helper: None,
         };
@@ -201,6 +238,21 @@ impl NetworkConfig {
         }
     }
 
+    /// First address of the LAN's IPv6 prefix; `None`: the LAN is without, as it is by default where
+    /// its MTU is below what IPv6 needs.
+    pub fn prefix6(&self) -> Option<Ipv6Addr> {
+        match self.mtu < ipv6::MTU_MIN {
+            true => None,
+            false => self.subnet6.prefix(&self.name),
+        }
+    }
+
+    /// The gateway's address in that prefix: the first of a host.
+    pub fn gateway6(&self) -> Option<Ipv6Addr> {
+        let prefix = self.prefix6()?;
+        Some(Ipv6Addr::from_bits(prefix.to_bits() | 1))
+    }
+
     /// Checks every key, also for callers of the library who filled the fields themselves.
     ///
     /// # Errors
@@ -224,15 +276,28 @@ impl NetworkConfig {
                 format!("{} is not between {MTU_MIN} and {MTU_MAX}", self.mtu),
             ));
         }
+        self.subnet6
+            .check()
+            .map_err(|reason| ConfigError::new("subnet6", reason))?;
+        if matches!(self.subnet6, Subnet6::Prefix(_)) && self.mtu < ipv6::MTU_MIN {
+            let reason = format!(
+                "IPv6 needs an MTU of {} bytes at least (RFC 8200), and --mtu says {}",
+                ipv6::MTU_MIN,
+                self.mtu
+            );
+            return Err(ConfigError::new("subnet6", reason));
+        }
         self.validate_dhcp(subnet)?;
+        host::validate(self)?;
         if self.dns.len() > DNS_SERVERS_MAX {
             return Err(ConfigError::new(
                 "dns",
                 format!("more than {DNS_SERVERS_MAX} servers"),
             ));
         }
+        let gateway6 = self.gateway6().map(IpAddr::V6);
         for server in &self.dns {
-            let own = *server == IpAddr::V4(self.gateway);
+            let own = *server == IpAddr::V4(self.gateway) || Some(*server) == gateway6;
             if own || server.is_unspecified() || server.is_multicast() {
                 let reason = match own {
                     true => {
@@ -605,6 +670,30 @@ mod tests {
             }),
             "dns"
         );
+        let subnet6 = Some("fd12:3456:789a:1::/64".parse().unwrap());
+        assert_eq!(
+            refused(Settings {
+                subnet6,
+                dns: vec!["fd12:3456:789a:1::1".parse().unwrap()],
+                ..ok()
+            }),
+            "dns"
+        );
+        assert_eq!(
+            refused(Settings {
+                subnet6,
+                mtu: Some(1279),
+                ..ok()
+            }),
+            "subnet6"
+        );
+        assert_eq!(
+            refused(Settings {
+                subnet6: Some(Subnet6::Prefix("fe80::".parse().unwrap())),
+                ..ok()
+            }),
+            "subnet6"
+        );
         assert_eq!(
             refused(Settings {
                 dns: vec![[0, 0, 0, 0].into()],
@@ -634,6 +723,28 @@ mod tests {
             "max-flows"
         );
         assert_eq!(ok().resolve("../x").unwrap_err().key, "name");
+    }
+
+    #[test]
+    fn ipv6_is_there_unless_the_mtu_or_the_user_forbids_it() {
+        let with = |subnet6: Option<&str>, mtu| {
+            let settings = Settings {
+                subnet6: subnet6.map(|text| text.parse().unwrap()),
+                mtu: Some(mtu),
+                ..Settings::default()
+            };
+            settings.resolve("n").unwrap()
+        };
+        assert_eq!(
+            with(None, 1280).prefix6(),
+            with(Some("auto"), 1500).prefix6()
+        );
+        assert!(with(None, 1280).prefix6().is_some());
+        for (subnet6, mtu) in [(None, 1279), (Some("auto"), 576), (Some("off"), 1500)] {
+            assert_eq!(with(subnet6, mtu).gateway6(), None);
+        }
+        let gateway = with(Some("fd12:3456:789a:1::/64"), 1280).gateway6();
+        assert_eq!(gateway.unwrap().to_string(), "fd12:3456:789a:1::1");
     }
 
     #[test]

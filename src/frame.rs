@@ -80,6 +80,15 @@ impl FromStr for Mac {
     }
 }
 
+/// Where a guest is reached, or was last seen.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Station {
+    /// Its address.
+    pub mac: Mac,
+    /// The port it is behind.
+    pub port: PortId,
+}
+
 /// A port of the switch. Small and dense: it indexes the worker's port table.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct PortId(pub u16);

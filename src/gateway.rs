@@ -6,20 +6,24 @@
 //!
 //! # The path of a packet
 //! [`Gateway::handle`] looks at the destination first: nearly every packet is on its way outside and
-//! costs one comparison here. What is for the gateway's address, a broadcast or ARP goes down the
-//! registry: [`arp`], [`crate::dhcp`], [`dns`], [`echo`]. A claimed packet is answered or dropped
+//! costs a comparison or two here. What is for a gateway address, a broadcast, a group of the gateway
+//! or ARP goes down the registry: [`arp`], [`ndp`], [`crate::dhcp`], [`dns`], [`echo`]. A claimed packet is answered or dropped
 //! with a reason; it never falls through to the NAT, so a refusal here is final.
 //!
 //! # What a hostile guest can try
-//! Every service answers only unicast, only inside the LAN and with at most one frame per datagram,
+//! Every service answers only unicast (but for defences and router advertisements, which are paced),
+//! only inside the LAN and with at most one frame per datagram,
 //! so none can be used as an amplifier or reflector towards another guest beyond what a plain frame
 //! could do. State is bounded per guest and in total ([`crate::dhcp::lease`], [`dns`]).
 
 pub mod arp;
 pub mod dns;
 pub mod echo;
+pub mod fragment;
+pub mod ndp;
+pub mod neighbor;
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::{Arc, Mutex};
 
 use crate::dhcp::lease::LeaseTable;
@@ -27,7 +31,8 @@ use crate::dhcp::{DhcpConfig, DhcpServer};
 use crate::frame::{Instant, Mac};
 use crate::offload::{Gso, Offload};
 use crate::stats::DropReason;
-use crate::wire::{Body, Ipv4, Packet, Udp};
+use crate::wire::ipv6::is_link_local;
+use crate::wire::{Body, Packet, Udp};
 
 /// The addresses the gateway's services answer with.
 #[derive(Clone, Debug)]
@@ -40,6 +45,41 @@ pub struct LanConfig {
     pub prefix: u8,
     /// MTU announced to guests, bytes of IP packet.
     pub mtu: u16,
+    /// IPv6, unless the network is without.
+    pub v6: Option<Lan6>,
+}
+
+/// IPv6 of the LAN.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Lan6 {
+    /// The gateway's link-local address, which guests' default route names.
+    pub link_local: Ipv6Addr,
+    /// The gateway's address in the LAN's prefix.
+    pub address: Ipv6Addr,
+    /// Prefix length: 64, as SLAAC needs (RFC 4862 5.5.3 with RFC 2464).
+    pub prefix: u8,
+}
+
+impl Lan6 {
+    /// Whether `address` is of the LAN's prefix.
+    pub fn contains(&self, address: Ipv6Addr) -> bool {
+        let shift = 128 - u32::from(self.prefix);
+        (address.to_bits() ^ self.address.to_bits()) >> shift == 0
+    }
+
+    /// Whether `address` is one of the gateway's.
+    pub fn is_gateway(&self, address: Ipv6Addr) -> bool {
+        address == self.address || address == self.link_local
+    }
+
+    /// Whether `address` is a unicast one that a guest may have, link-local included. The subnet's
+    /// first address is every router's (RFC 4291 2.6.1).
+    pub fn is_guest(&self, address: Ipv6Addr) -> bool {
+        let subnet_routers = self.contains(address) && address.to_bits() << self.prefix == 0;
+        (self.contains(address) || is_link_local(address))
+            && !self.is_gateway(address)
+            && !subnet_routers
+    }
 }
 
 impl LanConfig {
@@ -70,6 +110,32 @@ impl LanConfig {
             && address != self.network()
             && address != self.broadcast()
     }
+
+    /// Whether `address` is one of the gateway's, of either family.
+    pub fn is_gateway(&self, address: IpAddr) -> bool {
+        match address {
+            IpAddr::V4(address) => address == self.address,
+            IpAddr::V6(address) => self.v6.is_some_and(|lan| lan.is_gateway(address)),
+        }
+    }
+
+    /// Whether `address` lies in the LAN's subnet of its family, or is link-local IPv6.
+    pub fn holds(&self, address: IpAddr) -> bool {
+        match address {
+            IpAddr::V4(address) => self.contains(address),
+            IpAddr::V6(address) => {
+                is_link_local(address) || self.v6.is_some_and(|lan| lan.contains(address))
+            }
+        }
+    }
+
+    /// Whether `address` is one that a guest of this LAN may send from, of either family.
+    pub fn is_guest_any(&self, address: IpAddr) -> bool {
+        match address {
+            IpAddr::V4(address) => self.is_guest(address),
+            IpAddr::V6(address) => self.v6.is_some_and(|lan| lan.is_guest(address)),
+        }
+    }
 }
 
 /// Where the gateway and the NAT put the frames they make. One frame at a time: write it into
@@ -79,7 +145,7 @@ pub trait Outbox {
     /// At least [`crate::frame::FRAME_BUFFER_LEN`] bytes; the frame starts at byte 0.
     fn buffer(&mut self) -> &mut [u8];
 
-    /// Sends the first `len` bytes of the buffer as one Ethernet frame.
+    /// Sends the first `len` bytes of the buffer as one Ethernet frame. The buffer keeps its content.
     fn send(&mut self, len: usize, offload: Offload);
 }
 
@@ -160,11 +226,13 @@ macro_rules! registry {
 registry! {
     /// Address resolution for the gateway's address.
     arp: arp::Arp,
+    /// Neighbor Discovery and router advertisements.
+    ndp: ndp::Ndp,
     /// DHCPv4.
     dhcp: DhcpServer,
     /// DNS over UDP; the worker moves its queries to the resolver and the answers back.
     dns: dns::DnsService,
-    /// ICMP echo.
+    /// ICMP and ICMPv6 echo.
     echo: echo::Echo,
 }
 
@@ -174,6 +242,7 @@ impl Gateway {
         let lan = config.lan.clone();
         Self {
             arp: arp::Arp::new(lan.clone()),
+            ndp: ndp::Ndp::new(&lan, config.domain.as_deref()),
             dhcp: DhcpServer::new(config, leases),
             dns: dns::DnsService::new(lan.clone()),
             echo: echo::Echo::new(lan.clone()),
@@ -197,8 +266,9 @@ impl Gateway {
     ) -> Option<Handled> {
         let concerned = match &packet.body {
             Body::Ipv4(ip) => is_for_gateway(&self.lan, ip.destination),
+            Body::Ipv6(ip) => is_for_gateway6(&self.lan, ip.destination),
             Body::Arp(_) => true,
-            Body::Ipv6(_) | Body::Other(_) => false,
+            Body::Other(_) => false,
         };
         if concerned {
             self.dispatch(packet, now, out)
@@ -215,12 +285,21 @@ fn is_for_gateway(lan: &LanConfig, destination: Ipv4Addr) -> bool {
         || destination == lan.broadcast()
 }
 
+fn is_for_gateway6(lan: &LanConfig, destination: Ipv6Addr) -> bool {
+    lan.v6
+        .as_ref()
+        .is_some_and(|v6| match destination.is_multicast() {
+            true => ndp::is_gateway_group(v6, destination),
+            false => v6.is_gateway(destination),
+        })
+}
+
 /// Refuses packets whose answer could not be a unicast to a guest of this LAN: sent by link-layer
 /// broadcast to a unicast address (RFC 1122 3.3.6), or from an address that no guest may have.
 pub(crate) fn admit_unicast(
     lan: &LanConfig,
     packet: &Packet<'_>,
-    ip: &Ipv4<'_>,
+    source: IpAddr,
 ) -> Result<(), DropReason> {
     if packet.destination != lan.mac {
         return Err(DropReason::ForbiddenDestination);
@@ -228,7 +307,7 @@ pub(crate) fn admit_unicast(
     if packet.source.is_group() {
         return Err(DropReason::GroupSource);
     }
-    if !lan.is_guest(ip.source) {
+    if !lan.is_guest_any(source) {
         return Err(DropReason::ForeignSource);
     }
     Ok(())
@@ -256,6 +335,7 @@ pub(crate) mod testing {
 
     use super::*;
     use crate::frame::{FRAME_BUFFER_LEN, Frame, PortId};
+    use crate::wire::ipv6::link_local;
     use crate::wire::{UDP4_PAYLOAD_AT, write_udp4};
 
     pub const GUEST: Mac = Mac([0x52, 0x54, 0, 0, 0, 7]);
@@ -268,6 +348,20 @@ pub(crate) mod testing {
             address: Ipv4Addr::new(192, 168, 122, 1),
             prefix: 24,
             mtu: 1500,
+            v6: None,
+        }
+    }
+
+    /// [`lan`] with IPv6.
+    pub fn lan6() -> LanConfig {
+        let mac = lan().mac;
+        LanConfig {
+            v6: Some(Lan6 {
+                link_local: link_local(mac),
+                address: "fd12:3456:789a:1::1".parse().unwrap(),
+                prefix: 64,
+            }),
+            ..lan()
         }
     }
 
@@ -343,7 +437,7 @@ mod tests {
     #[test]
     fn services_are_asked_in_the_documented_order() {
         let names: Vec<_> = gateway().services().collect();
-        assert_eq!(names, ["arp", "dhcp", "dns", "echo"]);
+        assert_eq!(names, ["arp", "ndp", "dhcp", "dns", "echo"]);
     }
 
     #[test]
@@ -424,7 +518,7 @@ mod tests {
             let Body::Ipv4(ip) = &packet.body else {
                 unreachable!()
             };
-            admit_unicast(&lan, &packet, ip)
+            admit_unicast(&lan, &packet, ip.source.into())
         };
         assert_eq!(try_one(lan.mac, GUEST_ADDRESS), Ok(()));
         assert_eq!(

@@ -12,7 +12,7 @@
 //!         admit -> switch (learn, look up) -> fit -> send
 //!                          |
 //!                     gateway port  (the LAN's .1)
-//!             ARP  DHCPv4  DNS  ICMP echo   then   NAT
+//!         ARP  NDP  DHCPv4  DNS  ICMP echo   then   NAT
 //!                          |
 //!       TCP: smoltcp per flow   UDP: socket per mapping   ICMP: ping sockets
 //!                     host sockets

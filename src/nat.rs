@@ -10,27 +10,40 @@
 //! Loopback, "this network", link-local (cloud metadata lives there), multicast, reserved addresses
 //! and the LAN itself are refused whatever the routing table says; so are the host's own addresses
 //! unless the network is configured with host access. Refusals are answered with ICMP and counted
-//! under [`DropReason::ForbiddenDestination`].
+//! under [`DropReason::ForbiddenDestination`]. What is left, the egress [`policy`] decides.
 //!
 //! # Seams
 //! [`Uplink`] is all that the NAT knows of the host, so it runs in tests against a scripted one. The
 //! types name IPv4 addresses; IPv6 comes in as a second address family of the same three protocols.
 
+pub mod egress;
 pub mod flow_table;
+pub mod forward;
 pub mod icmp;
 pub mod mapping;
+pub mod policy;
 pub mod tcp;
 #[doc(hidden)]
 pub mod testing;
 pub mod udp;
 
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
+use std::sync::Arc;
 
+use crate::frame::PortId;
+use crate::gateway::fragment::Expired;
 use crate::gateway::{LanConfig, Outbox};
 use crate::stats::DropReason;
-use crate::wire::{Body, Ipv4, Packet, Tcp, Transport};
+use crate::wire;
+use crate::wire::ipv6::IPV6_HEADER_LEN;
+use crate::wire::{Family, Ip, Packet, Tcp, Transport};
 
 pub use crate::frame::{Duration, Instant};
+use egress::{Egress, HostAccess, Protocol};
+use forward::{ForwardCounters, ForwardId, ForwardSpec, ListenerKind};
+use policy::{Policy, PolicyState};
+use tcp::Target;
 
 /// A host socket of the NAT, as the [`Uplink`] numbers it. Never reused while its owner holds it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
@@ -45,6 +58,8 @@ pub enum SockOwner {
     Udp(FlowId),
     /// An ICMP echo mapping.
     Ping(FlowId),
+    /// A forward's listening socket, or a connection that it took and that is on its way to a guest.
+    Forward(FlowId),
 }
 
 /// Slot and generation of an entry in a flow table: a stale id finds nothing.
@@ -108,22 +123,58 @@ pub enum Io {
 #[derive(Clone, Copy, Debug)]
 pub struct Datagram<'a> {
     /// Sender.
-    pub source: SocketAddrV4,
+    pub source: SocketAddr,
     /// One datagram, or several of `segment` bytes each (the last may be shorter).
     pub payload: &'a [u8],
     /// Set if the kernel coalesced (UDP_GRO).
     pub segment: Option<u16>,
-    /// IP TTL it arrived with; 0 = the kernel did not say.
+    /// IP TTL or hop limit it arrived with; 0 = the kernel did not say.
     pub ttl: u8,
+    /// DSCP and ECN it arrived with.
+    pub tos: u8,
+    /// The host's address that it was sent to, where the socket was opened to tell: a forward's on all
+    /// addresses.
+    pub destination: Option<IpAddr>,
+}
+
+/// An entry of a datagram socket's error queue (IP_RECVERR, ip(7)): what became of a datagram sent.
+#[derive(Clone, Copy, Debug)]
+pub struct SocketError<'a> {
+    /// Where the datagram went; of a ping socket with port 0.
+    pub to: SocketAddr,
+    /// The router or host whose ICMP message this was; `None`: the host itself saw the error.
+    pub offender: Option<IpAddr>,
+    /// ICMP or ICMPv6 type of that message; 0 where there is no offender.
+    pub of_type: u8,
+    /// Its code.
+    pub code: u8,
+    /// The MTU that would fit, where it is about one; else 0.
+    pub mtu: u32,
+    /// The errno's meaning.
+    pub error: HostError,
+    /// What was quoted of the datagram's payload; of a ping socket of the ICMP message.
+    pub payload: &'a [u8],
 }
 
 /// How a datagram leaves.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct SendOptions {
-    /// IP TTL; 0 = the socket's default.
+    /// IP TTL or hop limit; 0 = the socket's default.
     pub ttl: u8,
+    /// DSCP and ECN.
+    pub tos: u8,
+    /// No router may fragment it, nor may the host: a datagram that is too big for a hop comes back
+    /// as an error. Without, the host fragments what its own link can't take, IPv6 included.
+    pub dont_fragment: bool,
     /// Payload is a train of datagrams of this size (UDP_SEGMENT).
     pub segment: Option<u16>,
+}
+
+/// A service of lanlet's control plane that guests reach by TCP.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Service {
+    /// DNS over TCP (RFC 7766) on the gateway's addresses.
+    Dns,
 }
 
 /// The host's sockets, as the NAT sees them. `uplink::HostUplink` is the real one; tests script
@@ -134,7 +185,7 @@ pub trait Uplink {
     ///
     /// # Errors
     /// The connection failed at once; there is no socket.
-    fn tcp_connect(&mut self, to: SocketAddrV4, owner: SockOwner) -> Result<SockId, HostError>;
+    fn tcp_connect(&mut self, to: SocketAddr, owner: SockOwner) -> Result<SockId, HostError>;
 
     /// The result of a connect (SO_ERROR). `Err(HostError::Other(0))` never occurs; a connect still
     /// under way gives `Ok(false)`.
@@ -155,37 +206,98 @@ pub trait Uplink {
     /// Makes [`Uplink::close`] send RST instead of FIN (SO_LINGER 0).
     fn tcp_abort_on_close(&mut self, socket: SockId);
 
-    /// Opens a UDP socket, on `port` if that is free, else on any.
+    /// Notices within a minute from here on if the other side is gone (TCP keep-alive).
+    fn tcp_watch(&mut self, socket: SockId);
+
+    /// Takes a connection that waits on a listening stream socket, with the peer's address if it has
+    /// one. `Ok(None)`: none waits.
+    ///
+    /// # Errors
+    /// [`HostError::Exhausted`]: there is one, but no file is left for it.
+    fn accept(
+        &mut self,
+        listener: SockId,
+        owner: SockOwner,
+    ) -> Result<Option<(SockId, Option<SocketAddr>)>, HostError>;
+
+    /// Gives a stream socket to another owner, who hears of its readiness as of a fresh one's.
+    fn hand_over(&mut self, socket: SockId, owner: SockOwner);
+
+    /// Connects to a stream socket of the host's file system. Then as [`Uplink::tcp_connect`].
+    ///
+    /// # Errors
+    /// Nobody listens there ([`HostError::Refused`]), or it may not be connected to.
+    fn unix_connect(&mut self, path: &Path, owner: SockOwner) -> Result<SockId, HostError>;
+
+    /// Connects a guest to a service of lanlet's own. Then as [`Uplink::tcp_connect`].
+    ///
+    /// # Errors
+    /// No socket, or too many wait for the service.
+    fn service_connect(
+        &mut self,
+        service: Service,
+        guest: (PortId, SocketAddr),
+        owner: SockOwner,
+    ) -> Result<SockId, HostError>;
+
+    /// Opens a UDP socket, on `port` if that is free, else on any. Gives the port it is bound to.
     ///
     /// # Errors
     /// No socket.
-    fn udp_open(&mut self, port: u16, owner: SockOwner) -> Result<SockId, HostError>;
+    fn udp_open(
+        &mut self,
+        family: Family,
+        port: u16,
+        owner: SockOwner,
+    ) -> Result<(SockId, u16), HostError>;
 
     /// Opens an ICMP datagram ("ping") socket. The kernel puts its own identifier into requests and
     /// gives back replies to it alone.
     ///
     /// # Errors
     /// [`HostError::Prohibited`] where net.ipv4.ping_group_range excludes us.
-    fn ping_open(&mut self, owner: SockOwner) -> Result<SockId, HostError>;
+    fn ping_open(&mut self, family: Family, owner: SockOwner) -> Result<SockId, HostError>;
 
     /// Sends a datagram: a UDP payload, or a whole ICMP echo message on a ping socket.
     fn send_to(
         &mut self,
         socket: SockId,
-        to: SocketAddrV4,
+        to: SocketAddr,
         payload: &[u8],
         options: SendOptions,
     ) -> Io;
+
+    /// As [`Uplink::send_to`], from one of the host's addresses: a client that wrote to one of several
+    /// expects the answer from there.
+    fn send_from(
+        &mut self,
+        socket: SockId,
+        from: IpAddr,
+        to: SocketAddr,
+        payload: &[u8],
+        options: SendOptions,
+    ) -> Io;
+
+    /// Whether a listening or datagram socket's readiness is reported. It is level-triggered: who can't
+    /// take what waits would hear of nothing else.
+    fn listen_for(&mut self, socket: SockId, wanted: bool);
 
     /// Receives all that waits, at most one batch, and hands each datagram to `sink`. Returns whether
     /// more may be waiting.
     fn recv_from(&mut self, socket: SockId, sink: &mut dyn FnMut(Datagram<'_>)) -> bool;
 
+    /// Takes the entries of a datagram socket's error queue, at most one batch, after
+    /// [`Ready::error`]. An entry is also what a send that failed with [`HostError::TooBig`] left.
+    fn recv_errors(&mut self, socket: SockId, sink: &mut dyn FnMut(SocketError<'_>));
+
     /// Closes the socket.
     fn close(&mut self, socket: SockId);
 
+    /// The host's own address of a connection, if it has one.
+    fn local_address(&mut self, socket: SockId) -> Option<IpAddr>;
+
     /// Whether the host itself answers on this address (any of its interfaces).
-    fn is_host_address(&mut self, address: Ipv4Addr) -> bool;
+    fn is_host_address(&mut self, address: IpAddr) -> bool;
 
     /// 64 random bits from the system's generator.
     fn random(&mut self) -> u64;
@@ -198,22 +310,24 @@ pub struct NatConfig {
     pub lan: LanConfig,
     /// TCP flows at most. UDP and ICMP mappings have limits of their own.
     pub flows_max: usize,
-    /// Guests may connect to the host's own, non-loopback addresses.
-    pub host_access: bool,
+    /// What of the host guests reach.
+    pub host: HostAccess,
+    /// Mapping and filtering of UDP.
+    pub udp: udp::UdpBehaviour,
 }
 
-/// The port of DNS, which the gateway passes on over TCP.
+/// The port of DNS, which the control plane serves over TCP.
 const DNS_PORT: u16 = 53;
 
 /// NAT of one worker: the flows of the guests behind its ports.
 pub struct Nat {
     lan: LanConfig,
-    host_access: bool,
-    dns: Option<SocketAddrV4>,
+    egress: Egress,
     tcp: tcp::TcpNat,
     udp: udp::UdpNat,
     icmp: icmp::PingNat,
     errors: icmp::ErrorSender,
+    forwards: forward::ActiveForwards,
 }
 
 impl Nat {
@@ -222,22 +336,106 @@ impl Nat {
         let NatConfig {
             lan,
             flows_max,
-            host_access,
+            host,
+            udp: behaviour,
         } = config;
+        let mut udp = udp::UdpNat::new(lan.clone(), udp::LIMITS);
+        udp.set_behaviour(behaviour);
         Self {
             tcp: tcp::TcpNat::new(lan.clone(), flows_max, now),
-            udp: udp::UdpNat::new(lan.clone(), udp::LIMITS, host_access),
-            icmp: icmp::PingNat::new(lan.clone(), icmp::LIMITS, host_access),
+            udp,
+            icmp: icmp::PingNat::new(lan.clone(), icmp::LIMITS),
+            egress: Egress::new(lan.clone(), host),
             errors: icmp::ErrorSender::new(),
+            forwards: forward::ActiveForwards::new(lan.clone()),
             lan,
-            host_access,
-            dns: None,
         }
     }
 
-    /// Where TCP connections to the gateway's port 53 go.
-    pub fn set_dns_upstream(&mut self, dns: Option<SocketAddrV4>) {
-        self.dns = dns;
+    /// The forwards, to be told of leases and ports.
+    pub fn forwards_mut(&mut self) -> &mut forward::ActiveForwards {
+        &mut self.forwards
+    }
+
+    /// What each forward has done.
+    pub fn forwards(&self) -> impl Iterator<Item = (ForwardId, ForwardCounters)> + '_ {
+        self.forwards.forwards()
+    }
+
+    /// As [`forward::ActiveForwards::add`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn add_forward<U: Uplink + ?Sized>(
+        &mut self,
+        forward: (ForwardId, &ForwardSpec),
+        listeners: &[ListenerKind],
+        up: &mut U,
+        open: impl FnMut(&mut U, usize, SockOwner) -> Result<SockId, HostError>,
+    ) -> Result<(), HostError> {
+        self.forwards
+            .add(forward, listeners, &mut self.egress, up, open)
+    }
+
+    /// As [`forward::ActiveForwards::remove`].
+    pub fn remove_forward<U: Uplink + ?Sized>(&mut self, id: ForwardId, up: &mut U) {
+        let gone: Vec<_> = self.egress.published(id.0).cloned().collect();
+        self.forwards.remove(id, &mut self.egress, up);
+        // Guests that were admitted because the forward listened are asked again.
+        if !gone.is_empty() {
+            self.udp.review(up, |_, _, peer| {
+                !gone.iter().any(|at| at.covers(Protocol::Udp, peer))
+            });
+        }
+    }
+
+    /// Looks at every packet that reaches the gateway, before its services do.
+    #[inline]
+    pub fn observe(&mut self, packet: &Packet<'_>, now: Instant) {
+        self.forwards.observe(packet, now);
+    }
+
+    /// What belongs to a forward; `None`: nothing does.
+    fn handle_forwarded<U: Uplink + ?Sized, O: Outbox + ?Sized>(
+        &mut self,
+        packet: &Packet<'_>,
+        ip: &Ip<'_>,
+        now: Instant,
+        (up, out): (&mut U, &mut O),
+    ) -> Option<Result<(), DropReason>> {
+        match &ip.transport {
+            Transport::Tcp(tcp) => {
+                let for_gateway = self.lan.is_gateway(ip.destination);
+                if !for_gateway && !self.forwards.has_unix_targets() {
+                    return None;
+                }
+                let known = self.tcp.has_flow(
+                    SocketAddr::new(ip.source, tcp.source_port),
+                    SocketAddr::new(ip.destination, tcp.destination_port),
+                );
+                let target = match self.forwards.unix_target(ip, tcp, known) {
+                    Some(path) => Target::Unix(path),
+                    // A client that the guest sees as the gateway: the flow is there.
+                    None if known && for_gateway => Target::Outside(&mut self.egress),
+                    None => return None,
+                };
+                let to = (up, out);
+                Some(handle_tcp(
+                    &mut self.tcp,
+                    packet,
+                    (ip, tcp),
+                    target,
+                    now,
+                    to,
+                ))
+            }
+            Transport::Udp(udp) => {
+                let session = self.forwards.session(ip, udp)?;
+                let datagram = (ip, udp);
+                Some(self.forwards.answer(session, packet, datagram, now, up))
+            }
+            _ => None,
+        }
     }
 
     /// Takes a guest's packet that no service claimed.
@@ -250,80 +448,117 @@ impl Nat {
         now: Instant,
         (up, out): (&mut U, &mut O),
     ) -> Result<(), DropReason> {
-        let Body::Ipv4(ip) = &packet.body else {
+        let Some(ip) = &packet.ip() else {
             return Err(DropReason::Unclaimed);
         };
         if packet.destination.is_group() {
             return Err(DropReason::Unclaimed);
         }
-        if !self.lan.contains(ip.source) || ip.source == self.lan.address {
+        if !self.lan.is_guest_any(ip.source) {
             return Err(DropReason::ForeignSource);
         }
-        if ip.destination == self.lan.address {
+        if let Some(handled) = self.handle_forwarded(packet, ip, now, (&mut *up, &mut *out)) {
+            return handled;
+        }
+        if self.lan.is_gateway(ip.destination)
+            && (is_dns(ip) || !self.egress.is_mapped(ip.destination))
+        {
             return self.handle_for_gateway(packet, ip, now, (up, out));
         }
         if let Transport::Fragment = ip.transport {
             return Err(DropReason::Fragment);
+        }
+        // Link-local packets are forwarded nowhere (RFC 4291 2.5.6).
+        if is_link_local(ip.source) {
+            return Err(DropReason::ForeignSource);
         }
         if ip.ttl <= 1 {
             self.errors
                 .send(&self.lan, icmp::ErrorKind::TimeExceeded, packet, now, out);
             return Err(DropReason::TtlExceeded);
         }
-        let forbidden = is_never_outside(ip.destination)
-            || self.lan.contains(ip.destination)
-            || (!self.host_access && opens_tcp(ip) && up.is_host_address(ip.destination));
-        if forbidden {
-            self.errors
-                .send(&self.lan, icmp::ErrorKind::Prohibited, packet, now, out);
-            return Err(DropReason::ForbiddenDestination);
-        }
-        match &ip.transport {
+        let handled = match &ip.transport {
             Transport::Tcp(tcp) => {
-                let to = SocketAddrV4::new(ip.destination, tcp.destination_port);
-                self.tcp
-                    .handle_packet(packet, (ip, tcp), to, now, (up, out))
+                let (segment, io) = ((ip, tcp), (&mut *up, &mut *out));
+                let target = Target::Outside(&mut self.egress);
+                let handled = handle_tcp(&mut self.tcp, packet, segment, target, now, io);
+                match handled {
+                    Err(DropReason::OutOfFiles) => self.make_file(packet, segment, now, (up, out)),
+                    handled => handled,
+                }
             }
             Transport::Udp(udp) => {
-                let answers = (out, &mut self.errors);
-                self.udp.handle_packet(packet, ip, udp, now, up, answers)
+                let answers = (&mut *out, &mut self.errors);
+                let egress = &mut self.egress;
+                self.udp
+                    .handle_packet(packet, (ip, udp), egress, now, up, answers)
             }
             Transport::Icmp(message) => {
-                let answers = (out, &mut self.errors);
+                let answers = (&mut *out, &mut self.errors);
+                let egress = &mut self.egress;
                 self.icmp
-                    .handle_packet(packet, ip, message, now, up, answers)
+                    .handle_packet(packet, (ip, message), egress, now, up, answers)
             }
             Transport::Fragment => Err(DropReason::Fragment),
-            Transport::Other(_) => {
-                self.errors.send(
-                    &self.lan,
-                    icmp::ErrorKind::ProtocolUnreachable,
-                    packet,
-                    now,
-                    out,
-                );
-                Err(DropReason::Protocol)
+            Transport::Other(_) => Err(DropReason::Protocol),
+        };
+        let datagram = !matches!(ip.transport, Transport::Tcp(_));
+        let kind = match handled {
+            Err(DropReason::ForbiddenDestination) => icmp::ErrorKind::Prohibited,
+            // RFC 5508 REQ-8. TCP has answered by itself, or lets the guest try again.
+            Err(DropReason::Limit | DropReason::OutOfFiles) if datagram => {
+                icmp::ErrorKind::Prohibited
             }
+            Err(DropReason::Protocol) => icmp::ErrorKind::ProtocolUnreachable,
+            handled => return handled,
+        };
+        self.errors.send(&self.lan, kind, packet, now, out);
+        handled
+    }
+
+    /// A SYN that no file was left for: something idle goes for it, or it is refused.
+    fn make_file<U: Uplink + ?Sized, O: Outbox + ?Sized>(
+        &mut self,
+        packet: &Packet<'_>,
+        (ip, tcp): (&Ip<'_>, &Tcp<'_>),
+        now: Instant,
+        (up, out): (&mut U, &mut O),
+    ) -> Result<(), DropReason> {
+        let made = self.icmp.give_up(now, up)
+            || self.udp.give_up(now, up)
+            || self.tcp.give_up_idle(now, up, out);
+        let handled = match made {
+            true => {
+                let target = Target::Outside(&mut self.egress);
+                let io = (&mut *up, &mut *out);
+                handle_tcp(&mut self.tcp, packet, (ip, tcp), target, now, io)
+            }
+            false => Err(DropReason::OutOfFiles),
+        };
+        if handled == Err(DropReason::OutOfFiles) {
+            self.tcp.refuse(packet, ip, tcp, now, out);
         }
+        handled
     }
 
     /// For the gateway's own address: DNS over TCP, else a closed port.
     fn handle_for_gateway<U: Uplink + ?Sized, O: Outbox + ?Sized>(
         &mut self,
         packet: &Packet<'_>,
-        ip: &Ipv4<'_>,
+        ip: &Ip<'_>,
         now: Instant,
         (up, out): (&mut U, &mut O),
     ) -> Result<(), DropReason> {
-        match (&ip.transport, self.dns) {
-            (Transport::Tcp(tcp), Some(dns)) if tcp.destination_port == DNS_PORT => self
-                .tcp
-                .handle_packet(packet, (ip, tcp), dns, now, (up, out)),
-            (Transport::Tcp(tcp), _) => {
+        match &ip.transport {
+            Transport::Tcp(tcp) if tcp.destination_port == DNS_PORT => {
+                let target = Target::Service(Service::Dns);
+                handle_tcp(&mut self.tcp, packet, (ip, tcp), target, now, (up, out))
+            }
+            Transport::Tcp(tcp) => {
                 self.tcp.refuse(packet, ip, tcp, now, out);
                 Err(DropReason::Unclaimed)
             }
-            (Transport::Udp(_), _) => {
+            Transport::Udp(_) => {
                 self.errors.send(
                     &self.lan,
                     icmp::ErrorKind::PortUnreachable,
@@ -333,9 +568,24 @@ impl Nat {
                 );
                 Err(DropReason::Unclaimed)
             }
-            (Transport::Fragment, _) => Err(DropReason::Fragment),
-            (Transport::Icmp(_) | Transport::Other(_), _) => Err(DropReason::Unclaimed),
+            Transport::Fragment => Err(DropReason::Fragment),
+            Transport::Icmp(_) | Transport::Other(_) => Err(DropReason::Unclaimed),
         }
+    }
+
+    /// Tells a guest that a packet of its was given up because not all of its fragments came.
+    pub fn reassembly_expired<O: Outbox + ?Sized>(
+        &mut self,
+        expired: &Expired<'_>,
+        now: Instant,
+        out: &mut O,
+    ) {
+        if !icmp::error::may_be_about(expired.packet, &self.lan) {
+            return;
+        }
+        let kind = icmp::ErrorKind::ReassemblyTimeExceeded;
+        let about = (expired.source, expired.packet);
+        self.errors.send_about(&self.lan, kind, about, now, out);
     }
 
     /// Takes a readiness event of a host socket. Datagrams from outside that no guest asked for are
@@ -350,8 +600,20 @@ impl Nat {
     ) {
         match owner {
             SockOwner::Tcp(id) => self.tcp.handle_ready(id, ready, now, (up, out)),
-            SockOwner::Udp(id) => self.udp.handle_ready(id, now, up, out, drops),
-            SockOwner::Ping(id) => self.icmp.handle_ready(id, now, up, out, drops),
+            SockOwner::Udp(id) => {
+                let io = (up, out, &mut self.errors);
+                self.udp
+                    .handle_ready(id, ready, &self.egress, now, io, drops)
+            }
+            SockOwner::Forward(id) => {
+                self.forwards
+                    .handle_ready(id, ready, &mut self.tcp, now, (up, out), drops);
+            }
+            SockOwner::Ping(id) => {
+                let io = (up, out, &mut self.errors);
+                self.icmp
+                    .handle_ready(id, ready, &self.egress, now, io, drops)
+            }
         }
     }
 
@@ -362,6 +624,8 @@ impl Nat {
         up: &mut U,
         out: &mut O,
     ) {
+        self.forwards
+            .flush(&mut self.tcp, now, (&mut *up, &mut *out));
         self.tcp.flush(now, up, out);
     }
 
@@ -376,6 +640,7 @@ impl Nat {
             self.tcp.poll_timeout(),
             self.udp.poll_timeout(),
             self.icmp.poll_timeout(),
+            self.forwards.poll_timeout(),
         ]
         .into_iter()
         .flatten()
@@ -390,15 +655,56 @@ impl Nat {
         out: &mut O,
     ) {
         self.tcp.handle_timeout(now, up, out);
+        self.forwards
+            .handle_timeout(&mut self.tcp, now, (&mut *up, &mut *out));
         self.udp.handle_timeout(now, up);
         self.icmp.handle_timeout(now, up);
     }
 
+    /// The host has lost an address (`None`: maybe any): connections from it end, with RST on both
+    /// sides. UDP and echo mappings go on by the route that is left.
+    pub fn address_gone<U: Uplink + ?Sized, O: Outbox + ?Sized>(
+        &mut self,
+        address: Option<IpAddr>,
+        now: Instant,
+        (up, out): (&mut U, &mut O),
+    ) {
+        self.tcp.address_gone(address, now, up, out);
+    }
+
+    /// Puts another policy in force, or none, and ends what it no longer allows: connections with RST
+    /// on both sides, UDP and echo mappings without a word. A flow of an allowed name goes on after its
+    /// TTL.
+    pub fn set_policy<U: Uplink + ?Sized, O: Outbox + ?Sized>(
+        &mut self,
+        policy: Option<Arc<Policy>>,
+        now: Instant,
+        (up, out): (&mut U, &mut O),
+    ) {
+        self.egress.policy().set_policy(policy);
+        let egress = &self.egress;
+        self.tcp.review(now, (&mut *up, out), |port, to| {
+            egress.allows((port, Protocol::Tcp), to)
+        });
+        let review = |protocol| {
+            move |port, _: SocketAddr, peer| egress.allows((port, protocol), egress.shown(peer))
+        };
+        self.udp.review(up, review(Protocol::Udp));
+        self.icmp.review(up, review(Protocol::Echo));
+    }
+
+    /// The policy, with the names of the guests behind each port.
+    pub fn policy(&mut self) -> &mut PolicyState {
+        self.egress.policy()
+    }
+
     /// Ends all flows of the guests behind a port that is gone.
-    pub fn forget_port<U: Uplink + ?Sized>(&mut self, port: crate::frame::PortId, up: &mut U) {
+    pub fn forget_port<U: Uplink + ?Sized>(&mut self, port: PortId, up: &mut U) {
+        self.egress.policy().forget_guest(port);
         self.tcp.forget_port(port, up);
         self.udp.forget_port(port, up);
         self.icmp.forget_port(port, up);
+        self.forwards.forget_port(port);
     }
 
     /// Counters by the names that `lanlet status` shows.
@@ -411,23 +717,52 @@ impl Nat {
         let tcp = self.tcp.counters().iter();
         tcp.chain(self.udp.counters().iter())
             .chain(self.icmp.counters().iter())
+            .chain(self.forwards.counters())
             .chain(errors)
     }
 
     /// Flows now: TCP, UDP, ICMP.
     pub fn flows(&self) -> (usize, usize, usize) {
-        (self.tcp.len(), self.udp.len(), self.icmp.len())
+        let udp = self.udp.len() + self.forwards.session_count();
+        (self.tcp.len(), udp, self.icmp.len())
     }
 }
 
-/// Whether the packet may start a TCP flow. UDP and ICMP mappings ask for the host's addresses
-/// themselves, once per peer.
-fn opens_tcp(ip: &Ipv4<'_>) -> bool {
-    matches!(&ip.transport, Transport::Tcp(tcp) if tcp.flags & Tcp::SYN != 0)
+/// TCP's engine reads plain headers: extension headers, which hardly any sender puts before TCP, are
+/// left out on the way.
+fn handle_tcp<U: Uplink + ?Sized, O: Outbox + ?Sized>(
+    nat: &mut tcp::TcpNat,
+    packet: &Packet<'_>,
+    (ip, tcp): (&Ip<'_>, &Tcp<'_>),
+    target: Target<'_>,
+    now: Instant,
+    (up, out): (&mut U, &mut O),
+) -> Result<(), DropReason> {
+    if ip.source.is_ipv4() || ip.header_len == IPV6_HEADER_LEN {
+        return nat.handle_packet(packet, (ip, tcp), target, now, (up, out));
+    }
+    let plain = without_extensions(ip.packet, ip.header_len);
+    let ip = Ip {
+        packet: &plain,
+        header_len: IPV6_HEADER_LEN,
+        ..*ip
+    };
+    nat.handle_packet(packet, (&ip, tcp), target, now, (up, out))
 }
 
-/// Addresses that no packet of a guest may leave for (RFC 6890): this network, loopback, link-local,
-/// multicast, reserved and limited broadcast.
-fn is_never_outside(address: Ipv4Addr) -> bool {
-    matches!(address.octets(), [0 | 127 | 224..=255, ..] | [169, 254, ..])
+fn is_dns(ip: &Ip<'_>) -> bool {
+    matches!(&ip.transport, Transport::Tcp(tcp) if tcp.destination_port == DNS_PORT)
+}
+
+fn is_link_local(address: IpAddr) -> bool {
+    matches!(address, IpAddr::V6(address) if wire::ipv6::is_link_local(address))
+}
+
+/// The packet with its IPv6 header followed by the transport at `transport_at`.
+fn without_extensions(packet: &[u8], transport_at: usize) -> Vec<u8> {
+    let (header, transport) = (&packet[..IPV6_HEADER_LEN], &packet[transport_at..]);
+    let mut plain = [header, transport].concat();
+    plain[4..6].copy_from_slice(&(transport.len() as u16).to_be_bytes());
+    plain[6] = wire::PROTO_TCP;
+    plain
 }

@@ -2,18 +2,21 @@
 //!
 //! A [`Network`] is a worker thread with the data path, an event thread that takes what the worker
 //! has to tell, and a control thread with a tokio runtime for DNS, the lease file and the helper's
-//! notices. Ports are added and removed while it runs.
+//! notices. Ports and forwards are added and removed while it runs.
 
 mod error;
+mod forwards;
 mod housekeeping;
+mod policy;
 mod ports;
 mod start;
 mod status;
 mod wires;
 
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -22,17 +25,22 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 
 pub use self::error::NetworkError;
+use self::forwards::Forwards;
+pub use self::forwards::{ForwardRefusal, ForwardStatus};
 use self::ports::{Opened, Ports};
 pub use self::start::open_files_wanted;
-pub use self::status::{FlowStatus, LeaseStatus, MacStatus, PortStatus, Status};
+pub use self::status::{FlowStatus, Ipv6Status, LeaseStatus, MacStatus, PortStatus, Status};
 use crate::config::NetworkConfig;
+use crate::control::resolver::ResolverHandle;
 use crate::dhcp::lease::LeaseTable;
 use crate::frame::{self, Mac, PortId};
 use crate::gateway::LanConfig;
+use crate::nat::policy::Policy;
 use crate::port::{self, DropSource, PortRx, PortTx};
 use crate::switch::Switch;
 use crate::tap::guest::GUEST_IFNAME;
 use crate::tap::{Helper, LinkDrops, TapError, WireOptions};
+use crate::wire::ipv6::with_interface_id;
 use crate::worker::{Command, WorkerHandle};
 
 /// Pause between two looks at a draining network.
@@ -47,8 +55,10 @@ pub struct Network {
 /// How a port is attached.
 #[derive(Clone, Debug, Default)]
 pub struct PortOptions {
-    /// Name shown by `status`; empty: made from the kind and the id.
+    /// Name shown by `status` and said in rules; empty: made from the kind and the id.
     pub name: String,
+    /// Group of guests that the port's is of, as rules of the egress policy say it.
+    pub group: Option<String>,
     /// The guest's MAC where lanlet knows it (it made it up for `{mac}`).
     pub mac: Option<Mac>,
     /// No virtio-net header and no offloads (a plain tap).
@@ -92,6 +102,20 @@ pub struct GuestAddress {
     pub mtu: u16,
     /// Search domain.
     pub domain: Option<String>,
+    /// IPv6, where the LAN has it.
+    #[serde(default)]
+    pub v6: Option<GuestAddress6>,
+}
+
+/// A guest's IPv6: the address that it would make by SLAAC, for use at once.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct GuestAddress6 {
+    /// The guest's address.
+    pub address: Ipv6Addr,
+    /// Prefix length of the LAN.
+    pub prefix: u8,
+    /// The gateway's link-local address, where that is the way to the outside.
+    pub gateway: Option<Ipv6Addr>,
 }
 
 /// What the threads and the handle share.
@@ -102,8 +126,14 @@ struct Shared {
     worker: WorkerHandle,
     switch: Arc<Switch>,
     leases: Arc<Mutex<LeaseTable>>,
+    resolver: ResolverHandle,
     ports: Mutex<Ports>,
+    forwards: Mutex<Forwards>,
     helper: Mutex<Option<Arc<Helper>>>,
+    /// The egress policy in force.
+    policy: Mutex<Option<Arc<Policy>>>,
+    /// Whether the host has a way to the IPv6 outside.
+    host_ipv6: AtomicBool,
     stop: Notify,
     end: Mutex<Option<End>>,
     ended: Condvar,
@@ -124,9 +154,9 @@ impl Network {
             ..WireOptions::default()
         })?;
         let wire = opened.wire.clone();
-        let (id, _) = self
-            .shared
-            .add_port(opened, options.name, Some(mac), false)?;
+        let (id, _) =
+            self.shared
+                .add_port(opened, (options.name, options.group), Some(mac), false)?;
         if wire.is_some_and(|wire| wire.helper.is_ended()) {
             self.detach(id);
             let cause = "it ended meanwhile".to_owned();
@@ -176,9 +206,8 @@ impl Network {
             wire: None,
         };
         let leased = options.mac.is_some();
-        let (id, address) = self
-            .shared
-            .add_port(opened, options.name, options.mac, leased)?;
+        let named = (options.name, options.group);
+        let (id, address) = self.shared.add_port(opened, named, options.mac, leased)?;
         let config = &self.shared.config;
         let lease = address.map(|address| GuestAddress {
             address,
@@ -186,6 +215,7 @@ impl Network {
             gateway: config.gateway,
             mtu: config.mtu,
             domain: config.domain.clone(),
+            v6: options.mac.and_then(|mac| self.shared.guest6(mac)),
         });
         Ok((id, lease))
     }
@@ -239,6 +269,7 @@ impl Network {
         }
         lock(&self.shared.helper).take();
         lock(&self.shared.ports).by_id.clear();
+        self.shared.drop_forward_files();
     }
 
     /// Blocks until the worker has ended: its reason where that was a failure, `None` after
@@ -270,6 +301,16 @@ impl Drop for Network {
 impl Shared {
     fn now(&self) -> frame::Instant {
         frame::Instant::from_micros(self.epoch.elapsed().as_micros() as i64)
+    }
+
+    fn guest6(&self, mac: Mac) -> Option<GuestAddress6> {
+        let lan = self.lan.v6?;
+        let has_default = self.host_ipv6.load(Ordering::Relaxed);
+        Some(GuestAddress6 {
+            address: with_interface_id(lan.address, mac),
+            prefix: lan.prefix,
+            gateway: has_default.then_some(lan.link_local),
+        })
     }
 }
 

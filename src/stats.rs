@@ -48,7 +48,7 @@ drop_reasons! {
     EgressTooBig = "egress_too_big",
     /// For the gateway's MAC, but no service and no NAT rule wants it.
     Unclaimed = "unclaimed",
-    /// An IPv4 fragment (reassembly is not offered).
+    /// A fragment that overlaps or contradicts others of its datagram.
     Fragment = "fragment",
     /// An IP protocol other than TCP, UDP and ICMP.
     Protocol = "protocol",
@@ -56,12 +56,16 @@ drop_reasons! {
     ForeignSource = "foreign_source",
     /// A destination guests may not reach: the host itself, loopback, group or reserved addresses.
     ForbiddenDestination = "forbidden_destination",
+    /// Denied by the egress policy, without an answer.
+    SilentlyDenied = "silently_denied",
     /// TTL ran out at the gateway (answered with ICMP time exceeded).
     TtlExceeded = "ttl_exceeded",
     /// No flow and not the start of one.
     NoFlow = "no_flow",
     /// A flow, mapping or query limit is reached.
     Limit = "limit",
+    /// No open file is left for another host socket (RLIMIT_NOFILE), and nothing idle to give up.
+    OutOfFiles = "out_of_files",
     /// The host refused the operation (socket error, no ping sockets).
     HostRefused = "host_refused",
     /// The host's socket buffer is full.
@@ -72,8 +76,10 @@ drop_reasons! {
     TooBig = "too_big",
     /// A flow was ended because handling its packet failed inside the TCP stack.
     FlowFault = "flow_fault",
-    /// ARP that claims the gateway's address for another station (RFC 5227 2.4).
+    /// ARP or NDP that claims a gateway address for another station (RFC 5227 2.4, RFC 4862 5.4).
     AddressConflict = "address_conflict",
+    /// A router advertisement or redirect of a guest. It concerns the gateway alone: other guests got it.
+    RogueRouter = "rogue_router",
     /// A hardware address inside a message (DHCP chaddr) that is not its sender's.
     Spoofed = "spoofed",
     /// A DHCP message that came through a relay agent; this server has one link.

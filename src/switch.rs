@@ -22,11 +22,11 @@
 
 mod mac_table;
 
-use crate::frame::{Duration, ETH_HEADER_LEN, Instant, Mac, PortId};
+use crate::frame::{Duration, ETH_HEADER_LEN, Instant, Mac, PortId, Station};
 use crate::stats::DropReason;
 use mac_table::MacTable;
 
-pub use mac_table::{PORTS_MAX, Station, TableCounters};
+pub use mac_table::{PORTS_MAX, TableCounters};
 
 /// Ageing time that IEEE 802.1Q table 8-6 recommends.
 pub const AGEING_DEFAULT: Duration = Duration::from_secs(300);

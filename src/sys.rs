@@ -5,9 +5,11 @@
 //! built from them reads like ordinary code.
 
 pub mod arena;
+pub mod error_queue;
 pub mod fd_pass;
 pub mod inherited;
 pub mod mmsg;
+pub mod name;
 pub mod namespace;
 pub mod netlink;
 pub mod option;

@@ -15,32 +15,52 @@
 //!   moment; its events carry an old generation and find no flow.
 //! - A TCP socket is added to epoll after connect: before, it would report EPOLLHUP. EPOLL_CTL_ADD
 //!   looks at the state, so a connect that is over already still gives its edge.
-//! - An unconnected UDP or ping socket without IP_RECVERR gets no ICMP errors (net/ipv4/udp.c,
-//!   `__udp4_lib_err`); a send fails only for what the host knows itself.
+//! - An unconnected UDP or ping socket gets ICMP errors only with IP_RECVERR (net/ipv4/udp.c,
+//!   `__udp4_lib_err`): they wait in its error queue, raise EPOLLERR while they do, and the newest one
+//!   makes the next send or receive fail once (`sk_err`), which then has not taken place.
 
-mod route;
+pub mod addresses;
+pub mod listen;
+pub mod outbound;
+pub mod port_owner;
+pub mod route;
 
+use std::collections::VecDeque;
 use std::io;
-use std::net::{Ipv4Addr, SocketAddrV4};
-use std::os::fd::{AsFd, OwnedFd};
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::Path;
 use std::sync::Arc;
 
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, Shutdown, SocketFlags, SocketType, bind, connect,
-    getpeername, ipproto, recv, send, sendto, shutdown, socket_with, sockopt,
+    AddressFamily, RecvFlags, SendFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType,
+    acceptfrom_with, bind, connect, getpeername, getsockname, ipproto, recv, send, sendto,
+    shutdown, socket_with, socketpair, sockopt,
 };
 
-use crate::nat::{Datagram, FlowId, HostError, Io, Ready, SendOptions, SockId, SockOwner, Uplink};
-use crate::sys::{mmsg, socket};
+use crate::frame::PortId;
+use crate::nat::forward::ListenerKind;
+use crate::nat::{
+    Datagram, FlowId, HostError, Io, Ready, SendOptions, Service, SockId, SockOwner, SocketError,
+    Uplink,
+};
+use crate::sys::{error_queue, mmsg, socket};
+use crate::wire::Family;
+use addresses::AddressWatch;
+use outbound::Outbound;
 use route::RouteTable;
+
+/// The token of the host's address changes ([`HostUplink::poll_addresses`]).
+pub const TOKEN_ADDRESSES: u64 = 20 << 56;
 
 /// Token kinds below this are the worker's own (ports, control, timers).
 pub const TOKEN_KIND_FIRST: u8 = 16;
 const KIND_TCP: u8 = TOKEN_KIND_FIRST;
 const KIND_UDP: u8 = TOKEN_KIND_FIRST + 1;
 const KIND_PING: u8 = TOKEN_KIND_FIRST + 2;
+const KIND_FORWARD: u8 = TOKEN_KIND_FIRST + 3;
 /// Bits of a slot in a token ([`FlowId::slot`] is below 2^24).
 const SLOT_BITS: u32 = 24;
 
@@ -53,6 +73,7 @@ pub fn token(owner: SockOwner) -> u64 {
         SockOwner::Tcp(id) => (KIND_TCP, id),
         SockOwner::Udp(id) => (KIND_UDP, id),
         SockOwner::Ping(id) => (KIND_PING, id),
+        SockOwner::Forward(id) => (KIND_FORWARD, id),
     };
     debug_assert!(id.slot < 1 << SLOT_BITS);
     u64::from(kind) << 56 | u64::from(id.slot) << 32 | u64::from(id.generation)
@@ -68,6 +89,7 @@ pub fn owner(token: u64) -> Option<SockOwner> {
         KIND_TCP => Some(SockOwner::Tcp(id)),
         KIND_UDP => Some(SockOwner::Udp(id)),
         KIND_PING => Some(SockOwner::Ping(id)),
+        KIND_FORWARD => Some(SockOwner::Forward(id)),
         _ => None,
     }
 }
@@ -83,20 +105,87 @@ pub fn ready(flags: EventFlags) -> Ready {
     }
 }
 
+/// What is waited for on stream sockets.
+const STREAM_EVENTS: EventFlags = EventFlags::IN
+    .union(EventFlags::OUT)
+    .union(EventFlags::RDHUP)
+    .union(EventFlags::ET);
+/// Keep-alives toward the outside for a guest that sends some itself: whoever asks that often wants to
+/// know within about a minute.
+const KEEP_ALIVE_IDLE: std::time::Duration = std::time::Duration::from_secs(30);
+const KEEP_ALIVE_INTERVAL: std::time::Duration = std::time::Duration::from_secs(10);
+const KEEP_ALIVE_PROBES: u32 = 3;
+/// Connections to services that wait to be taken away, which happens after each batch.
+const SERVED_MAX: usize = 256;
+
+/// Entries of one socket's error queue that are read at a time: a traceroute keeps 16 probes in flight.
+const ERRORS_BATCH: usize = 32;
+
 struct Socket {
     fd: OwnedFd,
-    /// IP_TTL as set on the socket; 0 = the host's default. Guests rarely change their TTL, so the
-    /// option is set when it differs instead of travelling with every datagram.
+    family: Family,
+    /// What it was registered with.
+    token: u64,
+    /// TTL, TOS and fragmentation as set on the socket. Guests rarely change theirs, so the options are
+    /// set when they differ instead of travelling with every datagram.
+    sends: Sends,
+}
+
+/// Options of a datagram socket that every datagram has its own wish for.
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
+struct Sends {
+    /// 0 = the host's default.
     ttl: u8,
+    tos: u8,
+    /// `None` = as the kernel makes sockets.
+    dont_fragment: Option<bool>,
+}
+
+impl Socket {
+    /// Makes the socket send as `options` say.
+    fn prepare(&mut self, options: SendOptions) -> io::Result<()> {
+        let (fd, v6) = (self.fd.as_fd(), self.family == Family::V6);
+        if self.sends.ttl != options.ttl {
+            socket::set_send_ttl(fd, v6, (options.ttl != 0).then_some(options.ttl))?;
+            self.sends.ttl = options.ttl;
+        }
+        if self.sends.tos != options.tos {
+            socket::set_send_tos(fd, v6, options.tos)?;
+            self.sends.tos = options.tos;
+        }
+        if self.sends.dont_fragment != Some(options.dont_fragment) {
+            socket::set_dont_fragment(fd, v6, options.dont_fragment)?;
+            self.sends.dont_fragment = Some(options.dont_fragment);
+        }
+        Ok(())
+    }
+}
+
+/// A guest's connection to a service of the control plane: the service's end.
+#[derive(Debug)]
+pub struct ServiceStream {
+    /// Which service.
+    pub service: Service,
+    /// The guest's port.
+    pub port: PortId,
+    /// The guest.
+    pub guest: SocketAddr,
+    /// A connected stream socket, non-blocking.
+    pub stream: OwnedFd,
 }
 
 /// The host's sockets of one worker.
 pub struct HostUplink {
     epoll: Arc<OwnedFd>,
+    outbound: Outbound,
+    addresses: AddressWatch,
+    /// File numbers from here on are not the guests' to use.
+    file_max: i32,
     sockets: Vec<Option<Socket>>,
     free: Vec<u32>,
     batch: mmsg::RecvBatch,
     routes: RouteTable,
+    served: VecDeque<ServiceStream>,
     /// Keeps UDP_GRO in use. The kernel patches its code when the first such socket of the machine
     /// opens and when the last one closes (`udp_encap_needed_key`): measured, 140 microseconds per
     /// mapping on a host where no one else has one.
@@ -110,21 +199,81 @@ impl HostUplink {
     ///
     /// # Errors
     /// The kernel gives no netlink or UDP socket.
-    pub fn new(epoll: Arc<OwnedFd>) -> io::Result<Self> {
+    pub fn new(epoll: Arc<OwnedFd>, outbound: Outbound) -> io::Result<Self> {
         let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
         let gro = socket_with(AddressFamily::INET, SocketType::DGRAM, flags, None)?;
         // A kernel before 5.0 has none, and then nothing to patch.
         let _ = socket::set_udp_gro(gro.as_fd());
+        let addresses = AddressWatch::open()?;
+        let token = EventData::new_u64(TOKEN_ADDRESSES);
+        epoll::add(&*epoll, addresses.as_fd(), token, EventFlags::IN)?;
         Ok(Self {
             epoll,
+            outbound,
+            addresses,
+            file_max: file_max(),
             sockets: Vec::new(),
             free: Vec::new(),
             batch: mmsg::RecvBatch::new(),
             routes: RouteTable::open()?,
+            served: VecDeque::new(),
             _gro: gro,
             random: [0; 256],
             random_left: 0,
         })
+    }
+
+    /// Tells `sink` of each address that the host has lost, after an event with [`TOKEN_ADDRESSES`].
+    /// `false`: notices were lost, so any address may be gone.
+    pub fn poll_addresses(&self, sink: &mut dyn FnMut(IpAddr)) -> bool {
+        self.addresses.poll(sink)
+    }
+
+    /// Gives a socket the interface and source address that guests' traffic leaves from.
+    fn leave_from(&self, fd: &OwnedFd, family: Family) -> Result<(), HostError> {
+        self.tie(fd)?;
+        let local = self.outbound.local(family, 0);
+        if local.ip().is_unspecified() {
+            return Ok(());
+        }
+        // The port is chosen at connect, where it only has to be free toward that destination.
+        let _ = socket::set_bind_address_no_port(fd.as_fd());
+        bind(fd, &local).map_err(host_error)
+    }
+
+    fn tie(&self, fd: &OwnedFd) -> Result<(), HostError> {
+        self.outbound.tie(fd).map_err(|error| io_host_error(&error))
+    }
+
+    /// The next connection that waits for a service.
+    pub fn poll_service(&mut self) -> Option<ServiceStream> {
+        self.served.pop_front()
+    }
+
+    /// Takes a forward's socket over: listening, or bound to receive datagrams.
+    ///
+    /// # Errors
+    /// It can't be waited for.
+    pub fn adopt(
+        &mut self,
+        fd: OwnedFd,
+        kind: ListenerKind,
+        owner: SockOwner,
+    ) -> Result<SockId, HostError> {
+        let family = match kind {
+            ListenerKind::Tcp(at) => Family::of(at.ip()),
+            ListenerKind::Udp(at) => {
+                // Refinements, as for a guest's mapping.
+                let _ = socket::set_udp_gro(fd.as_fd());
+                if at.ip().is_unspecified() {
+                    socket::set_recv_destination(fd.as_fd(), at.is_ipv6())
+                        .map_err(|error| io_host_error(&error))?;
+                }
+                Family::of(at.ip())
+            }
+            ListenerKind::Unix => Family::V4,
+        };
+        self.keep(fd, family, owner, EventFlags::IN)
     }
 
     /// Sockets open now.
@@ -142,12 +291,22 @@ impl HostUplink {
     fn keep(
         &mut self,
         fd: OwnedFd,
+        family: Family,
         owner: SockOwner,
         flags: EventFlags,
     ) -> Result<SockId, HostError> {
+        // The kernel gives the lowest number that is free: this one tells how many are taken.
+        if fd.as_raw_fd() >= self.file_max {
+            return Err(host_error(Errno::MFILE));
+        }
         let data = EventData::new_u64(token(owner));
         epoll::add(&*self.epoll, &fd, data, flags).map_err(host_error)?;
-        let socket = Some(Socket { fd, ttl: 0 });
+        let socket = Some(Socket {
+            fd,
+            family,
+            token: token(owner),
+            sends: Sends::default(),
+        });
         let slot = match self.free.pop() {
             Some(slot) => {
                 self.sockets[slot as usize] = socket;
@@ -162,19 +321,46 @@ impl HostUplink {
     }
 }
 
+/// Open files that guests' flows leave to the rest: the control socket's clients, DNS, ports to come.
+/// Of a limit below 256, a quarter.
+const FILES_SPARED: u64 = 64;
+
+fn file_max() -> i32 {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    let of = |limit: u64| limit - FILES_SPARED.min(limit / 4);
+    limit.map_or(i32::MAX, |limit| {
+        i32::try_from(of(limit)).unwrap_or(i32::MAX)
+    })
+}
+
 /// What an errno means to a guest.
 pub fn host_error(errno: Errno) -> HostError {
     match errno {
         Errno::CONNREFUSED => HostError::Refused,
         Errno::CONNRESET | Errno::PIPE => HostError::Reset,
         Errno::HOSTUNREACH => HostError::HostUnreachable,
-        Errno::NETUNREACH | Errno::ADDRNOTAVAIL => HostError::NetUnreachable,
+        Errno::NETUNREACH | Errno::ADDRNOTAVAIL | Errno::NODEV => HostError::NetUnreachable,
         Errno::ACCESS | Errno::PERM => HostError::Prohibited,
         Errno::TIMEDOUT => HostError::TimedOut,
         Errno::MSGSIZE => HostError::TooBig,
-        Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::NOBUFS => HostError::Exhausted,
+        Errno::MFILE | Errno::NFILE => {
+            warn_of_files();
+            HostError::Exhausted
+        }
+        Errno::NOMEM | Errno::NOBUFS => HostError::Exhausted,
         other => HostError::Other(other.raw_os_error()),
     }
+}
+
+/// Says once that files ran out, and what to do.
+fn warn_of_files() {
+    static SAID: std::sync::Once = std::sync::Once::new();
+    SAID.call_once(|| {
+        log::warn!(
+            "no open file is left for another host socket: idle flows give way, new ones are refused; \
+             raise the limit (ulimit -n, LimitNOFILE=) or lower --max-flows"
+        );
+    });
 }
 
 /// The outcome of a call that gave an error.
@@ -190,25 +376,50 @@ fn failed_io(error: &io::Error) -> Io {
     failed(Errno::from_io_error(error).unwrap_or(Errno::IO))
 }
 
+fn io_host_error(error: &io::Error) -> HostError {
+    host_error(Errno::from_io_error(error).unwrap_or(Errno::IO))
+}
+
 /// The socket is not open: a bug of the caller, which debug builds stop at.
 const NOT_OPEN: HostError = HostError::Other(Errno::BADF.raw_os_error());
 
-fn open(kind: SocketType, protocol: Option<rustix::net::Protocol>) -> Result<OwnedFd, HostError> {
+fn open(
+    family: Family,
+    kind: SocketType,
+    protocol: Option<rustix::net::Protocol>,
+) -> Result<OwnedFd, HostError> {
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-    socket_with(AddressFamily::INET, kind, flags, protocol).map_err(host_error)
+    let domain = match family {
+        Family::V4 => AddressFamily::INET,
+        Family::V6 => AddressFamily::INET6,
+    };
+    socket_with(domain, kind, flags, protocol).map_err(host_error)
+}
+
+/// Options of every TCP socket.
+fn tune(fd: &OwnedFd) -> rustix::io::Result<()> {
+    // The guest's stack has already decided what to send when; Nagle here would add its delay.
+    sockopt::set_tcp_nodelay(fd, true)?;
+    // Urgent data stays where it was in the stream: nothing is lost and nothing overtakes (RFC 6093 6).
+    sockopt::set_socket_oobinline(fd, true)
 }
 
 impl Uplink for HostUplink {
-    fn tcp_connect(&mut self, to: SocketAddrV4, owner: SockOwner) -> Result<SockId, HostError> {
-        let fd = open(SocketType::STREAM, None)?;
-        // The guest's stack has already decided what to send when; Nagle here would add its delay.
-        sockopt::set_tcp_nodelay(&fd, true).map_err(host_error)?;
+    fn tcp_connect(&mut self, to: SocketAddr, owner: SockOwner) -> Result<SockId, HostError> {
+        let family = Family::of(to.ip());
+        let fd = open(family, SocketType::STREAM, None)?;
+        if fd.as_raw_fd() >= self.file_max {
+            return Err(host_error(Errno::MFILE));
+        }
+        tune(&fd).map_err(host_error)?;
+        if !to.ip().is_loopback() {
+            self.leave_from(&fd, family)?;
+        }
         match connect(&fd, &to) {
             Ok(()) | Err(Errno::INPROGRESS) => {}
             Err(errno) => return Err(host_error(errno)),
         }
-        let flags = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
-        self.keep(fd, owner, flags)
+        self.keep(fd, family, owner, STREAM_EVENTS)
     }
 
     fn tcp_connected(&mut self, socket: SockId) -> Result<bool, HostError> {
@@ -262,47 +473,153 @@ impl Uplink for HostUplink {
         }
     }
 
-    fn udp_open(&mut self, port: u16, owner: SockOwner) -> Result<SockId, HostError> {
-        let fd = open(SocketType::DGRAM, None)?;
-        if port >= PRESERVED_PORT_MIN {
-            match bind(&fd, &SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port)) {
-                // Taken: the first send binds a random free port (ip_local_port_range).
-                Ok(()) | Err(Errno::ADDRINUSE | Errno::ACCESS | Errno::PERM) => {}
-                Err(errno) => return Err(host_error(errno)),
-            }
+    fn tcp_watch(&mut self, socket: SockId) {
+        if let Some(socket) = self.socket(socket) {
+            let fd = &socket.fd;
+            // Fails for stream sockets that are not TCP's: those see the other side's end at once.
+            let _ = sockopt::set_tcp_keepidle(fd, KEEP_ALIVE_IDLE)
+                .and_then(|()| sockopt::set_tcp_keepintvl(fd, KEEP_ALIVE_INTERVAL))
+                .and_then(|()| sockopt::set_tcp_keepcnt(fd, KEEP_ALIVE_PROBES))
+                .and_then(|()| sockopt::set_socket_keepalive(fd, true));
         }
-        // Both are refinements: without GRO datagrams come one by one, without the TTL 64 is assumed.
-        let _ = socket::set_udp_gro(fd.as_fd());
-        let _ = socket::set_recv_ttl(fd.as_fd());
-        self.keep(fd, owner, EventFlags::IN)
     }
 
-    fn ping_open(&mut self, owner: SockOwner) -> Result<SockId, HostError> {
-        let fd = open(SocketType::DGRAM, Some(ipproto::ICMP))?;
-        let _ = socket::set_recv_ttl(fd.as_fd());
-        self.keep(fd, owner, EventFlags::IN)
-    }
-
-    fn send_to(
+    fn accept(
         &mut self,
-        id: SockId,
-        to: SocketAddrV4,
-        payload: &[u8],
-        options: SendOptions,
-    ) -> Io {
+        listener: SockId,
+        owner: SockOwner,
+    ) -> Result<Option<(SockId, Option<SocketAddr>)>, HostError> {
+        let listener = self.socket(listener).ok_or(NOT_OPEN)?;
+        // The client waits in the kernel's queue rather than be taken and dropped.
+        let next = rustix::io::fcntl_dupfd_cloexec(&listener.fd, 0).map_err(host_error)?;
+        if next.as_raw_fd() >= self.file_max {
+            return Err(host_error(Errno::MFILE));
+        }
+        drop(next);
+        let family = listener.family;
+        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+        let (fd, peer) = match acceptfrom_with(&listener.fd, flags) {
+            Ok(accepted) => accepted,
+            // Or the client is gone again, or a firewall was (accept(2)).
+            Err(
+                Errno::AGAIN
+                | Errno::INTR
+                | Errno::CONNABORTED
+                | Errno::PERM
+                | Errno::PROTO
+                | Errno::HOSTUNREACH
+                | Errno::NETUNREACH
+                | Errno::TIMEDOUT,
+            ) => return Ok(None),
+            Err(errno) => return Err(host_error(errno)),
+        };
+        let peer = peer.and_then(|peer| SocketAddr::try_from(peer).ok());
+        if peer.is_some() {
+            // The client may have reset it already, which the first receive tells.
+            let _ = tune(&fd);
+        }
+        Ok(Some((self.keep(fd, family, owner, STREAM_EVENTS)?, peer)))
+    }
+
+    fn hand_over(&mut self, socket: SockId, owner: SockOwner) {
+        if let Some(socket) = self.socket(socket) {
+            let data = EventData::new_u64(token(owner));
+            // The socket is in the set, and changing it needs no memory. What is ready already gives
+            // its edge again.
+            let _ = epoll::modify(&*self.epoll, &socket.fd, data, STREAM_EVENTS);
+        }
+    }
+
+    fn unix_connect(&mut self, path: &Path, owner: SockOwner) -> Result<SockId, HostError> {
+        let address = SocketAddrUnix::new(path).map_err(host_error)?;
+        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+        let fd = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
+            .map_err(host_error)?;
+        match connect(&fd, &address) {
+            Ok(()) => {}
+            // No such file, or a listener whose queue is full: nobody takes the connection.
+            Err(Errno::NOENT | Errno::AGAIN | Errno::NOTSOCK) => return Err(HostError::Refused),
+            Err(errno) => return Err(host_error(errno)),
+        }
+        self.keep(fd, Family::V4, owner, STREAM_EVENTS)
+    }
+
+    fn service_connect(
+        &mut self,
+        service: Service,
+        (port, guest): (PortId, SocketAddr),
+        owner: SockOwner,
+    ) -> Result<SockId, HostError> {
+        if self.served.len() >= SERVED_MAX {
+            return Err(HostError::Refused);
+        }
+        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+        let (ours, theirs) =
+            socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(host_error)?;
+        let socket = self.keep(ours, Family::V4, owner, STREAM_EVENTS)?;
+        self.served.push_back(ServiceStream {
+            service,
+            port,
+            guest,
+            stream: theirs,
+        });
+        Ok(socket)
+    }
+
+    fn udp_open(
+        &mut self,
+        family: Family,
+        port: u16,
+        owner: SockOwner,
+    ) -> Result<(SockId, u16), HostError> {
+        let fd = open(family, SocketType::DGRAM, None)?;
+        if family == Family::V6 {
+            // Else it would take the port from IPv4's mappings too.
+            socket::set_v6_only(fd.as_fd()).map_err(|error| io_host_error(&error))?;
+        }
+        self.tie(&fd)?;
+        let preserved = port >= PRESERVED_PORT_MIN
+            && match bind(&fd, &self.outbound.local(family, port)) {
+                Ok(()) => true,
+                Err(Errno::ADDRINUSE | Errno::ACCESS | Errno::PERM) => false,
+                Err(errno) => return Err(host_error(errno)),
+            };
+        let port = if preserved {
+            port
+        } else {
+            // A random free one (net.ipv4.ip_local_port_range).
+            bind(&fd, &self.outbound.local(family, 0)).map_err(host_error)?;
+            let local = getsockname(&fd).map_err(host_error)?;
+            SocketAddr::try_from(local).map_or(0, |local| local.port())
+        };
+        // Both are refinements: without GRO datagrams come one by one, without the details 64 is
+        // assumed for the TTL and no ICMP error heard.
+        let _ = socket::set_udp_gro(fd.as_fd());
+        let _ = socket::set_recv_details(fd.as_fd(), family == Family::V6);
+        Ok((self.keep(fd, family, owner, EventFlags::IN)?, port))
+    }
+
+    fn ping_open(&mut self, family: Family, owner: SockOwner) -> Result<SockId, HostError> {
+        let protocol = match family {
+            Family::V4 => ipproto::ICMP,
+            Family::V6 => ipproto::ICMPV6,
+        };
+        let fd = open(family, SocketType::DGRAM, Some(protocol))?;
+        self.leave_from(&fd, family)?;
+        let _ = socket::set_recv_details(fd.as_fd(), family == Family::V6);
+        self.keep(fd, family, owner, EventFlags::IN)
+    }
+
+    fn send_to(&mut self, id: SockId, to: SocketAddr, payload: &[u8], options: SendOptions) -> Io {
         let Some(Some(socket)) = self.sockets.get_mut(id.0 as usize) else {
             debug_assert!(false, "{id:?} is not open");
             return Io::Failed(NOT_OPEN);
         };
-        if socket.ttl != options.ttl {
-            let ttl = (options.ttl != 0).then_some(options.ttl);
-            if let Err(error) = socket::set_send_ttl(socket.fd.as_fd(), ttl) {
-                return failed_io(&error);
-            }
-            socket.ttl = options.ttl;
+        if let Err(error) = socket.prepare(options) {
+            return failed_io(&error);
         }
         if let Some(segment) = options.segment.filter(|&segment| segment > 0) {
-            return send_train(&socket.fd, to, payload, segment);
+            return send_train(&socket.fd, (None, to), payload, segment);
         }
         match sendto(
             &socket.fd,
@@ -312,6 +629,42 @@ impl Uplink for HostUplink {
         ) {
             Ok(len) => Io::Done(len),
             Err(errno) => failed(errno),
+        }
+    }
+
+    fn send_from(
+        &mut self,
+        id: SockId,
+        from: IpAddr,
+        to: SocketAddr,
+        payload: &[u8],
+        options: SendOptions,
+    ) -> Io {
+        let Some(Some(socket)) = self.sockets.get_mut(id.0 as usize) else {
+            debug_assert!(false, "{id:?} is not open");
+            return Io::Failed(NOT_OPEN);
+        };
+        if let Err(error) = socket.prepare(options) {
+            return failed_io(&error);
+        }
+        if let Some(segment) = options.segment.filter(|&segment| segment > 0) {
+            return send_train(&socket.fd, (Some(from), to), payload, segment);
+        }
+        match mmsg::send(socket.fd.as_fd(), (Some(from), to), payload, None) {
+            Ok(len) => Io::Done(len),
+            Err(error) => failed_io(&error),
+        }
+    }
+
+    fn listen_for(&mut self, id: SockId, wanted: bool) {
+        if let Some(socket) = self.socket(id) {
+            let events = match wanted {
+                true => EventFlags::IN,
+                false => EventFlags::empty(),
+            };
+            // The socket is in the set, and changing it needs no memory.
+            let data = EventData::new_u64(socket.token);
+            let _ = epoll::modify(&*self.epoll, &socket.fd, data, events);
         }
     }
 
@@ -326,11 +679,35 @@ impl Uplink for HostUplink {
                 payload: received.payload,
                 segment: received.segment,
                 ttl: received.ttl,
+                tos: received.tos,
+                destination: received.destination,
             });
         });
         // An error was pending and is cleared by having been returned; data behind it raises the
         // level-triggered event again.
         received.is_ok_and(|count| count == mmsg::RECV_BATCH)
+    }
+
+    fn recv_errors(&mut self, socket: SockId, sink: &mut dyn FnMut(SocketError<'_>)) {
+        let Some(socket) = self.socket(socket) else {
+            return;
+        };
+        for _ in 0..ERRORS_BATCH {
+            let taken = error_queue::recv(socket.fd.as_fd(), &mut |reported| {
+                sink(SocketError {
+                    to: reported.to,
+                    offender: reported.offender,
+                    of_type: reported.of_type,
+                    code: reported.code,
+                    mtu: reported.info,
+                    error: host_error(Errno::from_raw_os_error(reported.errno)),
+                    payload: reported.payload,
+                });
+            });
+            if taken.is_err() {
+                return;
+            }
+        }
     }
 
     fn close(&mut self, socket: SockId) {
@@ -342,7 +719,12 @@ impl Uplink for HostUplink {
         }
     }
 
-    fn is_host_address(&mut self, address: Ipv4Addr) -> bool {
+    fn local_address(&mut self, socket: SockId) -> Option<IpAddr> {
+        let local = getsockname(&self.socket(socket)?.fd).ok()?;
+        SocketAddr::try_from(local).ok().map(|local| local.ip())
+    }
+
+    fn is_host_address(&mut self, address: IpAddr) -> bool {
         self.routes.is_local(address)
     }
 
@@ -363,14 +745,19 @@ impl Uplink for HostUplink {
 }
 
 /// Sends a train with UDP_SEGMENT, a call per 64 datagrams; where the route can't, with sendmmsg.
-fn send_train(fd: &OwnedFd, to: SocketAddrV4, payload: &[u8], segment: u16) -> Io {
+fn send_train(
+    fd: &OwnedFd,
+    (from, to): (Option<IpAddr>, SocketAddr),
+    payload: &[u8],
+    segment: u16,
+) -> Io {
     let per_call = (mmsg::SEND_TRAIN_MAX / usize::from(segment)).min(mmsg::SEND_SEGMENTS_MAX);
     let train_len = per_call.max(1) * usize::from(segment);
     let mut sent = 0;
     while sent < payload.len() {
         let rest = &payload[sent..];
         let train = &rest[..rest.len().min(train_len)];
-        let result = match mmsg::send_train(fd.as_fd(), to, train, segment) {
+        let result = match mmsg::send(fd.as_fd(), (from, to), train, Some(segment)) {
             // The segment exceeds the route's MTU (EINVAL up to Linux 6.x, then EMSGSIZE), or its
             // device computes no checksums (EIO): net/ipv4/udp.c, udp_send_skb.
             Err(error)
@@ -379,7 +766,7 @@ fn send_train(fd: &OwnedFd, to: SocketAddrV4, payload: &[u8], segment: u16) -> I
                     Some(Errno::INVAL | Errno::MSGSIZE | Errno::IO)
                 ) =>
             {
-                mmsg::send_each(fd.as_fd(), to, train, segment)
+                mmsg::send_each(fd.as_fd(), (from, to), train, segment)
             }
             result => result,
         };

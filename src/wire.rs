@@ -4,8 +4,9 @@
 //! services and the NAT read fields without further bounds thought.
 
 pub mod checksum;
+pub mod ipv6;
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use etherparse::{Ipv4HeaderSlice, TcpHeaderSlice, UdpHeaderSlice};
 
@@ -33,6 +34,8 @@ pub const PROTO_ICMP: u8 = 1;
 pub const PROTO_TCP: u8 = 6;
 /// UDP.
 pub const PROTO_UDP: u8 = 17;
+/// ICMPv6.
+pub const PROTO_ICMPV6: u8 = 58;
 
 /// A frame that reached the gateway, parsed once.
 #[derive(Clone, Copy, Debug)]
@@ -49,6 +52,8 @@ pub struct Packet<'a> {
     pub frame: &'a [u8],
     /// What it carries.
     pub body: Body<'a>,
+    /// It came in fragments and was put together: its sender lets it be fragmented, IPv6 or not.
+    pub reassembled: bool,
 }
 
 /// Layer 3 of a [`Packet`].
@@ -58,46 +63,90 @@ pub enum Body<'a> {
     Arp(&'a [u8]),
     /// A checked IPv4 packet.
     Ipv4(Ipv4<'a>),
-    /// Everything behind the Ethernet header; not checked further.
-    Ipv6(&'a [u8]),
+    /// A checked IPv6 packet.
+    Ipv6(Ipv6<'a>),
     /// Another EtherType.
     Other(u16),
 }
 
-/// A checked IPv4 packet: version, header length, total length and header checksum hold.
+/// A checked IP packet: version, header lengths and total length hold; of IPv4 the header checksum too.
 #[derive(Clone, Copy, Debug)]
-pub struct Ipv4<'a> {
+pub struct Ip<'a, A = IpAddr> {
     /// Source address.
-    pub source: Ipv4Addr,
+    pub source: A,
     /// Destination address.
-    pub destination: Ipv4Addr,
-    /// Time to live as received.
+    pub destination: A,
+    /// Time to live or hop limit, as received.
     pub ttl: u8,
     /// DSCP and ECN.
     pub tos: u8,
     /// The packet from its first header byte to its total length (padding cut off).
     pub packet: &'a [u8],
-    /// Header length, 20..=60 bytes.
+    /// Header length with options, 20..=60 bytes; with IPv6 extension headers 40 and more.
     pub header_len: usize,
     /// Layer 4.
     pub transport: Transport<'a>,
 }
 
-impl<'a> Ipv4<'a> {
+/// A checked IPv4 packet.
+pub type Ipv4<'a> = Ip<'a, Ipv4Addr>;
+/// A checked IPv6 packet.
+pub type Ipv6<'a> = Ip<'a, Ipv6Addr>;
+
+impl<'a, A: Copy + Into<IpAddr>> Ip<'a, A> {
     /// Everything behind the IP header.
     pub fn payload(&self) -> &'a [u8] {
         &self.packet[self.header_len..]
     }
+
+    /// The packet as one of either family.
+    pub fn any(&self) -> Ip<'a> {
+        Ip {
+            source: self.source.into(),
+            destination: self.destination.into(),
+            ttl: self.ttl,
+            tos: self.tos,
+            packet: self.packet,
+            header_len: self.header_len,
+            transport: self.transport,
+        }
+    }
 }
 
-/// Layer 4 of an [`Ipv4`].
+impl Ip<'_> {
+    /// Whether routers on its way may not fragment the packet: DF of IPv4, always with IPv6.
+    pub fn dont_fragment(&self) -> bool {
+        self.source.is_ipv6() || self.packet[6] & 0x40 != 0
+    }
+}
+
+/// IP version.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Family {
+    /// IPv4.
+    V4,
+    /// IPv6.
+    V6,
+}
+
+impl Family {
+    /// That of an address.
+    pub fn of(address: IpAddr) -> Self {
+        match address {
+            IpAddr::V4(_) => Family::V4,
+            IpAddr::V6(_) => Family::V6,
+        }
+    }
+}
+
+/// Layer 4 of an [`Ip`].
 #[derive(Clone, Copy, Debug)]
 pub enum Transport<'a> {
     /// A TCP segment; the checksum holds or is offloaded.
     Tcp(Tcp<'a>),
     /// A UDP datagram (or a train of them, see [`Gso::Udp`]); the checksum holds, is absent or offloaded.
     Udp(Udp<'a>),
-    /// An ICMP message with a right checksum, at least 8 bytes.
+    /// An ICMP or (over IPv6) ICMPv6 message with a right checksum, at least 8 bytes.
     Icmp(&'a [u8]),
     /// More fragments follow or this is not the first.
     Fragment,
@@ -158,7 +207,7 @@ impl<'a> Packet<'a> {
         let body = match be16(bytes, 12) {
             ETHERTYPE_ARP => Body::Arp(behind),
             ETHERTYPE_IPV4 => Body::Ipv4(parse_ipv4(behind, frame.offload)?),
-            ETHERTYPE_IPV6 => Body::Ipv6(behind),
+            ETHERTYPE_IPV6 => Body::Ipv6(ipv6::parse(behind, frame.offload)?),
             other => Body::Other(other),
         };
         Ok(Packet {
@@ -168,7 +217,31 @@ impl<'a> Packet<'a> {
             offload: frame.offload,
             frame: bytes,
             body,
+            reassembled: false,
         })
+    }
+
+    /// The IP packet, if it is one.
+    pub fn ip(&self) -> Option<Ip<'a>> {
+        match &self.body {
+            Body::Ipv4(ip) => Some(ip.any()),
+            Body::Ipv6(ip) => Some(ip.any()),
+            Body::Arp(_) | Body::Other(_) => None,
+        }
+    }
+
+    /// Whether it is a piece of an IP packet.
+    pub fn is_fragment(&self) -> bool {
+        matches!(
+            self.body,
+            Body::Ipv4(Ipv4 {
+                transport: Transport::Fragment,
+                ..
+            }) | Body::Ipv6(Ipv6 {
+                transport: Transport::Fragment,
+                ..
+            })
+        )
     }
 
     /// The IPv4 packet and its UDP datagram, if it is one.
@@ -200,7 +273,11 @@ fn parse_ipv4(bytes: &[u8], offload: Offload) -> Result<Ipv4<'_>, DropReason> {
     let transport = if header.is_fragmenting_payload() {
         Transport::Fragment
     } else {
-        parse_transport(&header, payload, offload)?
+        let addresses = (
+            header.source_addr().into(),
+            header.destination_addr().into(),
+        );
+        parse_transport(addresses, header.protocol().0, payload, offload)?
     };
     Ok(Ipv4 {
         source: header.source_addr(),
@@ -213,16 +290,16 @@ fn parse_ipv4(bytes: &[u8], offload: Offload) -> Result<Ipv4<'_>, DropReason> {
     })
 }
 
-fn parse_transport<'a>(
-    ip: &Ipv4HeaderSlice<'_>,
-    payload: &'a [u8],
+/// Layer 4 of a whole packet. `protocol` is the one behind the last IP header.
+fn parse_transport(
+    (source, destination): (IpAddr, IpAddr),
+    protocol: u8,
+    payload: &[u8],
     offload: Offload,
-) -> Result<Transport<'a>, DropReason> {
-    let protocol = ip.protocol().0;
+) -> Result<Transport<'_>, DropReason> {
     let right = |covered: &[u8]| {
         offload.csum != Csum::Unchecked
-            || checksum::transport4(ip.source_addr(), ip.destination_addr(), protocol, covered)
-                == 0xffff
+            || checksum::transport(source, destination, protocol, covered) == 0xffff
     };
     Ok(match protocol {
         PROTO_TCP => {
@@ -252,8 +329,10 @@ fn parse_transport<'a>(
                 return Err(DropReason::Malformed);
             }
             let datagram = payload.get(..len).ok_or(DropReason::Truncated)?;
-            // A zero checksum means that the sender computed none (RFC 768).
-            if udp.checksum() != 0 && !right(datagram) {
+            // A zero checksum means that the sender computed none (RFC 768); IPv6 allows no such thing
+            // to hosts (RFC 8200 8.1).
+            let none = udp.checksum() == 0 && source.is_ipv4();
+            if !none && !right(datagram) {
                 return Err(DropReason::Malformed);
             }
             Transport::Udp(Udp {
@@ -262,11 +341,20 @@ fn parse_transport<'a>(
                 payload: &datagram[UDP_HEADER_LEN..],
             })
         }
-        PROTO_ICMP => {
+        PROTO_ICMP if source.is_ipv4() => {
             if payload.len() < 8 {
                 return Err(DropReason::Truncated);
             }
             if checksum::fold(checksum::sum(payload)) != 0xffff {
+                return Err(DropReason::Malformed);
+            }
+            Transport::Icmp(payload)
+        }
+        PROTO_ICMPV6 if source.is_ipv6() => {
+            if payload.len() < 8 {
+                return Err(DropReason::Truncated);
+            }
+            if !right(payload) {
                 return Err(DropReason::Malformed);
             }
             Transport::Icmp(payload)
@@ -337,6 +425,79 @@ pub fn write_ipv4(buffer: &mut [u8], fields: Ipv4Fields, payload_len: usize) {
     header[16..20].copy_from_slice(&fields.destination.octets());
     let sum = !checksum::fold(checksum::sum(header));
     header[10..12].copy_from_slice(&sum.to_be_bytes());
+}
+
+/// The fields of an IP header of either family that its writer chooses.
+#[derive(Clone, Copy, Debug)]
+pub struct IpFields {
+    /// Source address.
+    pub source: IpAddr,
+    /// Destination address, of the same family.
+    pub destination: IpAddr,
+    /// Transport.
+    pub protocol: u8,
+    /// Time to live or hop limit.
+    pub ttl: u8,
+    /// DSCP and ECN.
+    pub tos: u8,
+}
+
+/// Length of the header that [`write_ip`] writes for addresses of this one's family.
+pub fn ip_header_len(address: IpAddr) -> usize {
+    match address {
+        IpAddr::V4(_) => IPV4_HEADER_LEN,
+        IpAddr::V6(_) => ipv6::IPV6_HEADER_LEN,
+    }
+}
+
+/// Longest payload behind such a header.
+pub fn ip_payload_max(address: IpAddr) -> usize {
+    match address {
+        IpAddr::V4(_) => 65_535 - IPV4_HEADER_LEN,
+        IpAddr::V6(_) => 65_535,
+    }
+}
+
+/// Writes Ethernet and IP headers for a payload of `payload_len` bytes, which begins where this says.
+///
+/// # Panics
+/// If the addresses are of different families, or the packet exceeds the largest.
+pub fn write_ip(
+    buffer: &mut [u8],
+    (destination, source): (Mac, Mac),
+    fields: IpFields,
+    payload_len: usize,
+) -> usize {
+    let IpFields {
+        protocol, ttl, tos, ..
+    } = fields;
+    match (fields.source, fields.destination) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => {
+            write_ethernet(buffer, destination, source, ETHERTYPE_IPV4);
+            let fields = Ipv4Fields {
+                source: from,
+                destination: to,
+                protocol,
+                ttl,
+                tos,
+            };
+            write_ipv4(buffer, fields, payload_len);
+            ETH_HEADER_LEN + IPV4_HEADER_LEN
+        }
+        (IpAddr::V6(from), IpAddr::V6(to)) => {
+            write_ethernet(buffer, destination, source, ETHERTYPE_IPV6);
+            let fields = ipv6::Ipv6Fields {
+                source: from,
+                destination: to,
+                protocol,
+                hop_limit: ttl,
+                traffic_class: tos,
+            };
+            ipv6::write_ipv6(buffer, fields, payload_len);
+            ETH_HEADER_LEN + ipv6::IPV6_HEADER_LEN
+        }
+        (from, to) => panic!("{from} and {to} are of different families"),
+    }
 }
 
 /// Completes a UDP over IPv4 frame whose payload of `payload_len` bytes already lies at

@@ -21,18 +21,25 @@ use std::time;
 
 use crossbeam_channel::{Receiver, Sender};
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
+use tokio::sync::oneshot;
 
 use crate::dhcp::DhcpConfig;
 use crate::dhcp::lease::LeaseTable;
-use crate::frame::{Batch, ETH_HEADER_LEN, FRAME_BUFFER_LEN, Frame, Instant, PortId};
+use crate::frame::{Batch, ETH_HEADER_LEN, FRAME_BUFFER_LEN, Frame, Instant, Mac, PortId};
+use crate::gateway::dns::message::Name;
 use crate::gateway::dns::{DnsAnswer, DnsQuery, QueryId};
-use crate::gateway::{Gateway, Outbox};
-use crate::nat::{Nat, NatConfig};
+use crate::gateway::fragment::Reassembler;
+use crate::gateway::{Gateway, Outbox, ndp};
+use crate::nat::forward::{ForwardCounters, ForwardId, ForwardSpec, ListenerKind};
+use crate::nat::policy::Policy;
+use crate::nat::policy::ledger::PolicyView;
+use crate::nat::{HostError, Nat, NatConfig};
 use crate::offload::{self, Offload};
 use crate::port::{More, PortRx, PortTx};
 use crate::stats::{DropReason, PortCounters};
 use crate::switch::{Switch, Verdict};
-use crate::uplink::{self, HostUplink};
+use crate::uplink::outbound::Outbound;
+use crate::uplink::{self, HostUplink, ServiceStream};
 use crate::wire::Packet;
 
 /// Batches read from one port before the others get their turn: about a millisecond of the largest
@@ -65,15 +72,66 @@ pub enum Command {
         tx: Arc<dyn PortTx>,
         /// Its counters.
         counters: Arc<PortCounters>,
+        /// Its name, as rules of the policy say it.
+        name: String,
+        /// Its guests' group.
+        group: Option<String>,
     },
     /// Forget this port, its MACs and its flows.
     RemovePort(PortId),
+    /// What a port is called, and its guest's MAC where that is known.
+    NamePort {
+        /// Its number.
+        id: PortId,
+        /// Its name.
+        name: String,
+        /// The guest's MAC.
+        mac: Option<Mac>,
+    },
+    /// Serve a forward.
+    AddForward {
+        /// Its number, unused so far.
+        id: ForwardId,
+        /// What it does, the host's port filled in.
+        spec: Box<ForwardSpec>,
+        /// Its sockets.
+        sockets: Vec<(OwnedFd, ListenerKind)>,
+        /// Hears whether it is served.
+        reply: Sender<Result<(), HostError>>,
+    },
+    /// Take nothing more in by this forward.
+    RemoveForward(ForwardId),
     /// An answer for a guest.
     DnsAnswer(DnsAnswer),
     /// The resolver took on no more: the guest's query is forgotten.
     DnsAbandoned(QueryId),
-    /// Where DNS over TCP goes.
-    DnsUpstream(Option<std::net::SocketAddrV4>),
+    /// Whether the host has a way to the IPv6 outside.
+    HostIpv6(bool),
+    /// Put another egress policy in force, or none.
+    SetPolicy {
+        /// The policy.
+        policy: Option<Arc<Policy>>,
+        /// Hears when it is in force.
+        done: Sender<()>,
+    },
+    /// Whether a guest may ask for a name, over TCP: what is asked over UDP the worker sees itself.
+    DecideName {
+        /// Port the guest is behind.
+        port: PortId,
+        /// The name.
+        name: Box<Name>,
+        /// Gets the decision.
+        reply: oneshot::Sender<bool>,
+    },
+    /// Take note of an answer that a guest will get over TCP.
+    Pin {
+        /// Port the guest is behind.
+        port: PortId,
+        /// The whole DNS message.
+        message: Box<[u8]>,
+        /// Hears when it is done.
+        done: oneshot::Sender<()>,
+    },
     /// Report the worker's own state.
     Snapshot(Sender<Snapshot>),
     /// End.
@@ -85,6 +143,8 @@ pub enum Command {
 pub enum Event {
     /// A guest's query for the resolver.
     Dns(DnsQuery),
+    /// A guest's connection to a service.
+    Serve(ServiceStream),
     /// A port's device is gone.
     PortGone(PortId),
 }
@@ -102,6 +162,10 @@ pub struct Snapshot {
     pub counters: Vec<(String, u64)>,
     /// Host sockets open.
     pub host_sockets: usize,
+    /// What each forward has done.
+    pub forwards: Vec<(ForwardId, ForwardCounters)>,
+    /// The egress policy at work, if there is one.
+    pub policy: Option<PolicyView>,
 }
 
 /// The side of a worker that other threads hold.
@@ -131,6 +195,8 @@ pub struct WorkerConfig {
     pub leases: Arc<Mutex<LeaseTable>>,
     /// The NAT.
     pub nat: NatConfig,
+    /// Where guests' traffic leaves from.
+    pub outbound: Outbound,
     /// Counters of the gateway's port.
     pub gateway_counters: Arc<PortCounters>,
     /// Where events go.
@@ -159,6 +225,7 @@ struct Path {
     buffer: Box<[u8]>,
     gateway: Gateway,
     nat: Nat,
+    fragments: Reassembler,
     uplink: HostUplink,
     now: Instant,
 }
@@ -194,6 +261,8 @@ impl Worker {
         )?;
         let (sender, commands) = crossbeam_channel::unbounded();
         let now = clock(config.epoch);
+        let mut nat = Nat::new(config.nat, now);
+        nat.forwards_mut().set_leases(Arc::clone(&config.leases));
         let worker = Self {
             path: Path {
                 lan: Lan {
@@ -204,8 +273,9 @@ impl Worker {
                 },
                 buffer: vec![0; FRAME_BUFFER_LEN].into_boxed_slice(),
                 gateway: Gateway::new(config.dhcp, config.leases),
-                nat: Nat::new(config.nat, now),
-                uplink: HostUplink::new(Arc::clone(&epoll))?,
+                nat,
+                fragments: Reassembler::new(),
+                uplink: HostUplink::new(Arc::clone(&epoll), config.outbound)?,
                 now,
             },
             epoll,
@@ -250,6 +320,8 @@ impl Worker {
                 let token = event.data.u64();
                 if let Some(owner) = uplink::owner(token) {
                     self.path.handle_socket(owner, uplink::ready(event.flags));
+                } else if token == uplink::TOKEN_ADDRESSES {
+                    self.path.readdress();
                 } else if token & TOKEN_PORT != 0 {
                     self.serve_port(PortId(token as u16));
                 } else if !self.obey() {
@@ -269,10 +341,13 @@ impl Worker {
         } else if !self.gone.is_empty() {
             GONE_RETRY
         } else {
-            let due = [path.nat.poll_timeout(), path.gateway.dns.poll_at()]
-                .into_iter()
-                .flatten()
-                .min();
+            let due = [
+                path.nat.poll_timeout(),
+                path.gateway.dns.poll_at(),
+                path.fragments.poll_timeout(),
+                path.gateway.ndp.poll_timeout(),
+            ];
+            let due = due.into_iter().flatten().min();
             let until = due.map(|due| due.max(path.now) - path.now);
             until.map_or(SLEEP_MAX, |until| {
                 time::Duration::from(until).min(SLEEP_MAX)
@@ -334,15 +409,57 @@ impl Worker {
                     rx,
                     tx,
                     counters,
-                } => self.add_port(id, rx, tx, counters),
+                    name,
+                    group,
+                } => {
+                    let policy = self.path.nat.policy();
+                    policy.add_guest(id, &name, group.as_deref());
+                    self.add_port(id, rx, tx, counters);
+                }
                 Command::RemovePort(id) => self.remove_port(id),
+                Command::NamePort { id, name, mac } => {
+                    self.path.nat.forwards_mut().name_port(id, &name, mac);
+                }
+                Command::AddForward {
+                    id,
+                    spec,
+                    sockets,
+                    reply,
+                } => {
+                    let _ = reply.send(self.path.add_forward(id, &spec, sockets));
+                }
+                Command::RemoveForward(id) => {
+                    self.path.nat.remove_forward(id, &mut self.path.uplink);
+                }
                 Command::DnsAnswer(answer) => self.path.answer_dns(&answer),
                 Command::DnsAbandoned(id) => self.path.gateway.dns.abandon(id),
-                Command::DnsUpstream(upstream) => self.path.nat.set_dns_upstream(upstream),
+                Command::HostIpv6(has_default) => {
+                    let ndp = &mut self.path.gateway.ndp;
+                    ndp.set_default_route(has_default, self.path.now);
+                }
+                Command::SetPolicy { policy, done } => {
+                    self.path.set_policy(policy);
+                    let _ = done.send(());
+                }
+                Command::DecideName { port, name, reply } => {
+                    let policy = self.path.nat.policy();
+                    let _ = reply.send(policy.decide_name(port, Some(&name), self.path.now));
+                }
+                Command::Pin {
+                    port,
+                    message,
+                    done,
+                } => {
+                    self.path.nat.policy().pin(port, &message, self.path.now);
+                    let _ = done.send(());
+                }
                 Command::Snapshot(reply) => {
                     let _ = reply.send(self.path.snapshot());
                 }
-                Command::Stop => return false,
+                Command::Stop => {
+                    self.path.stop();
+                    return false;
+                }
             }
         }
         true
@@ -368,6 +485,7 @@ impl Worker {
         }
         self.receivers[index] = Some(rx);
         self.path.lan.ports[index] = Some(Egress { tx, counters });
+        self.path.gateway.ndp.port_added(self.path.now);
     }
 
     fn remove_port(&mut self, id: PortId) {
@@ -377,6 +495,10 @@ impl Worker {
             self.path.lan.ports[index] = None;
             self.path.lan.switch.remove_port(id);
             self.path.nat.forget_port(id, &mut self.path.uplink);
+            self.path.fragments.forget_port(id);
+            if self.receivers.iter().all(Option::is_none) {
+                self.path.gateway.ndp.ports_gone();
+            }
         }
     }
 }
@@ -399,6 +521,26 @@ impl Path {
             Err(_) if group => return Ok(()),
             Err(reason) => return Err(reason),
         };
+        // Put together before anyone looks, so that no rule sees less than the receiver would.
+        let packet = if packet.is_fragment() {
+            // Of a group's packets, nothing in fragments is for the gateway.
+            if group {
+                return Ok(());
+            }
+            let Some(whole) = self.fragments.handle(&packet, self.now)? else {
+                return Ok(());
+            };
+            let mut whole = Packet::parse(whole, ingress)?;
+            whole.reassembled = true;
+            // RFC 6980 5: no Neighbor Discovery in fragments.
+            if ndp::Ndp::is_discovery(&whole) {
+                return Err(DropReason::Malformed);
+            }
+            whole
+        } else {
+            packet
+        };
+        self.nat.observe(&packet, self.now);
         let mut out = GatewayOut {
             lan: &mut self.lan,
             buffer: &mut self.buffer,
@@ -433,6 +575,25 @@ impl Path {
         );
     }
 
+    /// The host's addresses have changed.
+    fn readdress(&mut self) {
+        let mut gone = Vec::new();
+        let all_heard = self
+            .uplink
+            .poll_addresses(&mut |address| gone.push(Some(address)));
+        if !all_heard {
+            gone = vec![None];
+        }
+        let mut out = GatewayOut {
+            lan: &mut self.lan,
+            buffer: &mut self.buffer,
+        };
+        for address in gone {
+            let io = (&mut self.uplink, &mut out);
+            self.nat.address_gone(address, self.now, io);
+        }
+    }
+
     /// Ends a port's batch.
     fn flush(&mut self, events: &Sender<Event>) {
         let mut out = GatewayOut {
@@ -442,9 +603,18 @@ impl Path {
         self.nat.flush(self.now, &mut self.uplink, &mut out);
         while let Some(query) = self.gateway.dns.poll_query() {
             let id = query.id;
+            let policy = self.nat.policy();
+            if !policy.decide_query(query.port, &query.message, self.now) {
+                self.gateway.dns.refuse(&query, &mut out);
+                continue;
+            }
             if events.try_send(Event::Dns(query)).is_err() {
                 self.gateway.dns.abandon(id);
             }
+        }
+        while let Some(stream) = self.uplink.poll_service() {
+            // If the control thread is behind, the guest finds the connection closed.
+            let _ = events.try_send(Event::Serve(stream));
         }
     }
 
@@ -467,9 +637,59 @@ impl Path {
         {
             self.gateway.dns.expire(self.now);
         }
+        let (nat, now) = (&mut self.nat, self.now);
+        self.fragments.handle_timeout(now, &mut |expired| {
+            nat.reassembly_expired(&expired, now, &mut out);
+        });
+        if self
+            .gateway
+            .ndp
+            .poll_timeout()
+            .is_some_and(|due| due <= self.now)
+        {
+            self.gateway.ndp.handle_timeout(self.now, &mut out);
+        }
+    }
+
+    /// Says what guests have to know before the network ends.
+    fn stop(&mut self) {
+        let mut out = GatewayOut {
+            lan: &mut self.lan,
+            buffer: &mut self.buffer,
+        };
+        self.gateway.ndp.stop(&mut out);
+    }
+
+    fn add_forward(
+        &mut self,
+        id: ForwardId,
+        spec: &ForwardSpec,
+        sockets: Vec<(OwnedFd, ListenerKind)>,
+    ) -> Result<(), HostError> {
+        let kinds: Vec<_> = sockets.iter().map(|&(_, kind)| kind).collect();
+        let mut sockets: Vec<_> = sockets.into_iter().map(Some).collect();
+        self.nat
+            .add_forward((id, spec), &kinds, &mut self.uplink, |uplink, n, owner| {
+                let socket = sockets.get_mut(n).and_then(Option::take);
+                let (fd, kind) = socket.ok_or(HostError::Exhausted)?;
+                uplink.adopt(fd, kind, owner)
+            })
+    }
+
+    fn set_policy(&mut self, policy: Option<Arc<Policy>>) {
+        let mut out = GatewayOut {
+            lan: &mut self.lan,
+            buffer: &mut self.buffer,
+        };
+        self.nat
+            .set_policy(policy, self.now, (&mut self.uplink, &mut out));
     }
 
     fn answer_dns(&mut self, answer: &DnsAnswer) {
+        // Before the answer is cut, and before the guest has it.
+        if let Some(port) = self.gateway.dns.port_of(answer.id) {
+            self.nat.policy().pin(port, &answer.message, self.now);
+        }
         let mut out = GatewayOut {
             lan: &mut self.lan,
             buffer: &mut self.buffer,
@@ -478,7 +698,8 @@ impl Path {
         let _ = self.gateway.dns.handle_answer(answer, &mut out);
     }
 
-    fn snapshot(&self) -> Snapshot {
+    fn snapshot(&mut self) -> Snapshot {
+        let policy = self.nat.policy().view(self.now);
         let (tcp, udp, icmp) = self.nat.flows();
         let services = self.gateway.counters();
         Snapshot {
@@ -487,9 +708,12 @@ impl Path {
             icmp,
             counters: services
                 .chain(self.nat.counters())
+                .chain(self.fragments.counters().iter())
                 .map(|(name, count)| (name.to_owned(), count))
                 .collect(),
             host_sockets: self.uplink.open_count(),
+            forwards: self.nat.forwards().collect(),
+            policy,
         }
     }
 }

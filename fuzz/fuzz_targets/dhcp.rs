@@ -42,6 +42,7 @@ fn lab() -> Lab {
         address: Ipv4Addr::new(192, 168, 122, 1),
         prefix: 28,
         mtu: 1500,
+        v6: None,
     };
     let config = DhcpConfig::new(lan);
     let leases = LeaseTable::new(config.range(), &config.lan).unwrap();

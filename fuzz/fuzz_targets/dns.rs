@@ -35,7 +35,11 @@ fuzz_target!(|data: &[u8]| {
     let rest = &rest[..rest.len().min(60_000)];
     let split = usize::from(u16::from_be_bytes([high, low])) % (rest.len() + 1);
     let (query, answer) = rest.split_at(split);
-    let _ = message::answers(answer, query);
+    let _ = message::is_answer_to(answer, query);
+    for part in [query, answer] {
+        let _ = message::question_name(part).map(|name| name.to_string());
+        let _ = message::answers(part).map(|answers| answers.count());
+    }
     let passes = Query::parse(query).is_ok();
 
     let lan = LanConfig {
@@ -43,6 +47,7 @@ fuzz_target!(|data: &[u8]| {
         address: Ipv4Addr::new(192, 168, 122, 1),
         prefix: 24,
         mtu: 1500,
+        v6: None,
     };
     let mut service = DnsService::new(lan.clone());
     let mut out = Checked(vec![0; FRAME_BUFFER_LEN]);

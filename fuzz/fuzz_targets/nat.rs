@@ -19,7 +19,8 @@ fuzz_target!(|input: &[u8]| {
     let config = NatConfig {
         lan: lan(),
         flows_max: 64,
-        host_access: false,
+        host: Default::default(),
+        udp: Default::default(),
     };
     let mut nat = Nat::new(config, now);
     let (mut up, mut out) = (FakeUplink::new(1), FrameLog::default());

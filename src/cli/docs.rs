@@ -17,7 +17,7 @@ Examples:
   lanlet man run | man -l -
   lanlet man --dir ~/.local/share/man/man1")]
 pub(super) struct ManArgs {
-    /// The command to print the page of [default: lanlet itself]
+    /// The command to print the page of, like up or policy-set [default: lanlet itself]
     #[arg(value_name = "COMMAND")]
     command: Option<String>,
     /// Write all pages, lanlet.1 and lanlet-COMMAND.1, into this directory
@@ -42,13 +42,18 @@ pub(super) struct CompletionsArgs {
 fn pages() -> Vec<(String, clap::Command)> {
     let mut root = Cli::command();
     root.build();
-    let mut pages: Vec<_> = root
-        .get_subcommands()
-        .filter(|command| !command.is_hide_set())
-        .map(|command| (format!("lanlet-{}", command.get_name()), command.clone()))
-        .collect();
-    pages.insert(0, ("lanlet".to_owned(), root));
+    let mut pages = Vec::new();
+    add_pages("lanlet".to_owned(), root, &mut pages);
     pages
+}
+
+/// A command's page, and those of the commands below it.
+fn add_pages(name: String, command: clap::Command, pages: &mut Vec<(String, clap::Command)>) {
+    let below: Vec<_> = command.get_subcommands().cloned().collect();
+    pages.push((name.clone(), command));
+    for command in below.into_iter().filter(|command| !command.is_hide_set()) {
+        add_pages(format!("{name}-{}", command.get_name()), command, pages);
+    }
 }
 
 /// A page. The text after the help becomes sections of its own, unfilled: examples and tables.

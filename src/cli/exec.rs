@@ -14,14 +14,15 @@ use rustix::io::FdFlags;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use serde::{Deserialize, Serialize};
 
+use super::forward::ForwardFlags;
 use super::lan::Lan;
 use super::options::{NameOption, NetworkOptions, PortFlags};
 use super::{Failure, child};
 use crate::frame::Mac;
-use crate::network::{GuestAddress, GuestTap, PortOptions};
+use crate::network::{GuestAddress, GuestTap};
 use crate::sys::{fd_pass, inherited};
 use crate::tap::TapError;
-use crate::tap::guest::{Guest, GuestConfig};
+use crate::tap::guest::{Guest, GuestConfig, GuestConfig6};
 
 /// Longest message between lanlet and the child: an error text, or an address with a domain.
 const MESSAGE_BYTES_MAX: usize = 8 * 1024;
@@ -37,12 +38,15 @@ const MESSAGE_BYTES_MAX: usize = 8 * 1024;
 Examples:
   lanlet exec -- curl http://example.org/
   lanlet exec --name lab -- bash
+  lanlet exec -p 8080:80 -- python3 -m http.server 80
   lanlet exec --name lab --mac 52:54:00:00:00:09 -- iperf3 -s")]
 pub(super) struct Args {
     #[command(flatten)]
     name: NameOption,
     #[command(flatten)]
     port: PortFlags,
+    #[command(flatten)]
+    forwards: ForwardFlags,
     /// The command and its arguments
     #[arg(last = true, required = true, value_name = "CMD")]
     command: Vec<OsString>,
@@ -86,13 +90,10 @@ pub(super) fn exec(args: &Args) -> Result<ExitCode, Failure> {
     let mut lan = Lan::open(&args.name, &args.network)?;
     let mac = args.port.mac.unwrap_or_else(|| lan.make_mac());
     let mut guest = NewGuest::spawn(&args.command, args.port.no_offload)?;
-    let options = PortOptions {
-        name: String::new(),
-        mac: Some(mac),
-        no_offload: args.port.no_offload,
-    };
+    let options = args.port.port(Some(mac));
     let tap = guest.tap.take().ok_or(Failure::Reported)?;
     let (_, address) = lan.attach_tap(tap, options)?;
+    lan.add_forwards(&args.forwards, mac)?;
     let address =
         address.ok_or_else(|| Failure::because("the network gave the guest no address"))?;
     let child = guest.start(mac, address)?;
@@ -232,6 +233,16 @@ fn configure(guest: &mut Guest, start: &Start) -> Result<(), Failure> {
         gateway: address.gateway,
         mtu: address.mtu,
     })?;
+    if let Some(v6) = address.v6 {
+        let configured = guest.configure6(&GuestConfig6 {
+            address: v6.address,
+            prefix: v6.prefix,
+            gateway: v6.gateway,
+        });
+        if let Err(error) = configured {
+            log::warn!("{error}; the guest has IPv4 only");
+        }
+    }
     if let Err(error) = guest.set_resolv_conf(&resolv_conf(address)) {
         log::warn!("{error}");
     }
@@ -262,6 +273,7 @@ mod tests {
             gateway: [10, 0, 0, 1].into(),
             mtu: 1500,
             domain: None,
+            v6: None,
         };
         assert_eq!(resolv_conf(&address), "nameserver 10.0.0.1\n");
         address.domain = Some("lab.test".to_owned());

@@ -4,11 +4,13 @@ use std::hash::{BuildHasher, RandomState};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
+use super::forward::ForwardFlags;
 use super::options::{NameOption, NetworkOptions};
 use super::{Failure, child};
 use crate::control::RuntimeDir;
 use crate::control::client::Client;
 use crate::frame::{Mac, PortId};
+use crate::nat::forward::{ForwardId, Guest};
 use crate::network::{GuestAddress, GuestTap, Network, PortOptions, VmmPort};
 
 /// How long a network waits for its last bytes to be taken, after the command it was for has ended.
@@ -95,10 +97,31 @@ impl Lan {
         })
     }
 
+    /// Makes the forwards that a command asks for, which end with it. `own` is the guest that they mean
+    /// where they name none.
+    ///
+    /// # Errors
+    /// One of them is wrong, or can't be had.
+    pub(super) fn add_forwards(&mut self, flags: &ForwardFlags, own: Mac) -> Result<(), Failure> {
+        for spec in flags.specs() {
+            let spec = spec.clone().for_guest(Guest::Mac(own));
+            let added = match self {
+                Lan::Embedded(network) => network.add_forward(spec)?,
+                Lan::Running(client) => client.add_forward(&spec, true)?,
+            };
+            log::info!("forward {}: {}", added.id, added.forward);
+        }
+        Ok(())
+    }
+
     /// Before a network of this process ends: lets the connections that the command has closed deliver
     /// what they still hold.
     pub(super) fn drain(&self) {
         if let Lan::Embedded(network) = self {
+            // Nobody comes in any more for whom there is nobody.
+            for forward in network.forwards() {
+                network.remove_forward(ForwardId(forward.id));
+            }
             network.drain(DRAIN_MAX);
         }
     }

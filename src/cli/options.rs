@@ -6,10 +6,18 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::Failure;
-use crate::config::{self, AddressRange, NAME_DEFAULT, NetworkConfig, Settings, Subnet};
+use super::{Failure, policy};
+use crate::config::{
+    self, AddressRange, HostPorts, HostSettings, NAME_DEFAULT, NetworkConfig, Settings, Subnet,
+    Subnet6,
+};
 use crate::control::api::guest_mac;
 use crate::frame::Mac;
+use crate::nat::forward::GuestName;
+use crate::nat::mapping::Dependence;
+use crate::nat::policy::parse::check_guest_name;
+use crate::nat::udp::UdpBehaviour;
+use crate::network::PortOptions;
 
 /// Which network.
 #[derive(Args, Debug)]
@@ -47,6 +55,11 @@ pub(super) struct NetworkOptions {
     #[arg(long, value_name = "ADDR")]
     gateway: Option<Ipv4Addr>,
 
+    /// The LAN's IPv6: a /64, 'auto' for a unique local one that stays the same, or 'off' [default:
+    /// auto; off with an MTU below 1280]
+    #[arg(long, value_name = "CIDR|auto|off")]
+    subnet6: Option<Subnet6>,
+
     /// MTU announced to guests, 576 to 65521 bytes [default: 1500]
     #[arg(long, value_name = "BYTES")]
     mtu: Option<u16>,
@@ -76,9 +89,45 @@ pub(super) struct NetworkOptions {
     #[arg(long, value_name = "N")]
     max_flows: Option<usize>,
 
-    /// Let guests connect to the host's own addresses (never its loopback)
+    /// Let guests connect to the host's own addresses (not its loopback)
     #[arg(long)]
     host_access: bool,
+
+    /// An address by which guests reach the host's loopback (127.0.0.1, or ::1 by an IPv6 one): the
+    /// gateway's, or one that is in use nowhere, like 10.0.2.2; up to one of each family
+    #[arg(long, value_name = "ADDR")]
+    map_host_loopback: Vec<IpAddr>,
+
+    /// Ports of the host that the two options above open, like 80 or 5000-5010/udp; may be repeated
+    /// [default: all]
+    #[arg(long, value_name = "PORT[-PORT][/udp]", value_delimiter = ',')]
+    host_port: Vec<HostPorts>,
+
+    /// Source address of guests' traffic on the host; up to one of each family [default: as the host
+    /// routes]
+    #[arg(long, value_name = "ADDR")]
+    outbound_address: Vec<IpAddr>,
+
+    /// Interface that guests' traffic leaves by, whatever the host's routes [default: as the host
+    /// routes]
+    #[arg(long, value_name = "IFNAME")]
+    outbound_interface: Option<String>,
+
+    /// Egress policy: which guest may reach what outside. 'lanlet policy --help' has its form
+    #[arg(long, value_name = "FILE")]
+    policy: Option<PathBuf>,
+
+    /// Which destinations a guest's UDP port is mapped to the same outside port for (RFC 4787 4.1):
+    /// endpoint-independent (all), address-dependent or address-and-port-dependent [default:
+    /// endpoint-independent]
+    #[arg(long, value_name = "KIND")]
+    udp_mapping: Option<Dependence>,
+
+    /// Who outside may send to a guest's mapped UDP port (RFC 4787 5): endpoint-independent (anybody),
+    /// address-dependent (addresses that the guest wrote to) or address-and-port-dependent (addresses
+    /// and ports) [default: address-dependent]
+    #[arg(long, value_name = "KIND")]
+    udp_filtering: Option<Dependence>,
 
     /// Where leases are kept across restarts, or 'none' [default: for 'up'
     /// ~/.local/state/lanlet/NAME.leases, else none]
@@ -97,9 +146,11 @@ impl NetworkOptions {
         name: &str,
         lease_file: Option<PathBuf>,
     ) -> Result<NetworkConfig, Failure> {
+        let udp = UdpBehaviour::default();
         let settings = Settings {
             subnet: self.subnet,
             gateway: self.gateway,
+            subnet6: self.subnet6,
             mtu: self.mtu,
             dhcp_range: self.dhcp_range,
             lease_time: self.lease_time,
@@ -107,9 +158,22 @@ impl NetworkOptions {
             dns: self.dns.clone(),
             ageing: self.ageing,
             flows_max: self.max_flows,
-            host_access: self.host_access,
+            udp: UdpBehaviour {
+                mapping: self.udp_mapping.unwrap_or(udp.mapping),
+                filtering: self.udp_filtering.unwrap_or(udp.filtering),
+            },
+            host: HostSettings {
+                own_addresses: self.host_access,
+                loopback: self.map_host_loopback.clone(),
+                ports: self.host_port.clone(),
+                sources: self.outbound_address.clone(),
+                interface: self.outbound_interface.clone(),
+            },
         };
         let mut config = settings.resolve(name)?;
+        if let Some(path) = &self.policy {
+            config.policy = Some(policy::read(path)?.0);
+        }
         config.lease_file = match &self.lease_file {
             None => lease_file,
             Some(path) if path.as_os_str() == "none" => None,
@@ -123,6 +187,7 @@ impl NetworkOptions {
         [
             ("--subnet", self.subnet.is_some()),
             ("--gateway", self.gateway.is_some()),
+            ("--subnet6", self.subnet6.is_some()),
             ("--mtu", self.mtu.is_some()),
             ("--dhcp-range", self.dhcp_range.is_some()),
             ("--lease-time", self.lease_time.is_some()),
@@ -131,6 +196,13 @@ impl NetworkOptions {
             ("--ageing", self.ageing.is_some()),
             ("--max-flows", self.max_flows.is_some()),
             ("--host-access", self.host_access),
+            ("--udp-mapping", self.udp_mapping.is_some()),
+            ("--udp-filtering", self.udp_filtering.is_some()),
+            ("--map-host-loopback", !self.map_host_loopback.is_empty()),
+            ("--host-port", !self.host_port.is_empty()),
+            ("--outbound-address", !self.outbound_address.is_empty()),
+            ("--outbound-interface", self.outbound_interface.is_some()),
+            ("--policy", self.policy.is_some()),
             ("--lease-file", self.lease_file.is_some()),
         ]
         .into_iter()
@@ -145,16 +217,41 @@ pub(super) struct PortFlags {
     #[arg(long, value_name = "MAC", value_parser = guest_mac)]
     pub(super) mac: Option<Mac>,
 
+    /// What the guest is called, in 'status' and for forwards [default: made from the port]
+    #[arg(long, value_name = "NAME")]
+    guest_name: Option<GuestName>,
+    /// Group of the guest, which rules of a policy say as group=NAME
+    #[arg(long, value_name = "NAME", value_parser = parse_guest_name)]
+    pub(super) group: Option<String>,
+
     /// A plain tap: no virtio-net header, no offloads (slow; for VMMs that know no better)
     #[arg(long)]
     pub(super) no_offload: bool,
 }
 
+impl PortFlags {
+    /// How a port is attached.
+    pub(super) fn port(&self, mac: Option<Mac>) -> PortOptions {
+        let name = self.guest_name.as_ref().map(ToString::to_string);
+        PortOptions {
+            name: name.unwrap_or_default(),
+            group: self.group.clone(),
+            mac,
+            no_offload: self.no_offload,
+        }
+    }
+}
+
+fn parse_guest_name(text: &str) -> Result<String, String> {
+    check_guest_name(text).map(|()| text.to_owned())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{MTU_MAX, MTU_MIN};
+    use crate::config::{MTU_MAX, MTU_MIN, PREFIX6_LEN};
     use crate::nat::{icmp, udp};
+    use crate::wire::ipv6;
     use clap::CommandFactory;
 
     #[derive(clap::Parser)]
@@ -172,6 +269,7 @@ mod tests {
                 "mtu",
                 vec![MTU_MIN.into(), MTU_MAX.into(), default.mtu.into()],
             ),
+            ("subnet6", vec![PREFIX6_LEN.into(), ipv6::MTU_MIN.into()]),
             (
                 "max_flows",
                 vec![udp::LIMITS.total, icmp::LIMITS.total, default.flows_max],

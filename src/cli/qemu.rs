@@ -6,6 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use super::forward::ForwardFlags;
 use super::lan::Lan;
 use super::options::{NameOption, NetworkOptions, PortFlags};
 use super::run::{Tap, with_tap};
@@ -20,6 +21,7 @@ use super::{Failure, child};
 #[command(after_help = "\
 Examples:
   lanlet qemu -- -m 1G -drive file=disk.qcow2
+  lanlet qemu -p 127.0.0.1:2222:22 -- -m 1G disk.img
   lanlet qemu --name lab --mac 52:54:00:00:00:07 -- -enable-kvm -m 2G disk.img
   lanlet qemu -- -device virtio-net-pci,netdev=lanlet0,mq=on -m 1G disk.img
   lanlet qemu --qemu qemu-system-aarch64 -- -M virt -cpu cortex-a72 -m 1G disk.img")]
@@ -31,6 +33,8 @@ pub(super) struct Args {
     qemu: Option<PathBuf>,
     #[command(flatten)]
     port: PortFlags,
+    #[command(flatten)]
+    forwards: ForwardFlags,
     /// Arguments for QEMU
     #[arg(last = true, value_name = "QEMU-ARGS")]
     arguments: Vec<OsString>,
@@ -45,7 +49,7 @@ pub(super) fn qemu(args: &Args) -> Result<ExitCode, Failure> {
         None => find()?,
     };
     let lan = Lan::open(&args.name, &args.network)?;
-    with_tap(lan, &signals, &args.port, |tap| {
+    with_tap(lan, &signals, (&args.port, &args.forwards), |tap| {
         command(&program, &args.arguments, tap)
     })
 }

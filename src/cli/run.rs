@@ -4,10 +4,11 @@ use std::ffi::OsString;
 use std::os::fd::AsRawFd;
 use std::process::ExitCode;
 
+use super::forward::ForwardFlags;
 use super::lan::Lan;
 use super::options::{NameOption, NetworkOptions, PortFlags};
 use super::{Failure, child, replace_in};
-use crate::network::{PortOptions, VmmPort};
+use crate::network::VmmPort;
 use crate::sys::signal::SignalFd;
 
 /// Run a VMM (or any command) with a tap of the network as an inherited descriptor
@@ -28,6 +29,8 @@ pub(super) struct Args {
     name: NameOption,
     #[command(flatten)]
     port: PortFlags,
+    #[command(flatten)]
+    forwards: ForwardFlags,
     /// The command and its arguments
     #[arg(last = true, required = true, value_name = "CMD")]
     command: Vec<OsString>,
@@ -38,7 +41,7 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args) -> Result<ExitCode, Failure> {
     let signals = child::block_signals()?;
     let lan = Lan::open(&args.name, &args.network)?;
-    with_tap(lan, &signals, &args.port, |tap| {
+    with_tap(lan, &signals, (&args.port, &args.forwards), |tap| {
         let fill = |argument: &OsString| {
             let argument = replace_in(argument, "{fd}", &tap.fd);
             let argument = replace_in(&argument, "{ifname}", &tap.ifname);
@@ -73,14 +76,11 @@ impl Tap {
 pub(super) fn with_tap(
     mut lan: Lan,
     signals: &SignalFd,
-    flags: &PortFlags,
+    (flags, forwards): (&PortFlags, &ForwardFlags),
     command: impl FnOnce(&Tap) -> Vec<OsString>,
 ) -> Result<ExitCode, Failure> {
-    let port = lan.attach_vmm(PortOptions {
-        name: String::new(),
-        mac: flags.mac,
-        no_offload: flags.no_offload,
-    })?;
+    let port = lan.attach_vmm(flags.port(flags.mac))?;
+    lan.add_forwards(forwards, port.mac)?;
     let tap = Tap::of(&port);
     let environment = [
         ("LANLET_FD", tap.fd.clone()),

@@ -10,7 +10,7 @@ use crate::control::client::Client;
 use crate::control::{ControlError, RuntimeDir};
 use crate::network::{PortStatus, Status};
 
-/// Show a running network's ports, counters, addresses, leases and flows
+/// Show a running network's ports, counters, addresses, leases, forwards and flows
 ///
 /// Counters are from the guests' side: 'from guest' is what a port's guest sent. A drop stands with
 /// the port it belongs to, by reason; 'kernel_' ones happened in the tap's own queue.
@@ -44,8 +44,15 @@ pub(super) fn status(args: &Args) -> Result<ExitCode, Failure> {
 
 /// The status as tables.
 pub(super) fn render(status: &Status) -> String {
+    let ipv6 = status.ipv6.as_ref().map_or(String::new(), |ipv6| {
+        let route = match ipv6.default_route {
+            true => "",
+            false => ", no default route (the host has no IPv6)",
+        };
+        format!("IPv6 {}, gateway {}{route}\n", ipv6.subnet, ipv6.link_local)
+    });
     let mut text = format!(
-        "network {} (pid {}), up {}\nsubnet {}, MTU {}\n",
+        "network {} (pid {}), up {}\nsubnet {}, MTU {}\n{ipv6}",
         status.name,
         status.pid,
         uptime(Duration::from_secs(status.uptime_secs)),
@@ -104,6 +111,10 @@ pub(super) fn render(status: &Status) -> String {
         "<<<<",
         leases.collect(),
     );
+    super::forward::render(&mut text, &status.forwards);
+    if let Some(policy) = &status.policy {
+        super::policy::render(&mut text, policy);
+    }
     let totals = status.totals.iter().filter(|&(_, &count)| count != 0);
     let totals = totals.map(|(name, count)| vec![name.clone(), count.to_string()]);
     table(&mut text, &["TOTALS", ""], "<>", totals.collect());
@@ -136,14 +147,14 @@ fn port_row(port: &PortStatus) -> Vec<String> {
 }
 
 /// A guest chooses its host name; its control characters stay off the terminal.
-fn printable(text: &str) -> String {
+pub(super) fn printable(text: &str) -> String {
     text.chars()
         .map(|c| if c.is_control() { '?' } else { c })
         .collect()
 }
 
 /// Appends a table, columns aligned left (`<`) or right (`>`); nothing where there are no rows.
-fn table(text: &mut String, heads: &[&str], align: &str, rows: Vec<Vec<String>>) {
+pub(super) fn table(text: &mut String, heads: &[&str], align: &str, rows: Vec<Vec<String>>) {
     if rows.is_empty() {
         return;
     }
@@ -188,7 +199,7 @@ fn bytes(count: u64) -> String {
 }
 
 /// A time of day style span: `3d 04:05:06`, `04:05:06`.
-fn uptime(time: Duration) -> String {
+pub(super) fn uptime(time: Duration) -> String {
     let secs = time.as_secs();
     let clock = format!(
         "{:02}:{:02}:{:02}",
@@ -205,7 +216,7 @@ fn uptime(time: Duration) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::network::{FlowStatus, LeaseStatus, MacStatus};
+    use crate::network::{FlowStatus, ForwardStatus, Ipv6Status, LeaseStatus, MacStatus};
 
     #[test]
     fn the_whole_picture() {
@@ -227,6 +238,11 @@ mod tests {
             pid: 7,
             uptime_secs: 93_784,
             subnet: "10.0.0.1/24".to_owned(),
+            ipv6: Some(Ipv6Status {
+                subnet: "fd12::1/64".to_owned(),
+                link_local: "fe80::1".parse().unwrap(),
+                default_route: false,
+            }),
             mtu: 1500,
             ports: vec![
                 port(0, "gateway", &[]),
@@ -247,6 +263,13 @@ mod tests {
                 udp: 1,
                 icmp: 0,
             },
+            forwards: vec![ForwardStatus {
+                id: 1,
+                forward: "8080:10.0.0.2:80".to_owned(),
+                opened: 3,
+                ..ForwardStatus::default()
+            }],
+            policy: None,
             totals: [("flows_opened".to_owned(), 9), ("nothing".to_owned(), 0)].into(),
             incomplete: None,
         };
@@ -255,6 +278,7 @@ mod tests {
             "\
 network lab (pid 7), up 1d 02:03:04
 subnet 10.0.0.1/24, MTU 1500
+IPv6 fd12::1/64, gateway fe80::1, no default route (the host has no IPv6)
 flows: 4 TCP, 1 UDP, 0 ICMP
 
 PORT  NAME     KIND  FROM GUEST           TO GUEST         DROPPED
@@ -266,6 +290,9 @@ MAC                PORT
 
 LEASE     MAC                HOST NAME  ENDS
 10.0.0.2  52:54:00:00:00:01  al?[2Jice  in 00:59:59
+
+FORWARD                    OPENED  WAITING  REFUSED
+      1  8080:10.0.0.2:80       3        0        0
 
 TOTALS
 flows_opened  9

@@ -13,9 +13,10 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags};
 
+use super::forward::ForwardFlags;
 use super::options::{NameOption, NetworkOptions};
 use super::{Failure, child, print};
-use crate::config::{NetworkConfig, format_duration};
+use crate::config::{NetworkConfig, PREFIX6_LEN, format_duration};
 use crate::control::client::Client;
 use crate::control::server::Server;
 use crate::control::{ControlError, RuntimeDir};
@@ -41,10 +42,13 @@ const STOP_POLL: Duration = Duration::from_millis(20);
 Examples:
   lanlet up
   lanlet up --name lab --subnet 10.9.0.0/24 --dhcp-range 10.9.0.100-10.9.0.199 --domain lab.test
+  lanlet up -p 8080:192.168.122.70:80 -p 5353:web:53/udp
   lanlet up --dns 9.9.9.9 --lease-time 12h --lease-file none")]
 pub(super) struct Args {
     #[command(flatten)]
     name: NameOption,
+    #[command(flatten)]
+    forwards: ForwardFlags,
     #[command(flatten)]
     network: NetworkOptions,
 }
@@ -64,7 +68,8 @@ pub(super) fn up(args: &Args) -> Result<ExitCode, Failure> {
     let signals = SignalFd::block(&ENDING).map_err(Failure::io("cannot hold back signals"))?;
     let name = args.name.get();
     let default_leases = lease_file(name);
-    let config = args.network.resolve(name, default_leases.clone())?;
+    let mut config = args.network.resolve(name, default_leases.clone())?;
+    config.forwards = args.forwards.specs().cloned().collect();
     let claim = RuntimeDir::from_env().claim(name)?;
     if let Some(path) = config
         .lease_file
@@ -211,10 +216,14 @@ fn summary(config: &NetworkConfig, socket: &Path) -> String {
             .collect::<Vec<_>>()
             .join(", "),
     };
+    let ipv6 = config.gateway6().map_or("off".to_owned(), |gateway| {
+        format!("{gateway}/{PREFIX6_LEN} is the gateway; guests make their addresses (SLAAC)")
+    });
     format!(
         "\
 lanlet {version}: network '{network}' is up
   subnet   {subnet}, gateway {gateway}, MTU {mtu}
+  IPv6     {ipv6}
   DHCP     {first} to {last}, leases of {lease_time}, {leases}
   DNS      {gateway}, forwarding to {dns}
   control  {socket}

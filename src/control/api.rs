@@ -6,17 +6,20 @@
 //! to.
 //!
 //! A port of [`Request::AttachTap`] lives as long as the connection that made it; a port of
-//! [`Request::AttachVmm`] as long as the VMM keeps its descriptor open.
+//! [`Request::AttachVmm`] as long as the VMM keeps its descriptor open. A forward lives until it is
+//! removed, or as long as the connection that made it where the request says so.
 
 use serde::{Deserialize, Serialize};
 
 use crate::frame::Mac;
-use crate::network::{GuestAddress, PortOptions, Status};
+use crate::nat::policy::parse::{TEXT_LEN_MAX, check_guest_name};
+use crate::network::{ForwardStatus, GuestAddress, PortOptions, Status};
 
 /// Version of the protocol. A client refuses another one.
 pub const PROTOCOL: u32 = 1;
-/// Longest request, bytes: names and a MAC, with room to grow.
-pub const REQUEST_BYTES_MAX: usize = 4 * 1024;
+/// Longest request, bytes: a policy, of which JSON writes line ends, tabs and quotes in two bytes, and as
+/// much again as the other requests need (names, a MAC).
+pub const REQUEST_BYTES_MAX: usize = 2 * TEXT_LEN_MAX + 4 * 1024;
 /// Longest reply, bytes: a status with every MAC and lease the tables can hold, at 100 bytes each.
 pub const REPLY_BYTES_MAX: usize = 64 * 1024 * 1024;
 /// Clients at a time: each namespace guest is one, and 1,024 is the usual limit of open files.
@@ -44,6 +47,9 @@ pub struct PortRequest {
     /// Name shown by `status`.
     #[serde(default)]
     pub name: String,
+    /// Group of guests, as rules of the policy say it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<String>,
     /// The guest's MAC.
     #[serde(default)]
     pub mac: Option<String>,
@@ -56,6 +62,7 @@ impl From<&PortOptions> for PortRequest {
     fn from(options: &PortOptions) -> Self {
         Self {
             name: options.name.clone(),
+            group: options.group.clone(),
             mac: options.mac.map(|mac| mac.to_string()),
             no_offload: options.no_offload,
         }
@@ -66,16 +73,21 @@ impl PortRequest {
     /// The options these words stand for.
     ///
     /// # Errors
-    /// The MAC is none or a group's, the name too long or unprintable.
+    /// The MAC is none or a group's, the name too long or unprintable, or the group none that rules can
+    /// say.
     pub fn options(&self) -> Result<PortOptions, String> {
         if self.name.len() > PORT_NAME_LEN_MAX || self.name.chars().any(char::is_control) {
             return Err(format!(
                 "a port's name has at most {PORT_NAME_LEN_MAX} printable bytes"
             ));
         }
+        if let Some(group) = &self.group {
+            check_guest_name(group).map_err(|reason| format!("group: {reason}"))?;
+        }
         let mac = self.mac.as_deref().map(guest_mac).transpose()?;
         Ok(PortOptions {
             name: self.name.clone(),
+            group: self.group.clone(),
             mac,
             no_offload: self.no_offload,
         })
@@ -112,6 +124,30 @@ pub enum Request {
         /// Its number.
         port: u16,
     },
+    /// Adds a forward.
+    ForwardAdd {
+        /// It, in any of the forms that a forward is written in.
+        forward: String,
+        /// It ends with this connection.
+        #[serde(default)]
+        with_connection: bool,
+    },
+    /// The forwards.
+    ForwardList {},
+    /// Removes a forward.
+    ForwardRemove {
+        /// Its number, its name or its words.
+        forward: String,
+    },
+    /// The egress policy in force, as text.
+    Policy {},
+    /// Puts another egress policy in force, and ends what it denies.
+    SetPolicy {
+        /// Its text.
+        text: String,
+    },
+    /// Takes the egress policy out of force.
+    ClearPolicy {},
     /// Ends the network.
     Stop {},
 }
@@ -145,7 +181,20 @@ pub enum Reply {
         /// Its lease, where the request named a MAC.
         address: Option<GuestAddress>,
     },
-    /// To [`Request::Detach`] and [`Request::Stop`].
+    /// To [`Request::ForwardAdd`]: the forward, with the host's port that was chosen.
+    Forward(ForwardStatus),
+    /// To [`Request::ForwardList`].
+    Forwards {
+        /// In the order they were added.
+        forwards: Vec<ForwardStatus>,
+    },
+    /// To [`Request::Detach`], [`Request::ForwardRemove`] and [`Request::Stop`].
+    /// To [`Request::Policy`].
+    Policy {
+        /// Its rules; `None`: there is none.
+        text: Option<String>,
+    },
+    /// To [`Request::Detach`], [`Request::SetPolicy`], [`Request::ClearPolicy`] and [`Request::Stop`].
     Done {},
     /// The request failed, or was none.
     Error {
@@ -169,6 +218,13 @@ mod tests {
             (
                 Request::Detach { port: 3 },
                 r#"{"request":"detach","port":3}"#,
+            ),
+            (
+                Request::ForwardAdd {
+                    forward: "8080:web:80".into(),
+                    with_connection: true,
+                },
+                r#"{"request":"forward_add","forward":"8080:web:80","with_connection":true}"#,
             ),
             (
                 Request::AttachTap(port),

@@ -11,7 +11,8 @@ use super::api::{Hello, PROTOCOL, REPLY_BYTES_MAX, Reply, Request};
 use super::message::{LineReader, Read, send_some, to_line};
 use super::{ControlError, RuntimeDir, peer_is_trusted};
 use crate::frame::PortId;
-use crate::network::{GuestAddress, GuestTap, PortOptions, Status, VmmPort};
+use crate::nat::forward::ForwardSpec;
+use crate::network::{ForwardStatus, GuestAddress, GuestTap, PortOptions, Status, VmmPort};
 
 /// How long a network may take from its lock to its socket.
 const START_TIME_MAX: Duration = Duration::from_secs(3);
@@ -151,6 +152,69 @@ impl Client {
     /// It is the gateway, or the connection failed.
     pub fn detach(&mut self, port: PortId) -> Result<(), ControlError> {
         self.ask(&Request::Detach { port: port.0 }, &[]).map(drop)
+    }
+
+    /// Adds a forward; `with_connection`: it ends with this connection.
+    ///
+    /// # Errors
+    /// The network refused, or the connection failed.
+    pub fn add_forward(
+        &mut self,
+        forward: &ForwardSpec,
+        with_connection: bool,
+    ) -> Result<ForwardStatus, ControlError> {
+        let forward = forward.to_string();
+        let request = Request::ForwardAdd {
+            forward,
+            with_connection,
+        };
+        match self.ask(&request, &[])? {
+            Reply::Forward(forward) => Ok(forward),
+            _ => Err(self.confused()),
+        }
+    }
+
+    /// The forwards, in the order they were added.
+    ///
+    /// # Errors
+    /// The connection failed.
+    pub fn forwards(&mut self) -> Result<Vec<ForwardStatus>, ControlError> {
+        match self.ask(&Request::ForwardList {}, &[])? {
+            Reply::Forwards { forwards } => Ok(forwards),
+            _ => Err(self.confused()),
+        }
+    }
+
+    /// The egress policy in force, as text.
+    ///
+    /// # Errors
+    /// The connection failed.
+    pub fn policy(&mut self) -> Result<Option<String>, ControlError> {
+        match self.ask(&Request::Policy {}, &[])? {
+            Reply::Policy { text } => Ok(text),
+            _ => Err(self.confused()),
+        }
+    }
+
+    /// Removes the forward that is meant by its number, its name or its words.
+    ///
+    /// # Errors
+    /// There is none, or the connection failed.
+    pub fn remove_forward(&mut self, words: &str) -> Result<(), ControlError> {
+        let forward = words.to_owned();
+        self.ask(&Request::ForwardRemove { forward }, &[]).map(drop)
+    }
+
+    /// Puts another egress policy in force, or none.
+    ///
+    /// # Errors
+    /// The network refused it, or the connection failed.
+    pub fn set_policy(&mut self, text: Option<String>) -> Result<(), ControlError> {
+        let request = match text {
+            Some(text) => Request::SetPolicy { text },
+            None => Request::ClearPolicy {},
+        };
+        self.ask(&request, &[]).map(drop)
     }
 
     /// Ends the network.

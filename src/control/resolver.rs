@@ -1,15 +1,22 @@
-//! Forwards guests' DNS queries to the host's resolvers.
+//! Answers guests' DNS queries with what the host's resolvers say, over UDP and TCP.
 //!
 //! # Path
-//! A worker hands a checked query ([`DnsQuery`]) to [`ResolverHandle::ask`]; [`Resolver::run`], a task
-//! of the control plane's runtime, asks the servers one after the other and gives the answer to the
-//! query's [`AnswerSink`], which queues it for that worker and wakes it. Every accepted query gets
-//! exactly one answer: SERVFAIL if no server is known or none answered.
+//! Over UDP a worker hands a checked query ([`DnsQuery`]) to [`ResolverHandle::ask`]; its answer goes
+//! to the query's [`AnswerSink`], which queues it for that worker and wakes it. Every accepted query
+//! gets exactly one answer: SERVFAIL if no server is known or none answered. Over TCP a worker hands
+//! the host's end of a guest's connection to [`ResolverHandle::serve`]; [`stream`] reads and answers
+//! its queries. [`Resolver::run`], a task of the control plane's runtime, does the work of both: it asks
+//! the servers (`resolver/upstream.rs`) one after the other. The egress policy lives in the worker, which
+//! sees UDP's queries and answers on their way; about TCP's it is asked through [`NamePolicy`], and it
+//! learns of their answers before the guests do.
 //!
 //! # Servers
 //! Those configured, else all `nameserver` lines of /etc/resolv.conf, read again when the file
 //! changes: laptops change networks. The server that answered last is asked first. A server that is
 //! silent for [`ATTEMPT_TIMEOUT`], unreachable, or answers SERVFAIL or REFUSED hands over to the next.
+//! They are asked over UDP; an answer that is cut is asked for again over TCP if the guest came over
+//! TCP, else the guest does that. The second round for a guest's TCP query asks over TCP at once, and
+//! so does every query where resolv.conf says `use-vc`.
 //!
 //! # Against forged answers (RFC 5452; the DNSpooq series of CVEs)
 //! Each attempt has a socket of its own, so a source port of the kernel's random choice, connected,
@@ -18,52 +25,59 @@
 //! the answer it gets.
 //!
 //! # Limits
-//! [`QUERIES_MAX`] attempts at once; a query takes [`TOTAL_TIMEOUT`] at most.
+//! [`QUERIES_MAX`] queries from UDP at once, [`stream::STREAM_QUERIES_MAX`] from TCP; a query takes
+//! [`TOTAL_TIMEOUT`] at most.
 
-use std::collections::hash_map::RandomState;
-use std::hash::BuildHasher;
-use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
+mod servers;
+pub mod stream;
+mod upstream;
 
-use bytes::{Bytes, BytesMut};
-use tokio::io::Interest;
-use tokio::net::UdpSocket;
-use tokio::sync::mpsc;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use bytes::Bytes;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
-use tokio::time::timeout_at;
 
-use crate::gateway::dns::message::{self, Rcode};
-use crate::gateway::dns::{DNS_PORT, DnsAnswer, DnsQuery, QUERIES_MAX, QUERY_LIFETIME};
+use crate::frame::PortId;
+use crate::gateway::dns::message::{self, Name, Rcode};
+use crate::gateway::dns::{DNS_PORT, DnsAnswer, DnsQuery, QUERIES_MAX};
+use stream::{Connection, STREAMS_MAX, Streams};
+pub use upstream::{ATTEMPT_TIMEOUT, TOTAL_TIMEOUT};
+use upstream::{Asker, Upstream};
 
-/// How long one server may take. Stub resolvers give up after 5 s (resolv.conf(5)): the second
-/// server's answer has to come before that.
-pub const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(2);
-/// How often the list of servers is gone through: a lost datagram must not fail a query.
-const ROUNDS: usize = 2;
-/// How long a query may take with all its attempts.
-pub const TOTAL_TIMEOUT: Duration = Duration::from_secs(8);
-// The worker must not forget a query that is still to be answered.
-const _: () = assert!(TOTAL_TIMEOUT.as_secs() < QUERY_LIFETIME.secs());
-/// Servers that are used; glibc uses three.
-const SERVERS_MAX: usize = 8;
-/// How often the file's modification time is looked at.
-const RECHECK: Duration = Duration::from_secs(1);
-/// Larger is no resolv.conf.
-const RESOLV_CONF_LEN_MAX: usize = 64 * 1024;
-/// The longest DNS message (its length is 16 bits over TCP, and UDP's is).
-const ANSWER_LEN_MAX: usize = 65_535;
 /// The host's resolver configuration.
 pub const RESOLV_CONF: &str = "/etc/resolv.conf";
 
 /// Where an answer goes: queues it for the worker that asked, and wakes it. Must not block.
 pub type AnswerSink = Arc<dyn Fn(DnsAnswer) + Send + Sync>;
 
-struct Ask {
-    query: DnsQuery,
-    sink: AnswerSink,
+/// What the egress policy has to say about names that are asked for over TCP. Neither call may block.
+pub trait NamePolicy: Send + Sync {
+    /// Asks whether the guest behind `port` may ask for `name`. If not, which a dropped sender means too,
+    /// the answer is REFUSED and no server is asked. `None`: it may.
+    fn allows(&self, port: PortId, name: &Name) -> Option<oneshot::Receiver<bool>>;
+
+    /// Takes note of an answer to the guest behind `port`. The guest gets it when what is returned
+    /// resolves, with a value or by being dropped: it must not use an address before the data path
+    /// knows of it. `None`: there is nothing to wait for.
+    fn on_answer(&self, port: PortId, answer: &[u8]) -> Option<oneshot::Receiver<()>>;
+}
+
+/// Every guest may ask for every name.
+pub struct AllowAll;
+
+impl NamePolicy for AllowAll {
+    fn allows(&self, _: PortId, _: &Name) -> Option<oneshot::Receiver<bool>> {
+        None
+    }
+
+    fn on_answer(&self, _: PortId, _: &[u8]) -> Option<oneshot::Receiver<()>> {
+        None
+    }
 }
 
 /// Which servers are used.
@@ -87,11 +101,95 @@ impl Default for ResolverConfig {
     }
 }
 
+/// Declares the resolver's counters: atomics and their names for `lanlet status`.
+macro_rules! counters {
+    ($($(#[$doc:meta])* $field:ident = $label:literal,)*) => {
+        /// What the resolver did.
+        #[derive(Debug, Default)]
+        pub(crate) struct Counters { $($(#[$doc])* $field: AtomicU64,)* }
+
+        impl Counters {
+            fn iter(&self) -> impl Iterator<Item = (&'static str, u64)> + use<> {
+                [$(($label, self.$field.load(Relaxed)),)*].into_iter()
+            }
+        }
+    };
+}
+
+counters! {
+    /// Connections of guests accepted.
+    tcp_connections = "dns_tcp_connections",
+    /// Queries read from them and passed on.
+    tcp_queries = "dns_tcp_queries",
+    /// Answers to these that were written.
+    tcp_answers = "dns_tcp_answers",
+    /// Queries answered with an error of our own (FORMERR, NOTIMP, REFUSED).
+    tcp_refused = "dns_tcp_refused",
+    /// Connections ended because they brought no queries.
+    tcp_malformed = "dns_tcp_malformed",
+    /// Connections refused because a limit was reached.
+    tcp_limited = "dns_tcp_limited",
+    /// Connections ended because they were idle or took no answer.
+    tcp_timeouts = "dns_tcp_timeouts",
+    /// Of these, refused by the name policy.
+    denied = "dns_names_denied",
+    /// Attempts made over TCP.
+    upstream_tcp = "dns_upstream_tcp",
+    /// Queries that no server answered.
+    failed = "dns_upstream_failed",
+}
+
+impl Counters {
+    fn count(counter: &AtomicU64) {
+        counter.fetch_add(1, Relaxed);
+    }
+}
+
+/// What every query needs.
+struct Service {
+    upstream: Upstream,
+    policy: Arc<dyn NamePolicy>,
+    counters: Counters,
+}
+
+impl Service {
+    /// The answer to a checked query of the guest behind `port`.
+    async fn answer(&self, port: PortId, query: &Bytes, asker: Asker) -> Bytes {
+        if asker == Asker::Udp {
+            return self.upstream.resolve(query, asker, &self.counters).await;
+        }
+        // A name that can't be read is not in the query of a guest that was checked; refuse it.
+        let allowed = match message::question_name(query) {
+            None => false,
+            Some(name) => match self.policy.allows(port, &name) {
+                None => true,
+                Some(decided) => decided.await.unwrap_or(false),
+            },
+        };
+        if !allowed {
+            Counters::count(&self.counters.denied);
+            return message::failure(query, Rcode::Refused).into();
+        }
+        let answer = self.upstream.resolve(query, asker, &self.counters).await;
+        if let Some(noted) = self.policy.on_answer(port, &answer) {
+            // Dropped instead of sent: whoever should know is gone, and so is the guest's way out.
+            let _ = noted.await;
+        }
+        answer
+    }
+}
+
+enum Work {
+    Ask(DnsQuery, AnswerSink),
+    Serve(Connection),
+}
+
 /// The workers' end of a [`Resolver`].
 #[derive(Clone)]
 pub struct ResolverHandle {
-    asks: mpsc::Sender<Ask>,
-    servers: Arc<Mutex<Servers>>,
+    asks: mpsc::Sender<(DnsQuery, AnswerSink)>,
+    connections: mpsc::Sender<Connection>,
+    service: Arc<Service>,
 }
 
 impl ResolverHandle {
@@ -100,262 +198,106 @@ impl ResolverHandle {
     /// # Errors
     /// The resolver has as much to do as it may, or has ended; gives the query back.
     pub fn ask(&self, query: DnsQuery, sink: &AnswerSink) -> Result<(), DnsQuery> {
-        let ask = Ask {
-            query,
-            sink: Arc::clone(sink),
-        };
         self.asks
-            .try_send(ask)
-            .map_err(|refused| refused.into_inner().query)
+            .try_send((query, Arc::clone(sink)))
+            .map_err(|refused| refused.into_inner().0)
     }
 
-    /// The server in use, for DNS over TCP: the one that answered last, else the first known.
+    /// Hands over a connection for DNS over TCP: the host's end of a Unix stream socket whose other
+    /// end carries what `guest` behind `port` sends. If there are too many it is closed and counted.
+    /// Never blocks.
+    pub fn serve(&self, fd: OwnedFd, port: PortId, guest: SocketAddr) {
+        let connection = Connection { fd, port, guest };
+        if self.connections.try_send(connection).is_err() {
+            Counters::count(&self.service.counters.tcp_limited);
+        }
+    }
+
+    /// The server in use: the one that answered last, else the first known.
     pub fn upstream(&self) -> Option<SocketAddr> {
-        lock(&self.servers)
-            .in_order(Instant::now())
-            .first()
-            .copied()
+        self.service.upstream.first()
+    }
+
+    /// The resolver's counters by the names that `lanlet status` shows, in a fixed order.
+    pub fn counters(&self) -> impl Iterator<Item = (&'static str, u64)> + use<> {
+        self.service.counters.iter()
     }
 }
 
 /// The task that asks the host's resolvers.
 pub struct Resolver {
-    asks: mpsc::Receiver<Ask>,
-    servers: Arc<Mutex<Servers>>,
+    asks: mpsc::Receiver<(DnsQuery, AnswerSink)>,
+    connections: mpsc::Receiver<Connection>,
+    service: Arc<Service>,
 }
 
 impl Resolver {
-    /// A resolver and the handle to give it work.
+    /// A resolver for all names, and the handle to give it work.
     pub fn new(config: ResolverConfig) -> (Self, ResolverHandle) {
-        let (sender, asks) = mpsc::channel(QUERIES_MAX);
-        let servers = Arc::new(Mutex::new(Servers::new(config)));
+        Self::with_policy(config, Arc::new(AllowAll))
+    }
+
+    /// A resolver that does as `policy` says, and the handle to give it work.
+    pub fn with_policy(
+        config: ResolverConfig,
+        policy: Arc<dyn NamePolicy>,
+    ) -> (Self, ResolverHandle) {
+        let (ask, asks) = mpsc::channel(QUERIES_MAX);
+        let (connect, connections) = mpsc::channel(STREAMS_MAX);
+        let service = Arc::new(Service {
+            upstream: Upstream::new(config),
+            policy,
+            counters: Counters::default(),
+        });
         let handle = ResolverHandle {
-            asks: sender,
-            servers: Arc::clone(&servers),
+            asks: ask,
+            connections: connect,
+            service: Arc::clone(&service),
         };
-        (Self { asks, servers }, handle)
+        let resolver = Self {
+            asks,
+            connections,
+            service,
+        };
+        (resolver, handle)
     }
 
-    /// Works until all handles are dropped. Dropping the future ends all queries.
+    /// Works until all handles are dropped. Dropping the future ends all queries and connections.
     pub async fn run(mut self) {
-        let ids = Arc::new(TransactionIds::default());
-        let mut attempts = JoinSet::new();
-        while let Some(Ask { query, sink }) = self.asks.recv().await {
-            while attempts.try_join_next().is_some() {}
-            if attempts.len() >= QUERIES_MAX {
-                // As many as may be: the sender waits in the channel until one ends.
-                attempts.join_next().await;
-            }
-            let servers = Arc::clone(&self.servers);
-            let ids = Arc::clone(&ids);
-            attempts.spawn(async move {
-                let message = resolve(&query.message, &servers, &ids).await;
-                sink(DnsAnswer {
-                    id: query.id,
-                    message,
-                });
-            });
-        }
-        while attempts.join_next().await.is_some() {}
-    }
-}
-
-/// Asks servers until one answers; SERVFAIL if none does.
-async fn resolve(query: &Bytes, servers: &Mutex<Servers>, ids: &TransactionIds) -> Bytes {
-    let deadline = tokio::time::Instant::now() + TOTAL_TIMEOUT;
-    let mut failed_answer = None;
-    for round in 0..ROUNDS {
-        let order = lock(servers).in_order(Instant::now());
-        for server in order {
-            let attempt = deadline.min(tokio::time::Instant::now() + ATTEMPT_TIMEOUT);
-            let answer = timeout_at(attempt, attempt_once(query, server, ids.next())).await;
-            match answer {
-                Ok(Ok(answer)) if is_server_failure(&answer) => failed_answer = Some(answer),
-                Ok(Ok(answer)) => {
-                    lock(servers).last_good = Some(server);
-                    return answer;
+        let mut queries = JoinSet::new();
+        let mut streams = Streams::new(Arc::clone(&self.service));
+        while let Some(work) = self.next(&mut queries).await {
+            match work {
+                Work::Ask(query, sink) => {
+                    let service = Arc::clone(&self.service);
+                    queries.spawn(async move {
+                        let answer = service.answer(query.port, &query.message, Asker::Udp);
+                        let message = answer.await;
+                        let id = query.id;
+                        sink(DnsAnswer { id, message });
+                    });
                 }
-                Ok(Err(error)) => log::debug!("DNS server {server}: {error}"),
-                Err(_) => log::debug!("DNS server {server} is silent (round {round})"),
-            }
-            if tokio::time::Instant::now() >= deadline {
-                break;
+                Work::Serve(connection) => streams.accept(connection),
             }
         }
-        // Every server has spoken: asking again would only repeat it.
-        if failed_answer.is_some() {
-            break;
-        }
+        while queries.join_next().await.is_some() {}
+        streams.finish().await;
     }
-    failed_answer.unwrap_or_else(|| message::failure(query, Rcode::ServFail).into())
-}
 
-/// A server that can't or won't serve; the next one may.
-fn is_server_failure(answer: &[u8]) -> bool {
-    let failures = [Rcode::ServFail, Rcode::Refused, Rcode::NotImp];
-    failures
-        .iter()
-        .any(|&code| message::rcode(answer) == Some(code as u8))
-}
-
-/// Asks one server once; returns its answer with the guest's transaction id.
-async fn attempt_once(query: &Bytes, server: SocketAddr, id: u16) -> io::Result<Bytes> {
-    let any: IpAddr = match server {
-        SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
-        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
-    };
-    let socket = UdpSocket::bind((any, 0)).await?;
-    socket.connect(server).await?;
-    let mut asked = query.to_vec();
-    asked[..2].copy_from_slice(&id.to_be_bytes());
-    socket.send(&asked).await?;
-    loop {
-        // An ICMP error (port unreachable) makes the socket ready for that alone, not readable.
-        if socket
-            .ready(Interest::READABLE | Interest::ERROR)
-            .await?
-            .is_error()
-        {
-            let error = socket.take_error()?;
-            return Err(error.unwrap_or_else(|| io::ErrorKind::ConnectionRefused.into()));
-        }
-        // Reserved, not touched: the pages that an answer doesn't reach cost nothing.
-        let mut buffer = BytesMut::with_capacity(ANSWER_LEN_MAX);
-        match socket.try_recv_buf(&mut buffer) {
-            Ok(_) if message::answers(&buffer, &asked) => {
-                buffer[..2].copy_from_slice(&query[..2]);
-                return Ok(Bytes::copy_from_slice(&buffer));
+    /// What is to be done next; `None` if nothing ever will be.
+    async fn next(&mut self, queries: &mut JoinSet<()>) -> Option<Work> {
+        loop {
+            while queries.try_join_next().is_some() {}
+            // With as many queries as may be, further ones wait in the channel until one ends.
+            let room = queries.len() < QUERIES_MAX;
+            tokio::select! {
+                Some((query, sink)) = self.asks.recv(), if room => return Some(Work::Ask(query, sink)),
+                Some(connection) = self.connections.recv() => return Some(Work::Serve(connection)),
+                Some(_) = queries.join_next(), if !room => {}
+                else => return None,
             }
-            // Not the answer: it may still come.
-            Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(error),
         }
     }
-}
-
-/// Transaction ids nobody outside can foretell: SipHash of a counter under the process's random key
-/// (std seeds it from the system's generator).
-#[derive(Default)]
-struct TransactionIds {
-    key: RandomState,
-    count: std::sync::atomic::AtomicU64,
-}
-
-impl TransactionIds {
-    fn next(&self) -> u16 {
-        let count = self
-            .count
-            .fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        // The low 16 bits of a hash are as good as any.
-        self.key.hash_one(count) as u16
-    }
-}
-
-/// The servers known.
-struct Servers {
-    config: ResolverConfig,
-    known: Vec<SocketAddr>,
-    last_good: Option<SocketAddr>,
-    checked_at: Option<Instant>,
-    modified: Option<SystemTime>,
-}
-
-impl Servers {
-    fn new(config: ResolverConfig) -> Self {
-        let known = config
-            .servers
-            .iter()
-            .map(|&server| (server, config.port).into());
-        Self {
-            known: known.take(SERVERS_MAX).collect(),
-            config,
-            last_good: None,
-            checked_at: None,
-            modified: None,
-        }
-    }
-
-    /// All servers, the one that answered last first.
-    fn in_order(&mut self, now: Instant) -> Vec<SocketAddr> {
-        if self.config.servers.is_empty() {
-            self.refresh(now);
-        }
-        let mut order = self.known.clone();
-        if let Some(good) = self.last_good
-            && let Some(at) = order.iter().position(|&server| server == good)
-        {
-            order[..=at].rotate_right(1);
-        }
-        order
-    }
-
-    fn refresh(&mut self, now: Instant) {
-        if self
-            .checked_at
-            .is_some_and(|at| now.duration_since(at) < RECHECK)
-        {
-            return;
-        }
-        self.checked_at = Some(now);
-        let path = &self.config.resolv_conf;
-        let modified = std::fs::metadata(path)
-            .and_then(|metadata| metadata.modified())
-            .ok();
-        if modified == self.modified && modified.is_some() {
-            return;
-        }
-        self.modified = modified;
-        // A file that is just being replaced is missing for a moment: the servers stay.
-        if let Ok(text) = read_resolv_conf(path) {
-            self.known = parse_resolv_conf(&text, self.config.port);
-            log::debug!("DNS servers: {:?}", self.known);
-        }
-    }
-}
-
-fn read_resolv_conf(path: &Path) -> io::Result<String> {
-    let bytes = std::fs::read(path)?;
-    let bytes = &bytes[..bytes.len().min(RESOLV_CONF_LEN_MAX)];
-    Ok(String::from_utf8_lossy(bytes).into_owned())
-}
-
-/// The `nameserver` lines (resolv.conf(5)).
-fn parse_resolv_conf(text: &str, port: u16) -> Vec<SocketAddr> {
-    text.lines()
-        .filter_map(nameserver)
-        .filter_map(|word| parse_server(word, port))
-        .take(SERVERS_MAX)
-        .collect()
-}
-
-fn nameserver(line: &str) -> Option<&str> {
-    let mut words = line.split_ascii_whitespace();
-    words.next().filter(|&key| key == "nameserver")?;
-    words.next()
-}
-
-/// An address; a link-local IPv6 one has its interface behind `%`, by number or name.
-fn parse_server(word: &str, port: u16) -> Option<SocketAddr> {
-    let Some((address, zone)) = word.split_once('%') else {
-        return Some((word.parse::<IpAddr>().ok()?, port).into());
-    };
-    let address: Ipv6Addr = address.parse().ok()?;
-    let scope = zone.parse().ok().or_else(|| interface_index(zone))?;
-    Some(SocketAddrV6::new(address, port, 0, scope).into())
-}
-
-fn interface_index(name: &str) -> Option<u32> {
-    if name.contains('/') {
-        return None;
-    }
-    let text = std::fs::read_to_string(format!("/sys/class/net/{name}/ifindex")).ok()?;
-    text.trim().parse().ok()
-}
-
-/// A panic while it was held leaves the list usable.
-fn lock(servers: &Mutex<Servers>) -> std::sync::MutexGuard<'_, Servers> {
-    servers.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

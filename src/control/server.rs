@@ -19,7 +19,11 @@ use super::api::{CLIENTS_MAX, Hello, PROTOCOL, REQUEST_BYTES_MAX, Reply, Request
 use super::message::{LineReader, Read, send_some, to_line};
 use super::{Claim, peer_is_trusted};
 use crate::frame::PortId;
-use crate::network::{GuestAddress, GuestTap, Network, PortOptions, Status, VmmPort};
+use crate::nat::forward::{ForwardId, ForwardSpec};
+use crate::nat::policy::PolicyError;
+use crate::network::{
+    ForwardStatus, GuestAddress, GuestTap, Network, PortOptions, Status, VmmPort,
+};
 
 /// Threads that wait for the kernel on behalf of clients. Attaching takes milliseconds.
 const BLOCKING_THREADS: usize = 2;
@@ -49,6 +53,33 @@ pub trait Target: Send + Sync + 'static {
 
     /// Removes a port.
     fn detach(&self, port: PortId);
+
+    /// Adds a forward.
+    ///
+    /// # Errors
+    /// What is wrong with it, or who is in its way.
+    fn add_forward(&self, forward: ForwardSpec) -> Result<ForwardStatus, String>;
+
+    /// The forwards.
+    fn forwards(&self) -> Vec<ForwardStatus>;
+
+    /// The number of the forward that is meant.
+    ///
+    /// # Errors
+    /// There is none.
+    fn find_forward(&self, words: &str) -> Result<ForwardId, String>;
+
+    /// Removes a forward.
+    fn remove_forward(&self, id: ForwardId);
+
+    /// The egress policy in force, as text.
+    fn policy(&self) -> Option<String>;
+
+    /// Puts another egress policy in force, or none.
+    ///
+    /// # Errors
+    /// What is wrong with it, by line, or why it is not in force.
+    fn set_policy(&self, text: Option<&str>) -> Result<(), String>;
 }
 
 impl Target for Network {
@@ -70,6 +101,32 @@ impl Target for Network {
 
     fn detach(&self, port: PortId) {
         Network::detach(self, port);
+    }
+
+    fn add_forward(&self, forward: ForwardSpec) -> Result<ForwardStatus, String> {
+        Network::add_forward(self, forward).map_err(|error| error.to_string())
+    }
+
+    fn forwards(&self) -> Vec<ForwardStatus> {
+        Network::forwards(self)
+    }
+
+    fn find_forward(&self, words: &str) -> Result<ForwardId, String> {
+        Network::find_forward(self, words).map_err(|error| error.to_string())
+    }
+
+    fn remove_forward(&self, id: ForwardId) {
+        Network::remove_forward(self, id);
+    }
+
+    fn policy(&self) -> Option<String> {
+        Network::policy(self).map(|policy| policy.to_string())
+    }
+
+    fn set_policy(&self, text: Option<&str>) -> Result<(), String> {
+        let policy = text.map(str::parse).transpose();
+        let policy = policy.map_err(|error: PolicyError| error.to_string())?;
+        Network::set_policy(self, policy).map_err(|error| error.to_string())
     }
 }
 
@@ -173,14 +230,19 @@ async fn accept(listener: UnixListener, shared: Arc<Shared>) {
     }
 }
 
-/// The ports that live as long as a connection.
-struct OwnedPorts {
+/// The ports and forwards that live as long as a connection.
+struct Owned {
     target: Arc<dyn Target>,
     ports: Vec<PortId>,
+    forwards: Vec<ForwardId>,
 }
 
-impl Drop for OwnedPorts {
+impl Drop for Owned {
     fn drop(&mut self) {
+        // Before their guests: nobody comes in any more for whom there is nobody.
+        for &forward in &self.forwards {
+            self.target.remove_forward(forward);
+        }
         for &port in &self.ports {
             self.target.detach(port);
         }
@@ -198,9 +260,10 @@ async fn serve(stream: &UnixStream, shared: &Shared) -> io::Result<()> {
         return write(stream, &to_line(&Reply::Error { message })?, None).await;
     };
     write(stream, &shared.hello, None).await?;
-    let mut owned = OwnedPorts {
+    let mut owned = Owned {
         target: Arc::clone(&shared.target),
         ports: Vec::new(),
+        forwards: Vec::new(),
     };
     let mut reader = LineReader::new(REQUEST_BYTES_MAX);
     loop {
@@ -241,11 +304,18 @@ async fn serve(stream: &UnixStream, shared: &Shared) -> io::Result<()> {
 
 /// Does what a request asks, away from the server's thread.
 async fn answer(
-    owned: &mut OwnedPorts,
+    owned: &mut Owned,
     request: Request,
     tap: Option<GuestTap>,
 ) -> (Reply, Option<OwnedFd>) {
     let target = Arc::clone(&owned.target);
+    let keeps_forward = matches!(
+        request,
+        Request::ForwardAdd {
+            with_connection: true,
+            ..
+        }
+    );
     let done = tokio::task::spawn_blocking(move || perform(&*target, request, tap)).await;
     let (reply, fd) = match done {
         Ok(Ok(done)) => done,
@@ -259,6 +329,11 @@ async fn answer(
     };
     if let Reply::TapPort { port, .. } = reply {
         owned.ports.push(PortId(port));
+    }
+    if let Reply::Forward(forward) = &reply
+        && keeps_forward
+    {
+        owned.forwards.push(ForwardId(forward.id));
     }
     (reply, fd)
 }
@@ -297,6 +372,34 @@ fn perform(
             target.detach(PortId(port));
             (Reply::Done {}, None)
         }
+        Request::ForwardAdd { forward, .. } => {
+            let spec: ForwardSpec = forward
+                .parse()
+                .map_err(|error| format!("forward {forward}: {error}"))?;
+            (Reply::Forward(target.add_forward(spec)?), None)
+        }
+        Request::ForwardList {} => {
+            let forwards = target.forwards();
+            (Reply::Forwards { forwards }, None)
+        }
+        Request::ForwardRemove { forward } => {
+            target.remove_forward(target.find_forward(&forward)?);
+            (Reply::Done {}, None)
+        }
+        Request::Policy {} => (
+            Reply::Policy {
+                text: target.policy(),
+            },
+            None,
+        ),
+        Request::SetPolicy { text } => {
+            target.set_policy(Some(&text))?;
+            (Reply::Done {}, None)
+        }
+        Request::ClearPolicy {} => {
+            target.set_policy(None)?;
+            (Reply::Done {}, None)
+        }
         Request::Stop {} => (Reply::Done {}, None),
     })
 }
@@ -327,6 +430,7 @@ mod tests {
     use crate::control::client::Client;
     use crate::control::tests::Scratch;
     use crate::frame::Mac;
+    use crate::nat::forward::ForwardSet;
     use std::io::{BufRead, BufReader, Write};
     use std::sync::Mutex;
     use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
@@ -336,6 +440,8 @@ mod tests {
     struct Fake {
         taps: Mutex<Vec<PortOptions>>,
         detached: Mutex<Vec<u16>>,
+        forwards: Mutex<ForwardSet>,
+        policy: Mutex<Option<String>>,
     }
 
     impl Target for Fake {
@@ -377,12 +483,55 @@ mod tests {
                 gateway: [10, 0, 0, 1].into(),
                 mtu: 1500,
                 domain: None,
+                v6: None,
             };
             Ok((PortId(taps.len() as u16 + 1), Some(address)))
         }
 
         fn detach(&self, port: PortId) {
             self.detached.lock().unwrap().push(port.0);
+        }
+
+        fn add_forward(&self, forward: ForwardSpec) -> Result<ForwardStatus, String> {
+            let mut forwards = self.forwards.lock().unwrap();
+            let text = forward.to_string();
+            let id = forwards.add(forward).map_err(|error| error.to_string())?;
+            Ok(ForwardStatus {
+                id: id.0,
+                forward: text,
+                ..ForwardStatus::default()
+            })
+        }
+
+        fn forwards(&self) -> Vec<ForwardStatus> {
+            let forwards = self.forwards.lock().unwrap();
+            let status = |(id, spec): (ForwardId, &ForwardSpec)| ForwardStatus {
+                id: id.0,
+                forward: spec.to_string(),
+                ..ForwardStatus::default()
+            };
+            forwards.iter().map(status).collect()
+        }
+
+        fn find_forward(&self, words: &str) -> Result<ForwardId, String> {
+            let found = self.forwards.lock().unwrap().find(words);
+            found.ok_or_else(|| format!("no forward {words}"))
+        }
+
+        fn remove_forward(&self, id: ForwardId) {
+            self.forwards.lock().unwrap().remove(id);
+        }
+
+        fn policy(&self) -> Option<String> {
+            self.policy.lock().unwrap().clone()
+        }
+
+        fn set_policy(&self, text: Option<&str>) -> Result<(), String> {
+            if text == Some("bad") {
+                return Err("line 1: bad: is no rule".to_owned());
+            }
+            *self.policy.lock().unwrap() = text.map(str::to_owned);
+            Ok(())
         }
     }
 
@@ -439,6 +588,15 @@ mod tests {
         });
         assert_eq!(refused.unwrap_err().to_string(), "no more ports");
         assert!(client.detach(PortId::GATEWAY).is_err());
+
+        assert_eq!(client.policy().unwrap(), None);
+        let longest = "\n".repeat(crate::nat::policy::parse::TEXT_LEN_MAX);
+        client.set_policy(Some(longest.clone())).unwrap();
+        assert_eq!(client.policy().unwrap(), Some(longest));
+        let refused = client.set_policy(Some("bad".to_owned()));
+        assert!(refused.unwrap_err().to_string().contains("line 1: bad"));
+        client.set_policy(None).unwrap();
+        assert_eq!(client.policy().unwrap(), None);
         client.stop().unwrap();
         drop(client);
         drop(server);
@@ -449,6 +607,42 @@ mod tests {
             "the tap's port ends with its connection"
         );
         assert!(Client::connect(&dir, "n").unwrap().is_none());
+    }
+
+    #[test]
+    fn forwards_are_added_listed_and_removed_and_some_go_with_their_connection() {
+        let (_scratch, dir, fake, _, _server) = start("forwards");
+        let connect = || Client::connect(&dir, "n").unwrap().unwrap();
+        let spec = |text: &str| text.parse::<ForwardSpec>().unwrap();
+        let mut client = connect();
+        let kept = client.add_forward(&spec("8080:web:80,name=site"), false);
+        assert_eq!(kept.unwrap().id, 1);
+        let own = client.add_forward(&spec("127.0.0.1:53:web:53/udp"), true);
+        assert_eq!(own.unwrap().id, 2);
+        let refused = client.add_forward(&spec("8080:db:80"), true).unwrap_err();
+        assert!(
+            refused.to_string().contains("taken by forward 1"),
+            "{refused}"
+        );
+        let listed = client.forwards().unwrap();
+        let texts: Vec<_> = listed.iter().map(|forward| &*forward.forward).collect();
+        assert_eq!(
+            texts,
+            ["8080:web:80/tcp,name=site", "127.0.0.1:53:web:53/udp"]
+        );
+        drop(client);
+
+        let mut client = connect();
+        for _ in 0..100 {
+            if fake.forwards().len() == 1 {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        assert_eq!(client.forwards().unwrap()[0].id, 1, "only that one stays");
+        assert!(client.remove_forward("nope").is_err());
+        client.remove_forward("site").unwrap();
+        assert!(client.forwards().unwrap().is_empty());
     }
 
     #[test]

@@ -43,7 +43,7 @@ use crate::gateway::LanConfig;
 pub use client::{CLIENT_ID_LEN_MAX, Client, HOSTNAME_LEN_MAX};
 use client::{ClientKey, clean_hostname};
 pub use record::LeaseRecord;
-pub use view::{LeaseKind, LeaseView};
+pub use view::{Held, LeaseKind, LeaseView};
 
 /// Entries at most, ended leases included: 16 times the pool of a /24; a megabyte, or three if every
 /// client identifier is as long as it may be.

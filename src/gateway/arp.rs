@@ -1,12 +1,15 @@
 //! ARP (RFC 826) for the gateway's address, and nothing else: no proxy ARP.
 //!
-//! The service keeps no cache: an answer goes back to the station that asked, and the NAT takes a
-//! guest's MAC from the guest's own frames. So there is nothing to poison.
+//! The service keeps no cache: an answer goes back to the station that asked, and the NAT takes the MAC
+//! of a guest's own flows from the guest's frames. Only forwards look for guests, by
+//! [`super::neighbor`].
 //!
 //! A guest that claims the gateway's address would take the LAN's traffic from those that believe
 //! it. RFC 5227 2.4 (c) lets a station whose address others rely on (a default router) defend it
 //! for ever: the claim is answered with a broadcast announcement, at most one per
 //! [`DEFEND_INTERVAL`], so that a claimant can't make the gateway flood.
+
+use std::net::Ipv4Addr;
 
 use super::{Handled, LanConfig, Outbox, Service, service_counters};
 use crate::frame::{Duration, ETH_HEADER_LEN, Instant, Mac};
@@ -44,15 +47,15 @@ pub struct Arp {
 }
 
 /// The fields of an Ethernet/IPv4 ARP packet.
-struct Message {
+pub(super) struct Message {
     operation: u16,
-    sender_mac: Mac,
-    sender: [u8; 4],
+    pub(super) sender_mac: Mac,
+    pub(super) sender: [u8; 4],
     target: [u8; 4],
 }
 
 impl Message {
-    fn parse(bytes: &[u8]) -> Result<Self, DropReason> {
+    pub(super) fn parse(bytes: &[u8]) -> Result<Self, DropReason> {
         let bytes = bytes.get(..ARP_LEN).ok_or(DropReason::Truncated)?;
         let fixed = (be16(bytes, 0), be16(bytes, 2), bytes[4], bytes[5]);
         if fixed != (HARDWARE_ETHERNET, ETHERTYPE_IPV4, 6, 4) {
@@ -92,36 +95,43 @@ impl Arp {
         self.defended_at = Some(now);
         self.counters.defended += 1;
         // An announcement is a request for one's own address (RFC 5227 2.3).
-        self.send(
-            out,
-            REQUEST,
-            Mac::BROADCAST,
-            Mac::default(),
-            self.lan.address.octets(),
-        );
+        request(&self.lan, Mac::BROADCAST, self.lan.address, out);
     }
+}
 
-    fn send(
-        &self,
-        out: &mut dyn Outbox,
-        operation: u16,
-        destination: Mac,
-        target_mac: Mac,
-        target: [u8; 4],
-    ) {
-        let buffer = out.buffer();
-        write_ethernet(buffer, destination, self.lan.mac, ETHERTYPE_ARP);
-        let arp = &mut buffer[ETH_HEADER_LEN..ETH_HEADER_LEN + ARP_LEN];
-        arp[..2].copy_from_slice(&HARDWARE_ETHERNET.to_be_bytes());
-        arp[2..4].copy_from_slice(&ETHERTYPE_IPV4.to_be_bytes());
-        arp[4..6].copy_from_slice(&[6, 4]);
-        arp[6..8].copy_from_slice(&operation.to_be_bytes());
-        arp[8..14].copy_from_slice(&self.lan.mac.0);
-        arp[14..18].copy_from_slice(&self.lan.address.octets());
-        arp[18..24].copy_from_slice(&target_mac.0);
-        arp[24..28].copy_from_slice(&target);
-        out.send(ETH_HEADER_LEN + ARP_LEN, Offload::default());
-    }
+/// Asks the station at `destination`, or all, for the MAC of `target`.
+pub(super) fn request<O: Outbox + ?Sized>(
+    lan: &LanConfig,
+    destination: Mac,
+    target: Ipv4Addr,
+    out: &mut O,
+) {
+    send(
+        lan,
+        (REQUEST, destination),
+        (Mac::default(), target.octets()),
+        out,
+    );
+}
+
+fn send<O: Outbox + ?Sized>(
+    lan: &LanConfig,
+    (operation, destination): (u16, Mac),
+    (target_mac, target): (Mac, [u8; 4]),
+    out: &mut O,
+) {
+    let buffer = out.buffer();
+    write_ethernet(buffer, destination, lan.mac, ETHERTYPE_ARP);
+    let arp = &mut buffer[ETH_HEADER_LEN..ETH_HEADER_LEN + ARP_LEN];
+    arp[..2].copy_from_slice(&HARDWARE_ETHERNET.to_be_bytes());
+    arp[2..4].copy_from_slice(&ETHERTYPE_IPV4.to_be_bytes());
+    arp[4..6].copy_from_slice(&[6, 4]);
+    arp[6..8].copy_from_slice(&operation.to_be_bytes());
+    arp[8..14].copy_from_slice(&lan.mac.0);
+    arp[14..18].copy_from_slice(&lan.address.octets());
+    arp[18..24].copy_from_slice(&target_mac.0);
+    arp[24..28].copy_from_slice(&target);
+    out.send(ETH_HEADER_LEN + ARP_LEN, Offload::default());
 }
 
 impl Service for Arp {
@@ -148,16 +158,11 @@ impl Service for Arp {
             // prober that the address is taken.
             REQUEST if message.target == gateway => {
                 self.counters.replies += 1;
-                self.send(
-                    out,
-                    REPLY,
-                    packet.source,
-                    message.sender_mac,
-                    message.sender,
-                );
+                let asker = (message.sender_mac, message.sender);
+                send(&self.lan, (REPLY, packet.source), asker, out);
                 Ok(())
             }
-            // Between guests, or a reply to a question that was never asked.
+            // Between guests, or a reply, which is for [`super::neighbor`].
             REQUEST | REPLY => Ok(()),
             _ => Err(DropReason::Malformed),
         }
@@ -172,7 +177,6 @@ impl Service for Arp {
 mod tests {
     use super::super::testing::{GUEST, GUEST_ADDRESS, Kept, lan, parse};
     use super::*;
-    use std::net::Ipv4Addr;
 
     const OTHER: Ipv4Addr = Ipv4Addr::new(192, 168, 122, 78);
 

@@ -1,12 +1,15 @@
-//! DNS to the gateway's address over UDP: checks queries, hands them out, frames the answers.
+//! DNS to the gateway's addresses over UDP: checks queries, hands them out, frames the answers.
 //!
 //! # Path
 //! [`DnsService`] validates a query (a message that is none never reaches the host's resolver), notes
-//! who asked, and queues it. The worker takes it with [`DnsService::poll_query`], sends it to the
-//! control plane (`control/resolver.rs`), and gives what comes back to
-//! [`DnsService::handle_answer`]. Nothing is cached: the host's resolver does that, and a cache
-//! shared by guests is something to poison. DNS over TCP to the gateway is the NAT's: it connects the
-//! flow to the resolver in use.
+//! who asked, and queues it. The worker takes it with [`DnsService::poll_query`], has the egress policy
+//! decide ([`DnsService::refuse`]), sends it to the control plane (`control/resolver.rs`), and gives what
+//! comes back to the policy and to [`DnsService::handle_answer`]. Nothing is cached: the host's resolver does that, and a cache
+//! shared by guests is something to poison. DNS over TCP to the gateway is a flow of the NAT's that ends
+//! in the control plane (`control/resolver/stream.rs`).
+//!
+//! Guests ask any of the gateway's addresses, IPv4, IPv6 or link-local; the answer comes from the one
+//! that was asked.
 //!
 //! # Answers that don't fit
 //! An answer larger than the guest's EDNS size (512 without EDNS), or than the LAN's MTU, is cut to
@@ -25,16 +28,17 @@
 pub mod message;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use bytes::Bytes;
 
 use super::{Handled, LanConfig, Outbox, Service, admit_unicast, datagrams, service_counters};
-use crate::frame::{Duration, Instant, Mac, PortId};
+use crate::frame::{Duration, ETH_HEADER_LEN, Instant, Mac, PortId};
 use crate::offload::Offload;
 use crate::stats::DropReason;
-use crate::wire::{Ipv4, Packet, UDP4_PAYLOAD_AT, Udp, write_udp4};
-use message::{Query, QueryError};
+use crate::wire::ipv6::{UDP6_PAYLOAD_AT, write_udp6};
+use crate::wire::{Ip, Packet, Transport, UDP4_PAYLOAD_AT, Udp, write_udp4};
+use message::{Query, QueryError, Rcode};
 
 /// DNS (RFC 1035 4.2).
 pub const DNS_PORT: u16 = 53;
@@ -51,7 +55,8 @@ const _: () = assert!(QUERIES_PER_MAC_MAX < QUERIES_PER_PORT_MAX);
 /// will not come.
 pub const QUERY_LIFETIME: Duration = Duration::from_secs(10);
 /// IP and UDP header.
-const HEADERS_LEN: usize = 28;
+const HEADERS4_LEN: usize = UDP4_PAYLOAD_AT - ETH_HEADER_LEN;
+const HEADERS6_LEN: usize = UDP6_PAYLOAD_AT - ETH_HEADER_LEN;
 
 /// Number of a query, unique for its service's life.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
@@ -65,7 +70,7 @@ pub struct DnsQuery {
     /// Port the guest is behind.
     pub port: PortId,
     /// The guest's MAC, address and UDP port.
-    pub reply_to: (Mac, Ipv4Addr, u16),
+    pub reply_to: (Mac, IpAddr, u16),
     /// The whole DNS message as the guest sent it.
     pub message: Bytes,
 }
@@ -101,10 +106,18 @@ service_counters! {
     }
 }
 
+/// Where an answer goes, and from where. Both addresses are of one family.
+#[derive(Clone, Copy)]
+struct ReplyPath {
+    /// The gateway's address that was asked.
+    from: IpAddr,
+    to: (Mac, IpAddr, u16),
+}
+
 struct Outstanding {
     deadline: Instant,
     port: PortId,
-    reply_to: (Mac, Ipv4Addr, u16),
+    path: ReplyPath,
     /// The largest UDP payload the guest takes.
     payload_max: usize,
 }
@@ -162,6 +175,20 @@ impl DnsService {
         }
     }
 
+    /// The port of the guest that waits for this answer, if one does.
+    pub fn port_of(&self, id: QueryId) -> Option<PortId> {
+        Some(self.outstanding.get(&id)?.port)
+    }
+
+    /// Answers a query that policy does not let out with REFUSED.
+    pub fn refuse(&mut self, query: &DnsQuery, out: &mut dyn Outbox) {
+        if let Some(asked) = self.finish(query.id) {
+            self.counters.refused += 1;
+            let refusal = message::failure(&query.message, Rcode::Refused);
+            self.send(&refusal, asked.path, out);
+        }
+    }
+
     /// Forgets a query that could not be handed to the resolver.
     pub fn abandon(&mut self, id: QueryId) {
         if self.finish(id).is_some() {
@@ -182,9 +209,13 @@ impl DnsService {
             self.counters.stray += 1;
             return Err(DropReason::Malformed);
         }
+        let headers_len = match asked.path.from {
+            IpAddr::V4(_) => HEADERS4_LEN,
+            IpAddr::V6(_) => HEADERS6_LEN,
+        };
         let room = asked
             .payload_max
-            .min(usize::from(self.lan.mtu).saturating_sub(HEADERS_LEN));
+            .min(usize::from(self.lan.mtu).saturating_sub(headers_len));
         let cut = (answer.message.len() > room).then(|| message::truncate(&answer.message, room));
         let bytes = match cut {
             None => &answer.message[..],
@@ -198,35 +229,53 @@ impl DnsService {
             }
         };
         self.counters.answers += 1;
-        self.send(bytes, asked.reply_to, out);
+        self.send(bytes, asked.path, out);
         Ok(())
     }
 
-    fn send(&self, bytes: &[u8], to: (Mac, Ipv4Addr, u16), out: &mut dyn Outbox) {
+    fn send(&self, bytes: &[u8], path: ReplyPath, out: &mut dyn Outbox) {
         let buffer = out.buffer();
-        buffer[UDP4_PAYLOAD_AT..][..bytes.len()].copy_from_slice(bytes);
-        let from = (self.lan.mac, self.lan.address, DNS_PORT);
-        let len = write_udp4(buffer, from, to, bytes.len());
+        let mac = self.lan.mac;
+        let (to_mac, to, port) = path.to;
+        let len = match (path.from, to) {
+            (IpAddr::V4(from), IpAddr::V4(to)) => {
+                buffer[UDP4_PAYLOAD_AT..][..bytes.len()].copy_from_slice(bytes);
+                let (from, to) = ((mac, from, DNS_PORT), (to_mac, to, port));
+                write_udp4(buffer, from, to, bytes.len())
+            }
+            (IpAddr::V6(from), IpAddr::V6(to)) => {
+                buffer[UDP6_PAYLOAD_AT..][..bytes.len()].copy_from_slice(bytes);
+                let (from, to) = ((mac, from, DNS_PORT), (to_mac, to, port));
+                write_udp6(buffer, from, to, bytes.len())
+            }
+            _ => unreachable!("a packet's addresses are of one family"),
+        };
         out.send(len, Offload::default());
     }
 
     fn finish(&mut self, id: QueryId) -> Option<Outstanding> {
         let asked = self.outstanding.remove(&id)?;
-        decrement(&mut self.per_mac, asked.reply_to.0);
+        decrement(&mut self.per_mac, asked.path.to.0);
         decrement(&mut self.per_port, asked.port);
         Some(asked)
     }
 
-    fn datagram<'p, 'a>(&self, packet: &'p Packet<'a>) -> Option<(&'p Ipv4<'a>, &'p Udp<'a>)> {
-        let (ip, udp) = packet.udp4()?;
-        (udp.destination_port == DNS_PORT && ip.destination == self.lan.address)
-            .then_some((ip, udp))
+    fn datagram<'a>(&self, packet: &Packet<'a>) -> Option<(Ip<'a>, Udp<'a>)> {
+        let ip = packet.ip()?;
+        match ip.transport {
+            Transport::Udp(udp)
+                if udp.destination_port == DNS_PORT && self.lan.is_gateway(ip.destination) =>
+            {
+                Some((ip, udp))
+            }
+            _ => None,
+        }
     }
 
     fn ask(
         &mut self,
         port: PortId,
-        reply_to: (Mac, Ipv4Addr, u16),
+        path: ReplyPath,
         bytes: &[u8],
         now: Instant,
         out: &mut dyn Outbox,
@@ -239,11 +288,12 @@ impl DnsService {
             }
             Err(QueryError::Answer(code)) => {
                 self.counters.refused += 1;
-                self.send(&message::header_only(bytes, code), reply_to, out);
+                self.send(&message::header_only(bytes, code), path, out);
                 return Ok(());
             }
         };
-        let of_mac = self.per_mac.get(&reply_to.0).copied().unwrap_or(0);
+        let mac = path.to.0;
+        let of_mac = self.per_mac.get(&mac).copied().unwrap_or(0);
         let of_port = self.per_port.get(&port).copied().unwrap_or(0);
         // The queue outgrows what is outstanding only if nobody drains it.
         if self.outstanding.len().max(self.queue.len()) >= QUERIES_MAX
@@ -256,12 +306,12 @@ impl DnsService {
         let id = QueryId(self.next);
         self.next += 1;
         self.counters.queries += 1;
-        *self.per_mac.entry(reply_to.0).or_default() += 1;
+        *self.per_mac.entry(mac).or_default() += 1;
         *self.per_port.entry(port).or_default() += 1;
         let asked = Outstanding {
             deadline: now + QUERY_LIFETIME,
             port,
-            reply_to,
+            path,
             payload_max: usize::from(query.payload_max),
         };
         self.outstanding.insert(id, asked);
@@ -269,7 +319,7 @@ impl DnsService {
         self.queue.push_back(DnsQuery {
             id,
             port,
-            reply_to,
+            reply_to: path.to,
             message,
         });
         Ok(())
@@ -296,16 +346,19 @@ impl Service for DnsService {
 
     fn handle(&mut self, packet: &Packet<'_>, now: Instant, out: &mut dyn Outbox) -> Handled {
         let (ip, udp) = self.datagram(packet).ok_or(DropReason::Unclaimed)?;
-        admit_unicast(&self.lan, packet, ip)?;
+        admit_unicast(&self.lan, packet, ip.source)?;
         if udp.source_port == 0 {
             // RFC 768: no port to answer to.
             return Err(DropReason::Malformed);
         }
         self.expire(now);
-        let reply_to = (packet.source, ip.source, udp.source_port);
+        let path = ReplyPath {
+            from: ip.destination,
+            to: (packet.source, ip.source, udp.source_port),
+        };
         let mut handled = Ok(());
-        for bytes in datagrams(packet.offload, udp) {
-            handled = handled.and(self.ask(packet.ingress, reply_to, bytes, now, out));
+        for bytes in datagrams(packet.offload, &udp) {
+            handled = handled.and(self.ask(packet.ingress, path, bytes, now, out));
         }
         handled
     }

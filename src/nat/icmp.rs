@@ -1,36 +1,42 @@
-//! ICMP through the NAT: echo by ping sockets, and the errors the gateway sends to guests.
+//! ICMP through the NAT: echo by ping sockets, and the errors that guests get.
 //!
 //! # Path
-//! A guest's echo request leaves through an ICMP datagram socket of its mapping, one per guest
+//! A guest's echo request leaves through an ICMP or ICMPv6 datagram socket of its mapping, one per guest
 //! address and identifier (RFC 5508 REQ-1: endpoint-independent). The kernel puts the socket's own
-//! identifier in and gives back only the replies to it; they get the guest's identifier again.
-//! Everything else that guests send as ICMP is dropped: errors about packets from outside end here,
-//! as the host's sockets have no way to pass them on.
+//! identifier in and gives back only the replies to it; they get the guest's identifier again. A reply
+//! longer than the LAN's MTU is cut into fragments. What the host hears about a request, `reported`
+//! passes on. Everything else that guests send as ICMP is dropped: errors about packets from outside end
+//! here, as the host's sockets have no way to pass them on.
 //!
 //! # Timers and limits
-//! RFC 5508 REQ-2 asks for at least 60 seconds; see [`MappingTable`] for the order of eviction.
+//! RFC 5508 REQ-2 asks for at least 60 seconds; see [`MappingTable`] for the order of eviction. A guest
+//! that gets no mapping hears that it is prohibited (REQ-8), from [`super::Nat`].
 //!
 //! # Hostile guests
 //! A guest can use up its own mappings. It can't choose the identifier on the wire, nor see replies
 //! to others, nor to addresses it did not write to.
 
 pub mod error;
+pub(in crate::nat) mod reported;
 
-use std::net::SocketAddrV4;
+use std::net::SocketAddr;
+
+use reported::Way;
 
 pub use error::{ErrorKind, ErrorSender, write_about, write_error};
 
-use super::mapping::{Class, Limits, MappingTable, Peers, Room};
+use super::egress::{Egress, Protocol};
+use super::mapping::{Class, Endpoint, Limits, Mapping, MappingCounters, MappingTable};
 use super::{
-    Datagram, Duration, FlowId, HostError, Instant, Io, SendOptions, SockId, SockOwner, Uplink,
+    Datagram, Duration, FlowId, HostError, Instant, Io, Ready, SendOptions, SockId, SockOwner,
+    Uplink,
 };
-use crate::frame::{ETH_HEADER_LEN, Mac, PortId};
+use crate::frame::{ETH_HEADER_LEN, PortId, Station};
+use crate::gateway::fragment::cut;
 use crate::gateway::{LanConfig, Outbox};
 use crate::offload::Offload;
 use crate::stats::DropReason;
-use crate::wire::{
-    self, ETHERTYPE_IPV4, IPV4_HEADER_LEN, Ipv4, Ipv4Fields, PROTO_ICMP, Packet, checksum,
-};
+use crate::wire::{self, Family, Ip, IpFields, PROTO_ICMP, PROTO_ICMPV6, Packet};
 
 /// A mapping's life after its last use: the least that RFC 5508 REQ-2 allows, since a `ping` that
 /// runs uses it every second and one that ended never comes back.
@@ -39,11 +45,18 @@ pub const TIMEOUT: Duration = Duration::from_secs(60);
 pub const LIMITS: Limits = Limits {
     total: 1024,
     per_guest: 256,
+    per_port: 768,
 };
 
-const ECHO_REPLY: u8 = 0;
-const ECHO_REQUEST: u8 = 8;
 const ECHO_HEADER_LEN: usize = 8;
+
+/// Types of echo request and reply (RFC 792, RFC 4443 4).
+fn echo_types(family: Family) -> (u8, u8) {
+    match family {
+        Family::V4 => (8, 0),
+        Family::V6 => (128, 129),
+    }
+}
 
 /// Every request was answered: first to go.
 const ANSWERED: usize = 0;
@@ -60,25 +73,11 @@ const CLASSES: [Class; 2] = [
     },
 ];
 
-#[derive(Debug)]
-struct Mapping {
-    socket: SockId,
-    /// Where replies go: the sender of the newest request.
-    mac: Mac,
-    /// Where that came in.
-    port: PortId,
-    peers: Peers,
-}
-
-/// What happened to mappings.
+/// What happened so far.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct PingCounters {
-    /// Made.
-    pub opened: u64,
-    /// Ended after [`TIMEOUT`].
-    pub expired: u64,
-    /// Ended to make room.
-    pub evicted: u64,
+    /// Mappings.
+    pub mappings: MappingCounters,
     /// Echo requests sent.
     pub requests: u64,
     /// Echo replies given to guests.
@@ -89,16 +88,14 @@ impl PingCounters {
     /// Names, as `lanlet status` shows them, and values.
     pub fn iter(self) -> impl Iterator<Item = (&'static str, u64)> {
         let Self {
-            opened,
-            expired,
-            evicted,
+            mappings,
             requests,
             replies,
         } = self;
         [
-            ("ping_opened", opened),
-            ("ping_expired", expired),
-            ("ping_evicted", evicted),
+            ("ping_opened", mappings.opened),
+            ("ping_expired", mappings.expired),
+            ("ping_evicted", mappings.evicted),
             ("ping_requests", requests),
             ("ping_replies", replies),
         ]
@@ -110,21 +107,24 @@ impl PingCounters {
 #[derive(Debug)]
 pub struct PingNat {
     lan: LanConfig,
-    host_access: bool,
-    table: MappingTable<Mapping, 2>,
-    counters: PingCounters,
+    table: MappingTable<(), 2>,
+    requests: u64,
+    replies: u64,
     hinted: bool,
+    /// Identification of the next packet that is cut; chosen at random when the first is.
+    fragment_id: Option<u32>,
 }
 
 impl PingNat {
-    /// No mappings yet. Without `host_access`, guests can't ping the host's own addresses.
-    pub fn new(lan: LanConfig, limits: Limits, host_access: bool) -> Self {
+    /// No mappings yet.
+    pub fn new(lan: LanConfig, limits: Limits) -> Self {
         Self {
             lan,
-            host_access,
             table: MappingTable::new(CLASSES, limits),
-            counters: PingCounters::default(),
+            requests: 0,
+            replies: 0,
             hinted: false,
+            fragment_id: None,
         }
     }
 
@@ -140,7 +140,11 @@ impl PingNat {
 
     /// What happened so far.
     pub fn counters(&self) -> PingCounters {
-        self.counters
+        PingCounters {
+            mappings: self.table.counters(),
+            requests: self.requests,
+            replies: self.replies,
+        }
     }
 
     /// Sends a guest's echo request on. `message` is the ICMP message that `ip` carries.
@@ -150,44 +154,48 @@ impl PingNat {
     pub fn handle_packet<U: Uplink + ?Sized, O: Outbox + ?Sized>(
         &mut self,
         packet: &Packet<'_>,
-        ip: &Ipv4<'_>,
-        message: &[u8],
+        (ip, message): (&Ip<'_>, &[u8]),
+        egress: &mut Egress,
         now: Instant,
         up: &mut U,
         (out, errors): (&mut O, &mut ErrorSender),
     ) -> Result<(), DropReason> {
-        if message.len() < ECHO_HEADER_LEN || message[..2] != [ECHO_REQUEST, 0] {
+        let (request, _) = echo_types(Family::of(ip.source));
+        if message.len() < ECHO_HEADER_LEN || message[..2] != [request, 0] {
             return Err(DropReason::Unclaimed);
         }
         if ip.ttl <= 1 {
             return Err(DropReason::TtlExceeded);
         }
-        let guest = SocketAddrV4::new(ip.source, wire::be16(message, 4));
-        let to = SocketAddrV4::new(ip.destination, 0);
-        let id = match self.mapping(guest, (packet.source, packet.ingress), to, now, up) {
-            Err(DropReason::ForbiddenDestination) => {
-                let kind = ErrorKind::Prohibited;
-                errors.send(&self.lan, kind, packet, now, out);
-                return Err(DropReason::ForbiddenDestination);
-            }
-            result => result?,
+        let guest = SocketAddr::new(ip.source, wire::be16(message, 4));
+        let to = SocketAddr::new(ip.destination, 0);
+        let station = Station {
+            mac: packet.source,
+            port: packet.ingress,
         };
+        let id = self.mapping((guest, station), to, egress, now, up)?;
+        let to = egress.real(to);
         self.table.touch(id, WAITING, now);
         let mapping = self.table.get_mut(id).ok_or(DropReason::NoFlow)?;
         let options = SendOptions {
             ttl: ip.ttl - 1,
+            tos: ip.tos,
+            dont_fragment: ip.dont_fragment() && !packet.reassembled,
             segment: None,
         };
         match send_again(up, mapping.socket, to, message, options) {
             Ok(_) => {
-                self.counters.requests += 1;
+                self.requests += 1;
                 Ok(())
             }
-            Err((reason, kind)) => {
-                if let Some(kind) = kind {
-                    errors.send(&self.lan, kind, packet, now, out);
-                }
-                Err(reason)
+            Err(failure) => {
+                let sent = (packet, &*mapping);
+                let way = Way {
+                    lan: &self.lan,
+                    egress,
+                    guest,
+                };
+                Err(explain(failure, way, sent, now, (up, out, errors)))
             }
         }
     }
@@ -195,124 +203,102 @@ impl PingNat {
     /// The guest's mapping, made if need be, with `to` among its peers.
     fn mapping<U: Uplink + ?Sized>(
         &mut self,
-        guest: SocketAddrV4,
-        (mac, port): (Mac, PortId),
-        to: SocketAddrV4,
+        (guest, station): (SocketAddr, Station),
+        to: SocketAddr,
+        egress: &mut Egress,
         now: Instant,
         up: &mut U,
     ) -> Result<FlowId, DropReason> {
-        let known = self.table.find(guest);
+        let key = Endpoint { guest, to: None };
+        let known = self.table.find(key);
         if let Some(id) = known
             && let Some(mapping) = self.table.get_mut(id)
         {
-            (mapping.mac, mapping.port) = (mac, port);
-            if mapping.peers.touch(to) {
+            let same = mapping.station.port == station.port;
+            if same && mapping.peers.touch(egress.real(to)) {
+                mapping.station = station;
                 return Ok(id);
             }
         }
-        if !self.host_access && up.is_host_address(*to.ip()) {
-            return Err(DropReason::ForbiddenDestination);
-        }
+        let real = egress.admit((station.port, Protocol::Echo), to, now, up)?;
         let id = match known {
             Some(id) => id,
-            None => self.open(guest, (mac, port), now, up)?,
+            None => {
+                let family = Family::of(guest.ip());
+                let hinted = &mut self.hinted;
+                let open = |up: &mut U, id| {
+                    let opened = up.ping_open(family, SockOwner::Ping(id));
+                    if opened == Err(HostError::Prohibited) {
+                        hint(hinted);
+                    }
+                    Ok((opened?, 0))
+                };
+                self.table
+                    .open(key, station, (WAITING, ()), now, up, open)?
+            }
         };
         if let Some(mapping) = self.table.get_mut(id) {
-            mapping.peers.add(to);
+            mapping.move_to(station);
+            mapping.peers.add(real);
         }
         Ok(id)
     }
 
-    fn open<U: Uplink + ?Sized>(
-        &mut self,
-        guest: SocketAddrV4,
-        (mac, port): (Mac, PortId),
-        now: Instant,
-        up: &mut U,
-    ) -> Result<FlowId, DropReason> {
-        self.make_room(self.table.room(*guest.ip(), now), up)?;
-        let mut socket = up.ping_open(SockOwner::Ping(self.table.next_id()));
-        if socket == Err(HostError::Exhausted) {
-            let room = self.table.oldest(now);
-            self.make_room(room, up)?;
-            socket = up.ping_open(SockOwner::Ping(self.table.next_id()));
-        }
-        let socket = socket.map_err(|error| self.refusal(error))?;
-        self.counters.opened += 1;
-        let mapping = Mapping {
-            socket,
-            mac,
-            port,
-            peers: Peers::default(),
-        };
-        Ok(self.table.insert(guest, WAITING, mapping, now))
-    }
-
-    fn refusal(&mut self, error: HostError) -> DropReason {
-        match error {
-            HostError::Exhausted => DropReason::Limit,
-            HostError::Prohibited if !self.hinted => {
-                self.hinted = true;
-                log::warn!(
-                    "guests can't ping outside: the host forbids ping sockets; allow them with \
-                     sysctl -w net.ipv4.ping_group_range='0 2147483647'"
-                );
-                DropReason::HostRefused
-            }
-            _ => DropReason::HostRefused,
-        }
-    }
-
-    fn make_room<U: Uplink + ?Sized>(&mut self, room: Room, up: &mut U) -> Result<(), DropReason> {
-        match room {
-            Room::Free => Ok(()),
-            Room::Evict(id) => {
-                self.counters.evicted += 1;
-                self.close(id, up);
-                Ok(())
-            }
-            Room::None => Err(DropReason::Limit),
-        }
+    /// As [`MappingTable::give_up`].
+    pub fn give_up<U: Uplink + ?Sized>(&mut self, now: Instant, up: &mut U) -> bool {
+        self.table.give_up(now, up)
     }
 
     /// Ends the mappings of the guests behind a port that is gone.
     pub fn forget_port<U: Uplink + ?Sized>(&mut self, port: PortId, up: &mut U) {
-        for id in self.table.ids_where(|mapping| mapping.port == port) {
-            self.close(id, up);
-        }
+        self.table.forget_port(port, up);
     }
 
-    fn close<U: Uplink + ?Sized>(&mut self, id: FlowId, up: &mut U) {
-        if let Some(mapping) = self.table.remove(id) {
-            up.close(mapping.socket);
-        }
+    /// Takes peers away that `allowed` no longer grants: see [`MappingTable::review`].
+    pub fn review<U: Uplink + ?Sized>(
+        &mut self,
+        up: &mut U,
+        allowed: impl FnMut(PortId, SocketAddr, SocketAddr) -> bool,
+    ) {
+        self.table.review(up, allowed);
     }
 
-    /// Gives the replies that wait on a mapping's socket to its guest. `drops` hears of those that
-    /// do not get there.
+    /// Gives the replies and errors that wait on a mapping's socket to its guest. `drops` hears of those
+    /// that do not get there.
     pub fn handle_ready<U: Uplink + ?Sized, O: Outbox + ?Sized>(
         &mut self,
         id: FlowId,
+        ready: Ready,
+        egress: &Egress,
         now: Instant,
-        up: &mut U,
-        out: &mut O,
+        (up, out, errors): (&mut U, &mut O, &mut ErrorSender),
         drops: &mut dyn FnMut(DropReason),
     ) {
-        let Some(guest) = self.table.guest(id) else {
+        let Some((guest, mapping)) = self.table.get_with_guest(id) else {
             return;
         };
-        let Some(mapping) = self.table.get_mut(id) else {
-            return;
+        let way = Way {
+            lan: &self.lan,
+            egress,
+            guest,
         };
-        let (lan, mac, peers) = (&self.lan, mapping.mac, &mapping.peers);
+        if ready.error {
+            reported::hear(way, mapping, now, (up, out, errors), drops);
+        }
+        let fragment_id = self.fragment_id.get_or_insert_with(|| up.random() as u32);
+        let (lan, mapping) = (&self.lan, &*mapping);
         let mut replies = 0;
         up.recv_from(mapping.socket, &mut |datagram| match write_reply(
             out.buffer(),
-            lan,
-            (mac, guest),
-            peers,
+            way,
+            mapping,
             &datagram,
         ) {
+            Ok(len) if len > ETH_HEADER_LEN + usize::from(lan.mtu) => {
+                replies += 1;
+                *fragment_id = fragment_id.wrapping_add(1);
+                cut(out, len, lan.mtu, *fragment_id);
+            }
             Ok(len) => {
                 replies += 1;
                 out.send(len, Offload::default());
@@ -320,7 +306,7 @@ impl PingNat {
             Err(reason) => drops(reason),
         });
         if replies > 0 {
-            self.counters.replies += replies;
+            self.replies += replies;
             self.table.touch(id, ANSWERED, now);
         }
     }
@@ -332,48 +318,58 @@ impl PingNat {
 
     /// Ends the mappings whose time is over.
     pub fn handle_timeout<U: Uplink + ?Sized>(&mut self, now: Instant, up: &mut U) {
-        while let Some(id) = self.table.expired(now) {
-            self.counters.expired += 1;
-            self.close(id, up);
-        }
+        self.table.handle_timeout(now, up);
     }
 }
 
-/// Writes the frame of an echo reply to `guest`, whose port is the identifier. Returns its length.
+/// Says once how ping sockets are allowed.
+fn hint(hinted: &mut bool) {
+    if !std::mem::replace(hinted, true) {
+        log::warn!(
+            "guests can't ping outside: the host forbids ping sockets; allow them with \
+             sysctl -w net.ipv4.ping_group_range='0 2147483647'"
+        );
+    }
+}
+
+/// Writes the frame of an echo reply to `guest`, whose port is the identifier. Returns its length, which
+/// may exceed the LAN's MTU.
 fn write_reply(
     buffer: &mut [u8],
-    lan: &LanConfig,
-    (mac, guest): (Mac, SocketAddrV4),
-    peers: &Peers,
+    Way { lan, egress, guest }: Way<'_>,
+    mapping: &Mapping<()>,
     datagram: &Datagram<'_>,
 ) -> Result<usize, DropReason> {
-    let message = datagram.payload;
-    if message.len() < ECHO_HEADER_LEN || message[..2] != [ECHO_REPLY, 0] {
+    let (source, destination) = (datagram.source.ip(), guest.ip());
+    let (protocol, family) = match Family::of(destination) {
+        Family::V4 => (PROTO_ICMP, Family::V4),
+        Family::V6 => (PROTO_ICMPV6, Family::V6),
+    };
+    let (message, (_, reply)) = (datagram.payload, echo_types(family));
+    if message.len() < ECHO_HEADER_LEN || message[..2] != [reply, 0] {
         return Err(DropReason::Malformed);
     }
-    let source = *datagram.source.ip();
-    if !peers.contains(SocketAddrV4::new(source, 0)) {
-        return Err(DropReason::Filtered);
-    }
-    if IPV4_HEADER_LEN + message.len() > usize::from(lan.mtu) {
+    if message.len() > wire::ip_payload_max(destination) {
         return Err(DropReason::TooBig);
     }
-    wire::write_ethernet(buffer, mac, lan.mac, ETHERTYPE_IPV4);
-    let fields = Ipv4Fields {
+    if !mapping.peers.contains_address(source) {
+        return Err(DropReason::Filtered);
+    }
+    let source = egress.shown_address(source);
+    let fields = IpFields {
         source,
-        destination: *guest.ip(),
-        protocol: PROTO_ICMP,
+        destination,
+        protocol,
         ttl: ttl_to_guest(datagram.ttl)?,
-        tos: 0,
+        tos: datagram.tos,
     };
-    wire::write_ipv4(buffer, fields, message.len());
-    let icmp = &mut buffer[ETH_HEADER_LEN + IPV4_HEADER_LEN..][..message.len()];
+    let macs = (mapping.station.mac, lan.mac);
+    let at = wire::write_ip(buffer, macs, fields, message.len());
+    let icmp = &mut buffer[at..][..message.len()];
     icmp.copy_from_slice(message);
-    icmp[2..4].copy_from_slice(&[0, 0]);
     icmp[4..6].copy_from_slice(&guest.port().to_be_bytes());
-    let sum = !checksum::fold(checksum::sum(icmp));
-    icmp[2..4].copy_from_slice(&sum.to_be_bytes());
-    Ok(ETH_HEADER_LEN + IPV4_HEADER_LEN + message.len())
+    error::complete_checksum(icmp, source, destination);
+    Ok(at + message.len())
 }
 
 /// The TTL toward the guest: counted down by one, as the NAT is a router (RFC 1812 5.3.1).
@@ -385,18 +381,18 @@ pub(super) fn ttl_to_guest(ttl: u8) -> Result<u8, DropReason> {
     }
 }
 
-/// Sends a datagram, a second time where the first attempt only told of an earlier one's fate
-/// (ECONNREFUSED and the like are pending errors, cleared by being reported). An error comes with
-/// the ICMP error that the guest may hear.
+/// Sends a datagram, a second time where the first attempt only told of an earlier one's fate: what an
+/// ICMP error means is a pending error of the socket, which is cleared by being reported. An error comes
+/// with the ICMP error that the guest may hear.
 pub(super) fn send_again<U: Uplink + ?Sized>(
     up: &mut U,
     socket: SockId,
-    to: SocketAddrV4,
+    to: SocketAddr,
     payload: &[u8],
     options: SendOptions,
 ) -> Result<usize, (DropReason, Option<ErrorKind>)> {
     let mut outcome = up.send_to(socket, to, payload, options);
-    if outcome == Io::Failed(HostError::Refused) {
+    if matches!(outcome, Io::Failed(error) if error != HostError::Exhausted) {
         outcome = up.send_to(socket, to, payload, options);
     }
     Err(match outcome {
@@ -412,6 +408,29 @@ pub(super) fn send_again<U: Uplink + ?Sized>(
         Io::Failed(HostError::Prohibited) => (DropReason::HostRefused, Some(ErrorKind::Prohibited)),
         Io::Failed(_) => (DropReason::HostRefused, None),
     })
+}
+
+/// Tells the guest why its packet was not sent, where it may hear it. Gives the reason to count.
+pub(super) fn explain<S, U: Uplink + ?Sized, O: Outbox + ?Sized>(
+    (reason, kind): (DropReason, Option<ErrorKind>),
+    way: Way<'_>,
+    (packet, mapping): (&Packet<'_>, &Mapping<S>),
+    now: Instant,
+    (up, out, errors): (&mut U, &mut O, &mut ErrorSender),
+) -> DropReason {
+    let kind = match reason {
+        // The route's MTU is in the error queue. What else waits there is the guest's to hear as well;
+        // what is not its business is no packet of this call, hence not counted.
+        DropReason::TooBig => {
+            let mtu = reported::hear(way, mapping, now, (up, out, errors), &mut |_| ());
+            mtu.map(|mtu| ErrorKind::TooBig { mtu })
+        }
+        _ => kind,
+    };
+    if let Some(kind) = kind {
+        errors.send(way.lan, kind, packet, now, out);
+    }
+    reason
 }
 
 #[cfg(test)]

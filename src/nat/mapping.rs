@@ -1,596 +1,273 @@
-//! The table behind the UDP and ICMP echo translation: one mapping per guest address and port (or
-//! echo identifier), bounded in total and per guest, expiring by class.
+//! The mappings of UDP and ICMP echo: one host socket per guest address and port (or echo identifier),
+//! bounded in total and per guest, expiring by class.
 //!
 //! # State
-//! A slab of mappings, an index by guest endpoint, and two doubly linked lists through every mapping:
-//! one of all mappings of its class, one of its guest's mappings of that class, each in order of last
-//! use. A class has one timeout, so the head of a list is the next to expire and the first to give way.
-//!
-//! # Timers
-//! A use moves a mapping to the tail of its lists at most once per [`GRANULARITY`], so a busy mapping
-//! costs one comparison per packet; expiry is late by as much, never early. Only
-//! [`MappingTable::ids_where`] walks the table.
+//! A [`Mapping`] is a host socket, where its guest is reached, and whom the guest wrote to ([`Peers`]).
+//! Which packets share one is said by [`Endpoint`]: the guest's end alone, or with a part of the
+//! destination. [`table`] keeps them in the order in which they expire; the bound ports of the host are
+//! indexed beside it, for guests that write to each other's.
 //!
 //! # Limits
 //! At its own limit a guest loses its least recently used mapping, at the total the least recently
 //! used of all goes, classes of low value first. A mapping in use ([`IN_USE`]) is never taken: then
-//! the newcomer is refused. So a guest that opens ports without end mostly hurts itself.
+//! the newcomer is refused. So a guest that opens ports without end mostly hurts itself. A host that
+//! gives no more sockets is treated as if the total were reached, and warned of once.
 //!
 //! # Hostile guests
 //! Every packet with a fresh source port makes a mapping and so a host socket: hence the limits.
 //! Forged source addresses count against the total only; keeping them out is the switch's guard.
 
-use std::net::{Ipv4Addr, SocketAddrV4};
+pub mod peers;
+pub mod table;
+
+use std::net::SocketAddr;
 
 use hashbrown::HashMap;
 
-use super::{Duration, FlowId, Instant};
+pub use peers::{Dependence, PEERS_MAX, Peers};
+pub use table::{Class, GRANULARITY, IN_USE, Limits, Room};
 
-/// How exactly the order of last use is kept.
-pub const GRANULARITY: Duration = Duration::from_secs(1);
-/// A mapping used within this time is not evicted: two hot flows would take turns in throwing each
-/// other out, a socket opened and closed each time. Longer than DNS and ping round trips.
-pub const IN_USE: Duration = Duration::from_secs(5);
+use super::{FlowId, HostError, Instant, SockId, Uplink};
+use crate::frame::{PortId, Station};
+use crate::stats::DropReason;
+use crate::wire::Family;
+use table::Table;
 
-/// Slots a [`FlowId`] can name.
-const SLOTS_MAX: usize = 1 << 24;
-const NIL: u32 = u32::MAX;
-
-/// How long mappings of one class live.
-#[derive(Clone, Copy, Debug)]
-pub struct Class {
-    /// From the last use on.
-    pub timeout: Duration,
-    /// Whether a mapping of this class may be evicted even though it was used a moment ago.
-    pub expendable: bool,
+/// What a mapping is for.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Endpoint {
+    /// The guest's address and port, or echo identifier.
+    pub guest: SocketAddr,
+    /// The destinations, where only some share the mapping ([`Dependence::part`]).
+    pub to: Option<SocketAddr>,
 }
 
-/// Bounds of a table.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Limits {
-    /// Mappings in all, at most 2^24.
-    pub total: usize,
-    /// Mappings of one guest address.
-    pub per_guest: usize,
-}
-
-/// What has to happen before a mapping can be added.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Room {
-    /// Nothing.
-    Free,
-    /// This mapping has to go first.
-    Evict(FlowId),
-    /// All mappings that count are in use.
-    None,
-}
-
-/// The neighbours of a mapping in one list.
-#[derive(Clone, Copy, Debug)]
-struct Links {
-    previous: u32,
-    next: u32,
-}
-
-/// First and last mapping of a list.
-#[derive(Clone, Copy, Debug)]
-struct List {
-    head: u32,
-    tail: u32,
-}
-
-const EMPTY: List = List {
-    head: NIL,
-    tail: NIL,
-};
-
-/// Which of a mapping's two lists.
-#[derive(Clone, Copy)]
-enum Axis {
-    All = 0,
-    Guest = 1,
-}
-
-/// The mappings of one guest address.
+/// A guest's way to the outside, with an `S` of its protocol.
 #[derive(Debug)]
-struct Guest<const N: usize> {
-    count: usize,
-    lists: [List; N],
+pub struct Mapping<S> {
+    /// The host's socket.
+    pub socket: SockId,
+    /// The port that is bound to; 0 where there is none.
+    pub external: u16,
+    /// The port it counts against.
+    counted: PortId,
+    /// Where datagrams go: the sender of the newest one from the guest.
+    pub station: Station,
+    /// Whom the guest wrote to.
+    pub peers: Peers,
+    /// What its protocol keeps.
+    pub state: S,
 }
 
+impl<S> Mapping<S> {
+    /// The guest's endpoint shows up at `station`. Behind another port, whom it wrote to before counts no
+    /// more: that was decided about another guest.
+    pub fn move_to(&mut self, station: Station) {
+        if self.station.port != station.port {
+            self.peers = Peers::default();
+        }
+        self.station = station;
+    }
+}
+
+/// What happened to mappings.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct MappingCounters {
+    /// Made.
+    pub opened: u64,
+    /// Ended by their timeout.
+    pub expired: u64,
+    /// Ended to make room.
+    pub evicted: u64,
+}
+
+/// Mappings in `N` classes. Low classes are evicted first.
 #[derive(Debug)]
-struct Entry<V> {
-    guest: SocketAddrV4,
-    class: usize,
-    /// When it last moved to the tail.
-    used: Instant,
-    links: [Links; 2],
-    value: V,
+pub struct MappingTable<S, const N: usize> {
+    table: Table<Mapping<S>, N>,
+    externals: HashMap<(Family, u16), FlowId>,
+    /// Mappings by the port that their guest was behind when they were made, and how many one may have.
+    per_port: HashMap<PortId, usize>,
+    port_max: usize,
+    counters: MappingCounters,
 }
 
-#[derive(Debug)]
-struct Slot<V> {
-    generation: u32,
-    entry: Option<Entry<V>>,
-}
-
-/// Mappings with a `V` each, in `N` classes. Low classes are evicted first.
-#[derive(Debug)]
-pub struct MappingTable<V, const N: usize> {
-    classes: [Class; N],
-    limits: Limits,
-    slots: Vec<Slot<V>>,
-    free: Vec<u32>,
-    index: HashMap<SocketAddrV4, u32>,
-    guests: HashMap<Ipv4Addr, Guest<N>>,
-    lists: [List; N],
-}
-
-impl<V, const N: usize> MappingTable<V, N> {
+impl<S, const N: usize> MappingTable<S, N> {
     /// An empty table.
     pub fn new(classes: [Class; N], limits: Limits) -> Self {
         Self {
-            classes,
-            limits: Limits {
-                total: limits.total.min(SLOTS_MAX),
-                ..limits
-            },
-            slots: Vec::new(),
-            free: Vec::new(),
-            index: HashMap::new(),
-            guests: HashMap::new(),
-            lists: [EMPTY; N],
+            table: Table::new(classes, limits),
+            externals: HashMap::new(),
+            per_port: HashMap::new(),
+            port_max: limits.per_port,
+            counters: MappingCounters::default(),
         }
     }
 
-    /// Mappings.
+    /// Mappings, each with a host socket.
     pub fn len(&self) -> usize {
-        self.index.len()
+        self.table.len()
     }
 
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
-        self.index.is_empty()
+        self.table.is_empty()
     }
 
-    /// The mapping of a guest's endpoint.
-    pub fn find(&self, guest: SocketAddrV4) -> Option<FlowId> {
-        let slot = *self.index.get(&guest)?;
-        Some(self.id(slot))
+    /// What happened so far.
+    pub fn counters(&self) -> MappingCounters {
+        self.counters
+    }
+
+    /// The mapping of an endpoint.
+    pub fn find(&self, key: Endpoint) -> Option<FlowId> {
+        self.table.find(key)
     }
 
     /// A mapping by its id, unless that is stale.
-    pub fn get_mut(&mut self, id: FlowId) -> Option<&mut V> {
-        Some(&mut self.entry_mut(id)?.value)
+    pub fn get_mut(&mut self, id: FlowId) -> Option<&mut Mapping<S>> {
+        self.table.get_mut(id)
     }
 
-    /// The guest's endpoint of a mapping.
-    pub fn guest(&self, id: FlowId) -> Option<SocketAddrV4> {
-        let slot = self.slots.get(id.slot as usize)?;
-        let entry = slot.entry.as_ref()?;
-        (slot.generation == id.generation).then_some(entry.guest)
+    /// The guest's end of a mapping, and the mapping.
+    pub fn get_with_guest(&mut self, id: FlowId) -> Option<(SocketAddr, &mut Mapping<S>)> {
+        let guest = self.table.guest(id)?;
+        Some((guest, self.table.get_mut(id)?))
     }
 
-    /// The id that the next [`MappingTable::insert`] gives.
-    pub fn next_id(&self) -> FlowId {
-        match self.free.last() {
-            Some(&slot) => FlowId {
-                slot,
-                generation: self.slots[slot as usize].generation.wrapping_add(1),
-            },
-            None => FlowId {
-                slot: self.slots.len() as u32,
-                generation: 0,
-            },
-        }
-    }
-
-    /// Whether a mapping of `guest` can be added.
-    pub fn room(&self, guest: Ipv4Addr, now: Instant) -> Room {
-        if let Some(own) = self.guests.get(&guest)
-            && own.count >= self.limits.per_guest
-        {
-            return self.victim(&own.lists, now);
-        }
-        if self.len() >= self.limits.total {
-            return self.victim(&self.lists, now);
-        }
-        Room::Free
-    }
-
-    /// The mapping to give up when the host has no socket left, as if the total were reached.
-    pub fn oldest(&self, now: Instant) -> Room {
-        self.victim(&self.lists, now)
-    }
-
-    fn victim(&self, lists: &[List; N], now: Instant) -> Room {
-        for (class, list) in self.classes.iter().zip(lists) {
-            if list.head == NIL {
-                continue;
-            }
-            let idle = now - self.at(list.head).used;
-            if class.expendable || idle >= IN_USE {
-                return Room::Evict(self.id(list.head));
-            }
-        }
-        Room::None
-    }
-
-    /// Adds a mapping in `class`.
-    ///
-    /// # Panics
-    /// If the endpoint has one already.
-    pub fn insert(&mut self, guest: SocketAddrV4, class: usize, value: V, now: Instant) -> FlowId {
-        let id = self.next_id();
-        let entry = Entry {
-            guest,
-            class,
-            used: now,
-            links: [Links {
-                previous: NIL,
-                next: NIL,
-            }; 2],
-            value,
-        };
-        let slot = Slot {
-            generation: id.generation,
-            entry: Some(entry),
-        };
-        match self.free.pop() {
-            Some(free) => self.slots[free as usize] = slot,
-            None => self.slots.push(slot),
-        }
-        let before = self.index.insert(guest, id.slot);
-        assert!(before.is_none(), "{guest} is mapped already");
-        let guest = self.guests.entry(*guest.ip()).or_insert(Guest {
-            count: 0,
-            lists: [EMPTY; N],
-        });
-        guest.count += 1;
-        self.link(id.slot);
-        id
+    /// The mapping whose socket has this port of the host.
+    pub fn at_external(&self, family: Family, port: u16) -> Option<FlowId> {
+        self.externals.get(&(family, port)).copied()
     }
 
     /// Notes that a mapping is used, and in which class it is from here on.
     pub fn touch(&mut self, id: FlowId, class: usize, now: Instant) {
-        let Some(entry) = self.entry_mut(id) else {
-            return;
+        self.table.touch(id, class, now);
+    }
+
+    /// Makes the mapping of `key`, which has none. `open` gives it a socket with the port it is bound
+    /// to; it is called again after another mapping had to go because the host had no socket left.
+    ///
+    /// # Errors
+    /// [`DropReason::Limit`] at our own limit, [`DropReason::OutOfFiles`] at the host's, and
+    /// [`DropReason::HostRefused`] for all else that `open` gave.
+    pub fn open<U: Uplink + ?Sized>(
+        &mut self,
+        key: Endpoint,
+        station: Station,
+        (class, state): (usize, S),
+        now: Instant,
+        up: &mut U,
+        mut open: impl FnMut(&mut U, FlowId) -> Result<(SockId, u16), HostError>,
+    ) -> Result<FlowId, DropReason> {
+        let room = self.table.room(key.guest.ip(), now);
+        self.make_room(room, up).ok_or(DropReason::Limit)?;
+        let of_port = self.per_port.get(&station.port).copied().unwrap_or(0);
+        if of_port >= self.port_max {
+            return Err(DropReason::Limit);
+        }
+        let mut opened = open(up, self.table.next_id());
+        if opened == Err(HostError::Exhausted) {
+            let room = self.table.oldest(now);
+            self.make_room(room, up).ok_or(DropReason::OutOfFiles)?;
+            opened = open(up, self.table.next_id());
+        }
+        let (socket, external) = opened.map_err(|error| match error {
+            HostError::Exhausted => DropReason::OutOfFiles,
+            _ => DropReason::HostRefused,
+        })?;
+        self.counters.opened += 1;
+        *self.per_port.entry(station.port).or_default() += 1;
+        let mapping = Mapping {
+            counted: station.port,
+            socket,
+            external,
+            station,
+            peers: Peers::default(),
+            state,
         };
-        if entry.class == class && now < entry.used + GRANULARITY {
-            return;
+        let id = self.table.insert(key, class, mapping, now);
+        if external != 0 {
+            let family = Family::of(key.guest.ip());
+            self.externals.insert((family, external), id);
         }
-        self.unlink(id.slot);
-        let entry = self.at_mut(id.slot);
-        entry.class = class;
-        entry.used = now;
-        self.link(id.slot);
+        Ok(id)
     }
 
-    /// Takes a mapping out, unless the id is stale.
-    pub fn remove(&mut self, id: FlowId) -> Option<V> {
-        self.entry_mut(id)?;
-        self.unlink(id.slot);
-        let entry = self.slots[id.slot as usize].entry.take()?;
-        self.index.remove(&entry.guest);
-        if let Some(guest) = self.guests.get_mut(entry.guest.ip()) {
-            guest.count -= 1;
-            if guest.count == 0 {
-                self.guests.remove(entry.guest.ip());
+    /// Ends the mapping that is missed least, for when the host has no socket left. Whether there was one
+    /// that is not in use.
+    pub fn give_up<U: Uplink + ?Sized>(&mut self, now: Instant, up: &mut U) -> bool {
+        let room = self.table.oldest(now);
+        self.make_room(room, up).is_some()
+    }
+
+    fn make_room<U: Uplink + ?Sized>(&mut self, room: Room, up: &mut U) -> Option<()> {
+        match room {
+            Room::Free => {}
+            Room::Evict(id) => {
+                self.counters.evicted += 1;
+                self.close(id, up);
             }
+            Room::None => return None,
         }
-        self.free.push(id.slot);
-        Some(entry.value)
+        Some(())
     }
 
-    /// The mappings whose value is `wanted`; walks the table.
-    pub fn ids_where(&self, mut wanted: impl FnMut(&V) -> bool) -> Vec<FlowId> {
-        let listed = self.index.values().map(|&slot| (slot, self.at(slot)));
-        listed
-            .filter(|(_, entry)| wanted(&entry.value))
-            .map(|(slot, _)| self.id(slot))
-            .collect()
-    }
-
-    /// A mapping whose time is over.
-    pub fn expired(&self, now: Instant) -> Option<FlowId> {
-        let (class, head) = self.next_to_expire()?;
-        (now >= self.deadline(class, head)).then(|| self.id(head))
-    }
-
-    /// When [`MappingTable::expired`] has to be asked next.
-    pub fn poll_timeout(&self) -> Option<Instant> {
-        let (class, head) = self.next_to_expire()?;
-        Some(self.deadline(class, head))
-    }
-
-    fn next_to_expire(&self) -> Option<(usize, u32)> {
-        let heads = self.lists.iter().map(|list| list.head).enumerate();
-        heads
-            .filter(|&(_, head)| head != NIL)
-            .min_by_key(|&(class, head)| self.deadline(class, head))
-    }
-
-    /// A use that did not move the mapping came at most [`GRANULARITY`] after the one that did.
-    fn deadline(&self, class: usize, slot: u32) -> Instant {
-        self.at(slot).used + self.classes[class].timeout + GRANULARITY
-    }
-
-    fn id(&self, slot: u32) -> FlowId {
-        FlowId {
-            slot,
-            generation: self.slots[slot as usize].generation,
-        }
-    }
-
-    fn entry_mut(&mut self, id: FlowId) -> Option<&mut Entry<V>> {
-        let slot = self.slots.get_mut(id.slot as usize)?;
-        if slot.generation != id.generation {
-            return None;
-        }
-        slot.entry.as_mut()
-    }
-
-    /// The entry of a slot that is in a list or the index, hence occupied.
-    fn at(&self, slot: u32) -> &Entry<V> {
-        let slot = &self.slots[slot as usize];
-        slot.entry.as_ref().expect("listed slots are occupied")
-    }
-
-    fn at_mut(&mut self, slot: u32) -> &mut Entry<V> {
-        let slot = &mut self.slots[slot as usize];
-        slot.entry.as_mut().expect("listed slots are occupied")
-    }
-
-    /// The list of `axis` that `slot` belongs to.
-    fn list_mut(&mut self, slot: u32, axis: Axis) -> &mut List {
-        let (class, guest) = (self.at(slot).class, *self.at(slot).guest.ip());
-        match axis {
-            Axis::All => &mut self.lists[class],
-            Axis::Guest => {
-                let guest = self.guests.get_mut(&guest);
-                &mut guest.expect("a mapping's guest is known").lists[class]
+    /// Ends a mapping, unless the id is stale.
+    pub fn close<U: Uplink + ?Sized>(&mut self, id: FlowId, up: &mut U) {
+        let family = self.table.guest(id).map(|guest| Family::of(guest.ip()));
+        if let (Some(mapping), Some(family)) = (self.table.remove(id), family) {
+            if let Some(count) = self.per_port.get_mut(&mapping.counted) {
+                *count -= 1;
+                if *count == 0 {
+                    self.per_port.remove(&mapping.counted);
+                }
             }
+            let key = (family, mapping.external);
+            // The host may have given the port to another mapping on another address since.
+            if self.externals.get(&key) == Some(&id) {
+                self.externals.remove(&key);
+            }
+            up.close(mapping.socket);
         }
     }
 
-    /// Appends a slot to both its lists.
-    fn link(&mut self, slot: u32) {
-        for axis in [Axis::All, Axis::Guest] {
-            let list = self.list_mut(slot, axis);
-            let previous = std::mem::replace(&mut list.tail, slot);
-            if previous == NIL {
-                list.head = slot;
-            } else {
-                self.at_mut(previous).links[axis as usize].next = slot;
-            }
-            self.at_mut(slot).links[axis as usize] = Links {
-                previous,
-                next: NIL,
+    /// Ends the mappings of the guests behind a port that is gone: else the next guest with the address
+    /// would hear the peers of the last one.
+    pub fn forget_port<U: Uplink + ?Sized>(&mut self, port: PortId, up: &mut U) {
+        for id in self.table.ids_where(|mapping| mapping.station.port == port) {
+            self.close(id, up);
+        }
+    }
+
+    /// Takes peers away that `allowed` (asked with the guest's port and end) no longer grants; a mapping
+    /// without any ends. For when the rules change; walks the table.
+    pub fn review<U: Uplink + ?Sized>(
+        &mut self,
+        up: &mut U,
+        mut allowed: impl FnMut(PortId, SocketAddr, SocketAddr) -> bool,
+    ) {
+        for id in self.table.ids_where(|_| true) {
+            let Some((guest, mapping)) = self.get_with_guest(id) else {
+                continue;
             };
-        }
-    }
-
-    fn unlink(&mut self, slot: u32) {
-        for axis in [Axis::All, Axis::Guest] {
-            let Links { previous, next } = self.at(slot).links[axis as usize];
-            match previous {
-                NIL => self.list_mut(slot, axis).head = next,
-                previous => self.at_mut(previous).links[axis as usize].next = next,
-            }
-            match next {
-                NIL => self.list_mut(slot, axis).tail = previous,
-                next => self.at_mut(next).links[axis as usize].previous = previous,
+            let port = mapping.station.port;
+            if mapping.peers.retain(|&peer| allowed(port, guest, peer)) {
+                self.close(id, up);
             }
         }
     }
-}
 
-/// Peers of one mapping at most. What a program talks to from one socket at a time: game servers and
-/// BitTorrent's DHT keep some dozens of exchanges open. They are searched in order, 768 bytes at most.
-pub const PEERS_MAX: usize = 128;
-
-/// The outside endpoints that a guest wrote to from one mapping, the most recent first. Only from
-/// these does anything come back (address- and port-dependent filtering, RFC 4787 REQ-8). Beyond
-/// [`PEERS_MAX`] the one unused longest is forgotten.
-#[derive(Debug, Default)]
-pub struct Peers(Vec<SocketAddrV4>);
-
-impl Peers {
-    /// Whether the guest wrote to `peer`.
-    pub fn contains(&self, peer: SocketAddrV4) -> bool {
-        self.0.contains(&peer)
+    /// When [`MappingTable::handle_timeout`] is to be called next.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        self.table.poll_timeout()
     }
 
-    /// Moves a known peer to the front. `false`: it is not known.
-    pub fn touch(&mut self, peer: SocketAddrV4) -> bool {
-        match self.0.iter().position(|&known| known == peer) {
-            Some(0) => true,
-            Some(at) => {
-                self.0[..=at].rotate_right(1);
-                true
-            }
-            None => false,
-        }
-    }
-
-    /// Puts a peer that is not known at the front.
-    pub fn add(&mut self, peer: SocketAddrV4) {
-        self.0.truncate(PEERS_MAX - 1);
-        self.0.insert(0, peer);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-    use std::collections::BTreeMap;
-
-    const CLASSES: [Class; 2] = [
-        Class {
-            timeout: Duration::from_secs(10),
-            expendable: true,
-        },
-        Class {
-            timeout: Duration::from_secs(100),
-            expendable: false,
-        },
-    ];
-
-    fn guest(host: u8, port: u16) -> SocketAddrV4 {
-        SocketAddrV4::new(Ipv4Addr::new(192, 168, 122, host), port)
-    }
-
-    fn table(total: usize, per_guest: usize) -> MappingTable<u32, 2> {
-        MappingTable::new(CLASSES, Limits { total, per_guest })
-    }
-
-    fn at(secs: i64) -> Instant {
-        Instant::from_secs(secs)
-    }
-
-    #[test]
-    fn ids_go_stale() {
-        let mut table = table(9, 9);
-        assert_eq!(table.next_id().generation, 0);
-        let first = table.insert(guest(2, 1), 0, 7, at(0));
-        assert_eq!(table.find(guest(2, 1)), Some(first));
-        assert_eq!(table.remove(first), Some(7));
-        assert_eq!(table.remove(first), None);
-        let expected = table.next_id();
-        let second = table.insert(guest(2, 2), 0, 8, at(0));
-        assert_eq!(second, expected);
-        assert_eq!((second.slot, second.generation), (first.slot, 1));
-        assert_eq!(table.get_mut(first), None);
-        assert_eq!(table.guest(first), None);
-        assert_eq!(table.get_mut(second), Some(&mut 8));
-        table.touch(first, 1, at(9));
-        assert_eq!(
-            table.poll_timeout(),
-            Some(at(11)),
-            "a stale touch is no use"
-        );
-    }
-
-    #[test]
-    fn expiry_is_at_most_a_granule_late_and_never_early() {
-        let mut table = table(9, 9);
-        let id = table.insert(guest(2, 1), 0, 0, at(0));
-        table.touch(id, 0, Instant::from_millis(900));
-        assert_eq!(table.expired(Instant::from_millis(10_999)), None);
-        assert_eq!(table.expired(at(11)), Some(id));
-        table.touch(id, 0, at(5));
-        assert_eq!(table.poll_timeout(), Some(at(16)));
-        table.touch(id, 1, Instant::from_millis(5_001));
-        assert_eq!(table.poll_timeout(), Some(Instant::from_millis(106_001)));
-    }
-
-    #[test]
-    fn a_guest_at_its_limit_loses_its_own_oldest() {
-        let mut table = table(9, 2);
-        let foreign = table.insert(guest(3, 1), 0, 0, at(0));
-        let old = table.insert(guest(2, 1), 1, 0, at(1));
-        let new = table.insert(guest(2, 2), 1, 0, at(2));
-        assert_eq!(table.room(*guest(2, 0).ip(), at(3)), Room::None, "in use");
-        assert_eq!(table.room(*guest(3, 0).ip(), at(3)), Room::Free);
-        assert_eq!(table.room(*guest(2, 0).ip(), at(7)), Room::Evict(old));
-        table.touch(old, 1, at(7));
-        assert_eq!(table.room(*guest(2, 0).ip(), at(8)), Room::Evict(new));
-        table.touch(old, 0, at(9));
-        assert_eq!(table.room(*guest(2, 0).ip(), at(9)), Room::Evict(old));
-        assert_eq!(table.oldest(at(9)), Room::Evict(foreign));
-    }
-
-    #[test]
-    fn the_total_limit_takes_the_oldest_of_all() {
-        let mut table = table(2, 2);
-        let old = table.insert(guest(2, 1), 1, 0, at(0));
-        table.insert(guest(3, 1), 1, 0, at(1));
-        assert_eq!(table.room(*guest(4, 0).ip(), at(4)), Room::None);
-        assert_eq!(table.room(*guest(4, 0).ip(), at(5)), Room::Evict(old));
-    }
-
-    #[test]
-    fn peers_forget_the_one_unused_longest() {
-        let mut peers = Peers::default();
-        for port in 1..=PEERS_MAX as u16 {
-            assert!(!peers.touch(guest(9, port)));
-            peers.add(guest(9, port));
-        }
-        assert!(peers.touch(guest(9, 1)));
-        peers.add(guest(9, 1000));
-        assert!(peers.contains(guest(9, 1)) && peers.contains(guest(9, 1000)));
-        assert!(!peers.contains(guest(9, 2)));
-        assert_eq!(peers.0.len(), PEERS_MAX);
-    }
-
-    /// The table against a map that is searched from end to end.
-    #[derive(Clone, Debug)]
-    enum Op {
-        Use { host: u8, port: u16, class: usize },
-        Remove { host: u8, port: u16 },
-        Wait { millis: u64 },
-    }
-
-    fn op() -> impl Strategy<Value = Op> {
-        prop_oneof![
-            6 => (2u8..5, 0u16..6, 0usize..2)
-                .prop_map(|(host, port, class)| Op::Use { host, port, class }),
-            1 => (2u8..5, 0u16..6).prop_map(|(host, port)| Op::Remove { host, port }),
-            2 => (0u64..20_000).prop_map(|millis| Op::Wait { millis }),
-        ]
-    }
-
-    proptest! {
-        #[test]
-        fn behaves_like_the_plain_model(ops in prop::collection::vec(op(), 1..200)) {
-            let mut table = table(10, 4);
-            // Guest to (class, last use).
-            let mut model: BTreeMap<SocketAddrV4, (usize, Instant)> = BTreeMap::new();
-            let mut now = at(0);
-            for op in ops {
-                match op {
-                    Op::Use { host, port, class } => {
-                        let key = guest(host, port);
-                        if let Some(id) = table.find(key) {
-                            table.touch(id, class, now);
-                            model.insert(key, (class, now));
-                        } else {
-                            let room = table.room(*key.ip(), now);
-                            if let Room::Evict(id) = room {
-                                let victim = table.guest(id).unwrap();
-                                let (class, used) = model.remove(&victim).unwrap();
-                                prop_assert!(class == 0 || now - used + GRANULARITY >= IN_USE);
-                                table.remove(id).unwrap();
-                            }
-                            if room != Room::None {
-                                table.insert(key, class, u32::from(port), now);
-                                model.insert(key, (class, now));
-                            }
-                        }
-                    }
-                    Op::Remove { host, port } => {
-                        let id = table.find(guest(host, port));
-                        let removed = id.and_then(|id| table.remove(id));
-                        prop_assert_eq!(removed.is_some(), model.remove(&guest(host, port)).is_some());
-                    }
-                    Op::Wait { millis } => now += Duration::from_millis(millis),
-                }
-                while let Some(id) = table.expired(now) {
-                    let (class, used) = model.remove(&table.guest(id).unwrap()).unwrap();
-                    prop_assert!(now >= used + CLASSES[class].timeout);
-                    table.remove(id).unwrap();
-                }
-                for (class, used) in model.values() {
-                    prop_assert!(now < *used + CLASSES[*class].timeout + GRANULARITY);
-                }
-                prop_assert_eq!(table.len(), model.len());
-                prop_assert!(table.len() <= 10);
-                for host in 2..5 {
-                    prop_assert!(model.keys().filter(|key| *key.ip() == *guest(host, 0).ip()).count() <= 4);
-                }
-                prop_assert_eq!(table.poll_timeout().is_none(), model.is_empty());
-            }
+    /// Ends the mappings whose time is over.
+    pub fn handle_timeout<U: Uplink + ?Sized>(&mut self, now: Instant, up: &mut U) {
+        while let Some(id) = self.table.expired(now) {
+            self.counters.expired += 1;
+            self.close(id, up);
         }
     }
 }

@@ -44,23 +44,25 @@ mod syn;
 
 pub use self::flow::{DOWN_BYTES_PER_FLUSH, ESTABLISHED_IDLE, TRANSITORY_IDLE};
 
-use std::net::SocketAddrV4;
+use std::net::{IpAddr, SocketAddr};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 
 use hashbrown::HashMap;
 
-use self::engine::{SmolEngine, TcpEngine};
+use self::engine::{Phase, SmolEngine, TcpEngine};
 use self::flow::{Flow, FlowKey, IDLE_RELEASE, Rest, State};
 use self::syn::{Peer, SavedSyn};
+use super::egress::{Egress, Protocol};
 use super::flow_table::{FlowTable, TimerWheel};
 use super::icmp::{ErrorKind, write_about};
-use super::{FlowId, HostError, Ready, SockOwner, Uplink};
-use crate::frame::{Instant, PortId};
+use super::{FlowId, HostError, Ready, Service, SockId, SockOwner, Uplink};
+use crate::frame::{Duration, Instant, Mac, PortId};
 use crate::gateway::{LanConfig, Outbox};
 use crate::offload::Offload;
 use crate::stats::DropReason;
 use crate::sys::arena::{Arena, RX_RING_BYTES};
-use crate::wire::{Ipv4, Packet, Tcp};
+use crate::wire::{Family, Ip, Packet, Tcp};
 
 /// Flows whose host connect is under way, at most. Each costs a host socket and 200 bytes; Linux
 /// keeps as many half-open connections in a listener's queue (net.core.somaxconn).
@@ -70,6 +72,17 @@ pub const CONNECTING_MAX: usize = 4_096;
 pub const PORT_CONNECTING_MAX: usize = CONNECTING_MAX / 2;
 /// Numerator and denominator of one port's share of all flows: 12,288 of the default 16,384.
 pub const PORT_SHARE: (usize, usize) = (3, 4);
+/// Idle time after which a flow may be ended to make room. RFC 5382 REQ-5's two hours are for a NAT that
+/// has room; a connection that says nothing for five minutes is the one missed least.
+pub const EVICTABLE_IDLE: Duration = Duration::from_secs(300);
+/// Between two walks in vain, each of which takes 100 microseconds with 10,000 flows.
+const EVICT_RETRY: Duration = Duration::from_millis(100);
+/// New flows of one port per second. A connect costs the worker some 20 microseconds: a guest that
+/// floods with SYNs takes a fifth of it at most. Beyond, SYNs are dropped like lost ones and come
+/// again after a second.
+pub const OPENS_PER_SEC: u64 = 10_000;
+/// New flows of one port at once: as many as may be connecting.
+pub const OPENS_BURST: u64 = CONNECTING_MAX as u64;
 /// Packets on their way to one port at most, over all its flows: half of the queue of 16,384 entries
 /// that its tap has, each of which holds one packet for a guest without TSO.
 pub const GUEST_SEGMENTS_IN_FLIGHT: usize = 8_192;
@@ -94,6 +107,8 @@ fn rx_ring_bytes(flows: usize) -> usize {
 pub struct TcpCounters {
     /// Connections that reached the outside.
     pub opened: u64,
+    /// Connections from outside taken on to guests.
+    pub accepted: u64,
     /// Connects that failed, whatever the cause.
     pub failed: u64,
     /// Flows refused at a limit.
@@ -102,6 +117,12 @@ pub struct TcpCounters {
     pub reset: u64,
     /// Flows ended by an idle timer.
     pub idled_out: u64,
+    /// Flows ended because no file was left for new ones.
+    pub evicted: u64,
+    /// Flows ended because the host lost the address they came from.
+    pub readdressed: u64,
+    /// Flows ended because the policy no longer allows them.
+    pub revoked: u64,
     /// Flows ended because the engine failed on them.
     pub faults: u64,
 }
@@ -111,18 +132,26 @@ impl TcpCounters {
     pub fn iter(self) -> impl Iterator<Item = (&'static str, u64)> {
         let Self {
             opened,
+            accepted,
             failed,
             limited,
             reset,
             idled_out,
+            evicted,
+            readdressed,
+            revoked,
             faults,
         } = self;
         [
             ("tcp_opened", opened),
+            ("tcp_accepted", accepted),
             ("tcp_connect_failed", failed),
             ("tcp_limited", limited),
             ("tcp_reset", reset),
             ("tcp_idled_out", idled_out),
+            ("tcp_evicted", evicted),
+            ("tcp_readdressed", readdressed),
+            ("tcp_revoked", revoked),
             ("tcp_faults", faults),
         ]
         .into_iter()
@@ -137,6 +166,8 @@ pub struct TcpNat {
     arena: Arena,
     wheel: TimerWheel,
     port_flows_max: usize,
+    /// When idle flows are next looked for.
+    evict_at: Instant,
     dirty: Vec<FlowId>,
     spare: Vec<FlowId>,
     /// All ports together.
@@ -146,12 +177,39 @@ pub struct TcpNat {
 }
 
 /// Flows of one port.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 struct PortLoad {
     flows: usize,
     connecting: usize,
     /// Those with data on its way to the guest.
     busy: usize,
+    /// Flows that the port may still open, and when that was last brought up to date.
+    opens: u64,
+    filled_at: Instant,
+}
+
+impl Default for PortLoad {
+    fn default() -> Self {
+        Self {
+            flows: 0,
+            connecting: 0,
+            busy: 0,
+            opens: OPENS_BURST,
+            filled_at: Instant::ZERO,
+        }
+    }
+}
+
+/// Where the host socket of a new flow goes.
+pub enum Target<'a> {
+    /// Where the guest wanted to, if that is allowed.
+    Outside(&'a mut Egress),
+    /// An address of the outside or the host.
+    Address(SocketAddr),
+    /// A stream socket of the host's file system.
+    Unix(&'a Path),
+    /// A service of lanlet's own.
+    Service(Service),
 }
 
 impl TcpNat {
@@ -165,6 +223,7 @@ impl TcpNat {
             arena: Arena::new(flows_max),
             wheel: TimerWheel::new(now),
             port_flows_max: (flows_max * PORT_SHARE.0 / PORT_SHARE.1).max(1),
+            evict_at: now,
             dirty: Vec::new(),
             spare: Vec::new(),
             connecting: 0,
@@ -188,16 +247,16 @@ impl TcpNat {
         self.counters
     }
 
-    /// Takes a guest's segment. `connect_to` is where a new flow's host socket goes: the segment's
-    /// destination, or what the gateway maps it to.
+    /// Takes a guest's segment. `target` says where the host socket of a new flow goes.
     ///
     /// # Errors
-    /// The reason to count the segment as dropped for.
+    /// The reason to count the segment as dropped for. All have been answered as they should be, except
+    /// [`DropReason::OutOfFiles`] and what [`Egress::admit`] gives.
     pub fn handle_packet<U: Uplink + ?Sized, O: Outbox + ?Sized>(
         &mut self,
         packet: &Packet<'_>,
-        (ip, tcp): (&Ipv4<'_>, &Tcp<'_>),
-        connect_to: SocketAddrV4,
+        (ip, tcp): (&Ip<'_>, &Tcp<'_>),
+        target: Target<'_>,
         now: Instant,
         (up, out): (&mut U, &mut O),
     ) -> Result<(), DropReason> {
@@ -205,15 +264,23 @@ impl TcpNat {
             return Err(DropReason::Malformed);
         }
         let key = FlowKey {
-            guest: SocketAddrV4::new(ip.source, tcp.source_port),
-            outside: SocketAddrV4::new(ip.destination, tcp.destination_port),
+            guest: SocketAddr::new(ip.source, tcp.source_port),
+            outside: SocketAddr::new(ip.destination, tcp.destination_port),
         };
         let Some(&id) = self.keys.get(&key) else {
-            return self.handle_stray(packet, (ip, tcp), key, connect_to, now, (up, out));
+            return self.handle_stray(packet, (ip, tcp), key, target, now, (up, out));
         };
         let Some(flow) = self.flows.get_mut(id) else {
             return Err(DropReason::NoFlow);
         };
+        // Another guest's by the port, which what was decided about the first says nothing of.
+        if flow.port != packet.ingress
+            && flow.is_judged
+            && let Target::Outside(egress) = target
+        {
+            let of = (packet.ingress, Protocol::Tcp);
+            egress.admit(of, key.outside, now, up)?;
+        }
         flow.active_at = now;
         flow.peer.guest = packet.source;
         if flow.port != packet.ingress {
@@ -236,6 +303,18 @@ impl TcpNat {
             }
             State::Open(engine) => {
                 flow.touched |= !tcp.payload.is_empty();
+                if flow.from_outside
+                    && tcp.flags & (Tcp::SYN | Tcp::ACK) == Tcp::SYN | Tcp::ACK
+                    && engine.phase() == Phase::Handshake
+                {
+                    let macs = (self.lan.mac, packet.source);
+                    let family = Family::of(ip.source);
+                    flow.peer = Peer::from_syn(macs, family, tcp, self.lan.mtu);
+                }
+                if !flow.watched && engine.is_keep_alive(tcp) {
+                    flow.watched = true;
+                    up.tcp_watch(flow.host);
+                }
                 let peer = &flow.peer;
                 let handled = guarded(|| engine.handle_segment(ip, tcp, now, peer, out));
                 if handled.is_none() {
@@ -252,13 +331,13 @@ impl TcpNat {
     fn handle_stray<U: Uplink + ?Sized, O: Outbox + ?Sized>(
         &mut self,
         packet: &Packet<'_>,
-        (ip, tcp): (&Ipv4<'_>, &Tcp<'_>),
+        (ip, tcp): (&Ip<'_>, &Tcp<'_>),
         key: FlowKey,
-        connect_to: SocketAddrV4,
+        target: Target<'_>,
         now: Instant,
         (up, out): (&mut U, &mut O),
     ) -> Result<(), DropReason> {
-        let peer = Peer::from_syn(self.lan.mac, packet.source, tcp, self.lan.mtu);
+        let peer = self.peer(packet, ip, tcp);
         let opens = tcp.flags & (Tcp::SYN | Tcp::ACK | Tcp::RST | Tcp::FIN) == Tcp::SYN;
         let syn = SavedSyn::new(ip, tcp).filter(|_| opens);
         let Some(syn) = syn else {
@@ -266,6 +345,18 @@ impl TcpNat {
                 reset(ip.packet, &peer, now, out);
             }
             return Err(DropReason::NoFlow);
+        };
+        if !self.may_open(packet.ingress, now) {
+            self.counters.limited += 1;
+            return Err(DropReason::Limit);
+        }
+        let is_judged = matches!(target, Target::Outside(_));
+        let target = match target {
+            Target::Outside(egress) => {
+                let of = (packet.ingress, Protocol::Tcp);
+                Target::Address(egress.admit(of, key.outside, now, up)?)
+            }
+            target => target,
         };
         let load = *self.load(packet.ingress);
         if self.connecting >= CONNECTING_MAX
@@ -277,11 +368,19 @@ impl TcpNat {
             return Err(DropReason::Limit);
         }
         let opened = self.flows.insert_with(None, |id| {
-            let host = up
-                .tcp_connect(connect_to, SockOwner::Tcp(id))
-                .map_err(Some)?;
-            let (port, syn) = (packet.ingress, syn.clone());
-            Ok(Flow::connecting(key, port, peer, host, syn, now))
+            let owner = SockOwner::Tcp(id);
+            let host = match target {
+                Target::Outside(_) => return Err(None),
+                Target::Address(to) => up.tcp_connect(to, owner),
+                Target::Unix(path) => up.unix_connect(path, owner),
+                Target::Service(service) => {
+                    up.service_connect(service, (packet.ingress, key.guest), owner)
+                }
+            }
+            .map_err(Some)?;
+            let state = State::Connecting(Box::new(syn.clone()));
+            let flow = Flow::new(key, packet.ingress, peer, host, state, now);
+            Ok(Flow { is_judged, ..flow })
         });
         match opened {
             Ok(id) => {
@@ -298,6 +397,10 @@ impl TcpNat {
                 reset(syn.packet(), &peer, now, out);
                 Err(DropReason::Limit)
             }
+            Err(Some(HostError::Exhausted)) => {
+                self.counters.limited += 1;
+                Err(DropReason::OutOfFiles)
+            }
             Err(Some(error)) => {
                 self.counters.failed += 1;
                 answer_failure(&self.lan, &syn, &peer, error, now, out);
@@ -306,17 +409,71 @@ impl TcpNat {
         }
     }
 
+    fn peer(&self, packet: &Packet<'_>, ip: &Ip<'_>, syn: &Tcp<'_>) -> Peer {
+        let macs = (self.lan.mac, packet.source);
+        Peer::from_syn(macs, Family::of(ip.source), syn, self.lan.mtu)
+    }
+
+    /// Whether the guest's endpoint has a connection with this outside endpoint.
+    pub fn has_flow(&self, guest: SocketAddr, outside: SocketAddr) -> bool {
+        self.keys.contains_key(&FlowKey { guest, outside })
+    }
+
+    /// Takes a connection of the host on to a guest: sends a SYN from `shown` and joins the two. If the
+    /// guest refuses, the host's connection is reset. On an error the socket stays the caller's.
+    ///
+    /// # Errors
+    /// [`DropReason::Limit`]: no flow left, or the guest's endpoint has a connection with `shown`;
+    /// [`DropReason::Malformed`]: an address or port is zero, or the families differ.
+    pub fn open_to_guest<U: Uplink + ?Sized>(
+        &mut self,
+        host: SockId,
+        (guest, mac, port): (SocketAddr, Mac, PortId),
+        shown: SocketAddr,
+        now: Instant,
+        up: &mut U,
+    ) -> Result<(), DropReason> {
+        let key = FlowKey {
+            guest,
+            outside: shown,
+        };
+        if self.keys.contains_key(&key) || self.load(port).flows >= self.port_flows_max {
+            self.counters.limited += 1;
+            return Err(DropReason::Limit);
+        }
+        let rings = self.arena.socket(rx_ring_bytes(self.flows.len()));
+        let rings = rings.ok_or(DropReason::Limit)?;
+        let seed = up.random();
+        let engine = guarded(|| SmolEngine::connect(rings, seed, (shown, guest), now)).flatten();
+        let engine = Box::new(engine.ok_or(DropReason::Malformed)?);
+        let peer = Peer::unanswered((self.lan.mac, mac), Family::of(guest.ip()), self.lan.mtu);
+        let opened = self.flows.insert_with(None::<HostError>, |_| {
+            Ok(Flow::new(key, port, peer, host, State::Open(engine), now))
+        });
+        let Ok(id) = opened else {
+            self.counters.limited += 1;
+            return Err(DropReason::Limit);
+        };
+        up.hand_over(host, SockOwner::Tcp(id));
+        self.keys.insert(key, id);
+        self.load(port).flows += 1;
+        self.counters.accepted += 1;
+        self.arm(id, now + TRANSITORY_IDLE);
+        self.mark_dirty(id);
+        Ok(())
+    }
+
     /// Refuses a SYN, or resets a stray segment, without looking for a flow.
     pub fn refuse<O: Outbox + ?Sized>(
         &self,
         packet: &Packet<'_>,
-        ip: &Ipv4<'_>,
+        ip: &Ip<'_>,
         tcp: &Tcp<'_>,
         now: Instant,
         out: &mut O,
     ) {
         if tcp.flags & Tcp::RST == 0 {
-            let peer = Peer::from_syn(self.lan.mac, packet.source, tcp, self.lan.mtu);
+            let peer = self.peer(packet, ip, tcp);
             reset(ip.packet, &peer, now, out);
         }
     }
@@ -476,6 +633,85 @@ impl TcpNat {
         self.spare = due;
     }
 
+    /// Ends the flow that has idled longest, if it did for [`EVICTABLE_IDLE`]: for when no file is left.
+    /// Returns whether there was one. Walks all flows, so after a walk in vain there is none for
+    /// [`EVICT_RETRY`].
+    pub fn give_up_idle<U: Uplink + ?Sized, O: Outbox + ?Sized>(
+        &mut self,
+        now: Instant,
+        up: &mut U,
+        out: &mut O,
+    ) -> bool {
+        if now < self.evict_at {
+            return false;
+        }
+        let mut oldest = None;
+        let ids: Vec<_> = self.flows.ids().collect();
+        for id in ids {
+            if let Some(flow) = self.flows.get_mut(id)
+                && now >= flow.active_at + EVICTABLE_IDLE
+                && oldest.is_none_or(|(at, _)| flow.active_at < at)
+            {
+                oldest = Some((flow.active_at, id));
+            }
+        }
+        let Some((_, id)) = oldest else {
+            self.evict_at = now + EVICT_RETRY;
+            return false;
+        };
+        self.counters.evicted += 1;
+        self.abort(id, now, up, out);
+        true
+    }
+
+    /// Ends the connections from a local address that the host has lost; `None`: those from any that is
+    /// not the host's own any more.
+    pub fn address_gone<U: Uplink + ?Sized, O: Outbox + ?Sized>(
+        &mut self,
+        address: Option<IpAddr>,
+        now: Instant,
+        up: &mut U,
+        out: &mut O,
+    ) {
+        let ids: Vec<_> = self.flows.ids().collect();
+        for id in ids {
+            let Some(flow) = self.flows.get_mut(id) else {
+                continue;
+            };
+            let Some(local) = up.local_address(flow.host) else {
+                continue;
+            };
+            let gone = match address {
+                Some(address) => local == address,
+                None => !up.is_host_address(local),
+            };
+            if gone {
+                self.counters.readdressed += 1;
+                self.abort(id, now, up, out);
+            }
+        }
+    }
+
+    /// Ends the guests' flows that `allowed`, given port and outside endpoint, no longer grants. Those of
+    /// forwards and of services are not asked about.
+    pub fn review<U: Uplink + ?Sized, O: Outbox + ?Sized>(
+        &mut self,
+        now: Instant,
+        (up, out): (&mut U, &mut O),
+        allowed: impl Fn(PortId, SocketAddr) -> bool,
+    ) {
+        let ids: Vec<_> = self.flows.ids().collect();
+        for id in ids {
+            if let Some(flow) = self.flows.get_mut(id)
+                && flow.is_judged
+                && !allowed(flow.port, flow.key.outside)
+            {
+                self.counters.revoked += 1;
+                self.abort(id, now, up, out);
+            }
+        }
+    }
+
     /// Ends all flows of the guests behind a port that is gone.
     pub fn forget_port<U: Uplink + ?Sized>(&mut self, port: PortId, up: &mut U) {
         let ids: Vec<_> = self.flows.ids().collect();
@@ -534,6 +770,22 @@ impl TcpNat {
             State::Open(_) => {}
         }
         up.close(flow.host);
+    }
+
+    /// Takes a token of the port's rate of new flows.
+    fn may_open(&mut self, port: PortId, now: Instant) -> bool {
+        let load = self.load(port);
+        let passed = (now - load.filled_at)
+            .total_micros()
+            .saturating_mul(OPENS_PER_SEC)
+            / 1_000_000;
+        if passed > 0 && now > load.filled_at {
+            load.opens = (load.opens + passed).min(OPENS_BURST);
+            load.filled_at = now;
+        }
+        let may = load.opens > 0;
+        load.opens = load.opens.saturating_sub(1);
+        may
     }
 
     fn load(&mut self, port: PortId) -> &mut PortLoad {
@@ -603,8 +855,9 @@ fn answer_failure<O: Outbox + ?Sized>(
             return;
         }
     };
-    let len = write_about(out.buffer(), lan, kind, peer.guest, syn.packet());
-    out.send(len, Offload::default());
+    if let Some(len) = write_about(out.buffer(), lan, kind, peer.guest, syn.packet()) {
+        out.send(len, Offload::default());
+    }
 }
 
 #[cfg(test)]

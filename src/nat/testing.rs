@@ -8,13 +8,18 @@
 //! as a stale file descriptor would be worse on a real host.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::{Path, PathBuf};
 
-use super::{Datagram, HostError, Io, Ready, SendOptions, SockId, SockOwner, Uplink};
+use super::egress::{Egress, HostAccess};
+use super::{
+    Datagram, HostError, Io, Ready, SendOptions, Service, SockId, SockOwner, SocketError, Uplink,
+};
 use crate::frame::{ETH_HEADER_LEN, FRAME_BUFFER_LEN, Frame, Mac, PortId};
-use crate::gateway::{LanConfig, Outbox};
+use crate::gateway::{Lan6, LanConfig, Outbox};
 use crate::offload::{Csum, Gso, Offload};
-use crate::wire::{self, Ipv4Fields, Packet};
+use crate::wire::ipv6::{IPV6_HEADER_LEN, Ipv6Fields};
+use crate::wire::{self, Family, Ipv4Fields, Packet};
 
 /// MAC of the gateway in [`lan`].
 pub const GATEWAY_MAC: Mac = Mac([0x52, 0x54, 0, 0, 0, 1]);
@@ -22,15 +27,27 @@ pub const GATEWAY_MAC: Mac = Mac([0x52, 0x54, 0, 0, 0, 1]);
 pub const GUEST_MAC: Mac = Mac([0x52, 0x54, 0, 0, 0, 2]);
 /// Address of that guest.
 pub const GUEST: Ipv4Addr = Ipv4Addr::new(192, 168, 122, 2);
+/// Its IPv6 address.
+pub const GUEST6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x6c61, 0x6e, 1, 0x5054, 0xff, 0xfe00, 2);
 
-/// 192.168.122.1/24 with an MTU of 1500.
+/// 192.168.122.1/24 and fd00:6c61:6e:1::1/64 with an MTU of 1500.
 pub fn lan() -> LanConfig {
     LanConfig {
         mac: GATEWAY_MAC,
         address: Ipv4Addr::new(192, 168, 122, 1),
         prefix: 24,
         mtu: 1500,
+        v6: Some(Lan6 {
+            link_local: wire::ipv6::link_local(GATEWAY_MAC),
+            address: Ipv6Addr::new(0xfd00, 0x6c61, 0x6e, 1, 0, 0, 0, 1),
+            prefix: 64,
+        }),
     }
+}
+
+/// The rule about destinations for [`lan`]: only the outside is open.
+pub fn egress() -> Egress {
+    Egress::new(lan(), HostAccess::default())
 }
 
 /// How the outside answers a connect.
@@ -52,19 +69,53 @@ pub struct Sent {
     /// By which socket.
     pub socket: SockId,
     /// To whom.
-    pub to: SocketAddrV4,
+    pub to: SocketAddr,
     /// Payload; of a ping socket the ICMP message.
     pub payload: Vec<u8>,
     /// IP TTL, 0 = default.
     pub ttl: u8,
+    /// DSCP and ECN.
+    pub tos: u8,
+    /// No hop may fragment it.
+    pub dont_fragment: bool,
     /// Train size.
     pub segment: Option<u16>,
+    /// The host's address that was asked for.
+    pub from: Option<IpAddr>,
+}
+
+/// A datagram on its way to the NAT.
+#[derive(Clone, Debug)]
+struct Inbound {
+    destination: Option<IpAddr>,
+    source: SocketAddr,
+    payload: Vec<u8>,
+    segment: Option<u16>,
+    ttl: u8,
+    tos: u8,
+}
+
+/// An entry of a socket's error queue.
+#[derive(Clone, Debug)]
+pub struct Reported {
+    /// Where the datagram went.
+    pub to: SocketAddr,
+    /// Who sent the ICMP message.
+    pub offender: Option<IpAddr>,
+    /// Its type and code.
+    pub kind: (u8, u8),
+    /// MTU, where it is about one.
+    pub mtu: u32,
+    /// What it means.
+    pub error: HostError,
+    /// Quoted payload.
+    pub payload: Vec<u8>,
 }
 
 /// TCP side of a fake socket: what the outside peer sees and does.
 #[derive(Debug)]
 struct FakeTcp {
-    peer: SocketAddrV4,
+    peer: Option<SocketAddr>,
     connected: Option<Result<(), HostError>>,
     /// Sent by the peer, not yet received by the NAT.
     inbound: VecDeque<u8>,
@@ -78,15 +129,22 @@ struct FakeTcp {
     send_blocked: bool,
     fin_sent: bool,
     abort_on_close: bool,
+    watched: bool,
+    local: Option<IpAddr>,
 }
 
 #[derive(Debug)]
 enum Kind {
     Tcp(Box<FakeTcp>),
+    Listener {
+        waiting: VecDeque<Option<SocketAddr>>,
+    },
     Udp {
+        family: Family,
         port: u16,
     },
     Ping {
+        family: Family,
         /// What the kernel puts into requests in place of the sender's identifier.
         identifier: u16,
     },
@@ -96,7 +154,10 @@ enum Kind {
 struct FakeSocket {
     owner: SockOwner,
     kind: Kind,
-    datagrams: VecDeque<(SocketAddrV4, Vec<u8>, Option<u16>, u8)>,
+    /// Its readiness is not reported.
+    deaf: bool,
+    datagrams: VecDeque<Inbound>,
+    reported: VecDeque<Reported>,
     send_errors: VecDeque<HostError>,
 }
 
@@ -118,7 +179,7 @@ pub struct FakeUplink {
     events: VecDeque<SockId>,
     random_state: u64,
     next_port: u16,
-    connects: BTreeMap<SocketAddrV4, Connect>,
+    connects: BTreeMap<SocketAddr, Connect>,
     /// What [`Uplink::tcp_connect`] does for an address without a script of its own.
     pub connect_default: Connect,
     /// The next opening call (of any kind) fails with this.
@@ -129,8 +190,14 @@ pub struct FakeUplink {
     pub open_max: usize,
     /// UDP ports taken by other programs of the host.
     pub busy_ports: BTreeSet<u16>,
+    /// Stream sockets in the host's file system that somebody listens on.
+    pub unix_listeners: BTreeSet<PathBuf>,
+    /// Connections to services, oldest first.
+    pub served: Vec<(Service, PortId, SocketAddr, SockId)>,
+    /// The local address of connections.
+    pub outbound: Option<IpAddr>,
     /// Addresses of the host.
-    pub host_addresses: BTreeSet<Ipv4Addr>,
+    pub host_addresses: BTreeSet<IpAddr>,
     /// Room of a TCP socket's send buffer when it is opened, bytes.
     pub send_room: usize,
     /// One TCP send takes this many bytes at most: partial writes.
@@ -164,6 +231,9 @@ impl FakeUplink {
             ping_error: None,
             open_max: usize::MAX,
             busy_ports: BTreeSet::new(),
+            unix_listeners: BTreeSet::new(),
+            served: Vec::new(),
+            outbound: None,
             host_addresses: BTreeSet::new(),
             send_room: 1 << 20,
             send_max: usize::MAX,
@@ -177,7 +247,7 @@ impl FakeUplink {
     }
 
     /// Sets how connects to `to` end.
-    pub fn script_connect(&mut self, to: SocketAddrV4, outcome: Connect) {
+    pub fn script_connect(&mut self, to: SocketAddr, outcome: Connect) {
         self.connects.insert(to, outcome);
     }
 
@@ -206,9 +276,9 @@ impl FakeUplink {
     /// The local port of a UDP socket, the identifier of a ping socket.
     pub fn local_port(&self, socket: SockId) -> u16 {
         match &self.socket(socket).kind {
-            Kind::Udp { port } => *port,
-            Kind::Ping { identifier } => *identifier,
-            Kind::Tcp(_) => panic!("{socket:?} is a TCP socket"),
+            Kind::Udp { port, .. } => *port,
+            Kind::Ping { identifier, .. } => *identifier,
+            Kind::Tcp(_) | Kind::Listener { .. } => panic!("{socket:?} is a stream socket"),
         }
     }
 
@@ -223,7 +293,7 @@ impl FakeUplink {
             let ready = ready(socket);
             let level = !matches!(socket.kind, Kind::Tcp(_));
             let owner = socket.owner;
-            if level && !ready.readable {
+            if level && (!ready.readable || socket.deaf) {
                 continue;
             }
             if level {
@@ -245,8 +315,10 @@ impl FakeUplink {
     }
 
     /// Where the NAT connected to.
-    pub fn peer(&mut self, socket: SockId) -> SocketAddrV4 {
-        self.tcp(socket).peer
+    pub fn peer(&mut self, socket: SockId) -> SocketAddr {
+        self.tcp(socket)
+            .peer
+            .expect("a connection between addresses")
     }
 
     /// The peer sends data.
@@ -296,7 +368,7 @@ impl FakeUplink {
     pub fn deliver(
         &mut self,
         socket: SockId,
-        source: SocketAddrV4,
+        source: SocketAddr,
         payload: &[u8],
         segment: Option<u16>,
     ) {
@@ -307,14 +379,37 @@ impl FakeUplink {
     pub fn deliver_ttl(
         &mut self,
         socket: SockId,
-        source: SocketAddrV4,
+        source: SocketAddr,
         payload: &[u8],
         segment: Option<u16>,
         ttl: u8,
     ) {
-        self.socket_mut(socket)
-            .datagrams
-            .push_back((source, payload.to_vec(), segment, ttl));
+        self.socket_mut(socket).datagrams.push_back(Inbound {
+            destination: None,
+            source,
+            payload: payload.to_vec(),
+            segment,
+            ttl,
+            tos: 0,
+        });
+        self.edge(socket);
+    }
+
+    /// The newest datagram delivered to the socket has this DSCP and ECN.
+    pub fn mark_tos(&mut self, socket: SockId, tos: u8) {
+        let newest = self.socket_mut(socket).datagrams.back_mut();
+        newest.expect("a datagram was delivered").tos = tos;
+    }
+
+    /// The newest datagram delivered to the socket was sent to this address of the host.
+    pub fn mark_destination(&mut self, socket: SockId, destination: IpAddr) {
+        let newest = self.socket_mut(socket).datagrams.back_mut();
+        newest.expect("a datagram was delivered").destination = Some(destination);
+    }
+
+    /// An ICMP error about a datagram sent arrives.
+    pub fn report(&mut self, socket: SockId, reported: Reported) {
+        self.socket_mut(socket).reported.push_back(reported);
         self.edge(socket);
     }
 
@@ -330,9 +425,10 @@ impl FakeUplink {
             return false;
         };
         let mut reply = sent.payload;
-        reply[0] = 0;
         let identifier = self.local_port(sent.socket);
         reply[4..6].copy_from_slice(&identifier.to_be_bytes());
+        // Of ICMPv6 the kernel verifies the checksum, with a pseudo-header, and nobody behind it.
+        reply[0] = if sent.to.is_ipv6() { 129 } else { 0 };
         write_icmp_checksum(&mut reply);
         self.deliver(sent.socket, sent.to, &reply, None);
         true
@@ -365,6 +461,59 @@ impl FakeUplink {
         }
     }
 
+    fn open_stream(
+        &mut self,
+        peer: Option<SocketAddr>,
+        connected: Option<Result<(), HostError>>,
+        owner: SockOwner,
+    ) -> Result<SockId, HostError> {
+        let tcp = FakeTcp {
+            peer,
+            connected,
+            inbound: VecDeque::new(),
+            peer_fin: false,
+            broken: None,
+            outbound: Vec::new(),
+            send_room: self.send_room,
+            send_blocked: false,
+            fin_sent: false,
+            abort_on_close: false,
+            watched: false,
+            local: self.outbound,
+        };
+        self.open(owner, Kind::Tcp(Box::new(tcp)))
+    }
+
+    /// A listening socket, as the assembly would hand it to a forward.
+    pub fn listen(&mut self, owner: SockOwner) -> SockId {
+        let waiting = VecDeque::new();
+        self.open(owner, Kind::Listener { waiting })
+            .expect("room for a listener")
+    }
+
+    /// A bound datagram socket, as the assembly would hand it to a forward.
+    pub fn bind(&mut self, at: SocketAddr, owner: SockOwner) -> SockId {
+        let kind = Kind::Udp {
+            family: Family::of(at.ip()),
+            port: at.port(),
+        };
+        self.open(owner, kind).expect("room for a socket")
+    }
+
+    /// Somebody connects to a listening socket: from an address, or (`None`) through the file system.
+    pub fn knock(&mut self, listener: SockId, peer: Option<SocketAddr>) {
+        match &mut self.socket_mut(listener).kind {
+            Kind::Listener { waiting } => waiting.push_back(peer),
+            other => panic!("{listener:?} does not listen but is {other:?}"),
+        }
+        self.edge(listener);
+    }
+
+    /// Whether keep-alives were asked for.
+    pub fn is_watched(&mut self, socket: SockId) -> bool {
+        self.tcp(socket).watched
+    }
+
     fn open(&mut self, owner: SockOwner, kind: Kind) -> Result<SockId, HostError> {
         if let Some(error) = self.open_error.take() {
             return Err(error);
@@ -376,7 +525,9 @@ impl FakeUplink {
         self.sockets.push(Some(FakeSocket {
             owner,
             kind,
+            deaf: false,
             datagrams: VecDeque::new(),
+            reported: VecDeque::new(),
             send_errors: VecDeque::new(),
         }));
         Ok(id)
@@ -398,16 +549,20 @@ fn ready(socket: &FakeSocket) -> Ready {
                 error: failed,
             }
         }
+        Kind::Listener { waiting } => Ready {
+            readable: !waiting.is_empty(),
+            ..Ready::default()
+        },
         Kind::Udp { .. } | Kind::Ping { .. } => Ready {
-            readable: !socket.datagrams.is_empty(),
+            readable: !socket.datagrams.is_empty() || !socket.reported.is_empty(),
             writable: false,
-            error: false,
+            error: !socket.reported.is_empty(),
         },
     }
 }
 
 impl Uplink for FakeUplink {
-    fn tcp_connect(&mut self, to: SocketAddrV4, owner: SockOwner) -> Result<SockId, HostError> {
+    fn tcp_connect(&mut self, to: SocketAddr, owner: SockOwner) -> Result<SockId, HostError> {
         let outcome = *self.connects.get(&to).unwrap_or(&self.connect_default);
         let connected = match outcome {
             Connect::FailAtOnce(error) => return Err(error),
@@ -415,19 +570,7 @@ impl Uplink for FakeUplink {
             Connect::Succeed => Some(Ok(())),
             Connect::Wait => None,
         };
-        let tcp = FakeTcp {
-            peer: to,
-            connected,
-            inbound: VecDeque::new(),
-            peer_fin: false,
-            broken: None,
-            outbound: Vec::new(),
-            send_room: self.send_room,
-            send_blocked: false,
-            fin_sent: false,
-            abort_on_close: false,
-        };
-        let socket = self.open(owner, Kind::Tcp(Box::new(tcp)))?;
+        let socket = self.open_stream(Some(to), connected, owner)?;
         if connected.is_some() {
             self.edge(socket);
         }
@@ -498,10 +641,63 @@ impl Uplink for FakeUplink {
         self.tcp(socket).abort_on_close = true;
     }
 
-    fn udp_open(&mut self, port: u16, owner: SockOwner) -> Result<SockId, HostError> {
+    fn tcp_watch(&mut self, socket: SockId) {
+        self.tcp(socket).watched = true;
+    }
+
+    fn accept(
+        &mut self,
+        listener: SockId,
+        owner: SockOwner,
+    ) -> Result<Option<(SockId, Option<SocketAddr>)>, HostError> {
+        let Kind::Listener { waiting } = &mut self.socket_mut(listener).kind else {
+            panic!("{listener:?} does not listen");
+        };
+        let Some(&peer) = waiting.front() else {
+            return Ok(None);
+        };
+        let socket = self.open_stream(peer, Some(Ok(())), owner)?;
+        if let Kind::Listener { waiting } = &mut self.socket_mut(listener).kind {
+            waiting.pop_front();
+        }
+        Ok(Some((socket, peer)))
+    }
+
+    fn hand_over(&mut self, socket: SockId, owner: SockOwner) {
+        self.tcp(socket);
+        self.socket_mut(socket).owner = owner;
+        self.edge(socket);
+    }
+
+    fn unix_connect(&mut self, path: &Path, owner: SockOwner) -> Result<SockId, HostError> {
+        if !self.unix_listeners.contains(path) {
+            return Err(HostError::Refused);
+        }
+        let socket = self.open_stream(None, Some(Ok(())), owner)?;
+        self.edge(socket);
+        Ok(socket)
+    }
+
+    fn service_connect(
+        &mut self,
+        service: Service,
+        (port, guest): (PortId, SocketAddr),
+        owner: SockOwner,
+    ) -> Result<SockId, HostError> {
+        let socket = self.open_stream(None, Some(Ok(())), owner)?;
+        self.served.push((service, port, guest, socket));
+        self.edge(socket);
+        Ok(socket)
+    }
+
+    fn udp_open(
+        &mut self,
+        family: Family,
+        port: u16,
+        owner: SockOwner,
+    ) -> Result<(SockId, u16), HostError> {
         let taken = |port: u16, sockets: &[Option<FakeSocket>]| {
-            let ours =
-                |socket: &FakeSocket| matches!(socket.kind, Kind::Udp { port: p } if p == port);
+            let ours = |socket: &FakeSocket| matches!(socket.kind, Kind::Udp { family: f, port: p } if (f, p) == (family, port));
             sockets.iter().flatten().any(ours)
         };
         let mut local = port;
@@ -509,26 +705,33 @@ impl Uplink for FakeUplink {
             local = self.next_port;
             self.next_port = self.next_port.wrapping_add(1).max(1024);
         }
-        self.open(owner, Kind::Udp { port: local })
+        let kind = Kind::Udp {
+            family,
+            port: local,
+        };
+        Ok((self.open(owner, kind)?, local))
     }
 
-    fn ping_open(&mut self, owner: SockOwner) -> Result<SockId, HostError> {
+    fn ping_open(&mut self, family: Family, owner: SockOwner) -> Result<SockId, HostError> {
         if let Some(error) = self.ping_error {
             return Err(error);
         }
         let identifier = self.next_port;
         self.next_port = self.next_port.wrapping_add(1).max(1024);
-        self.open(owner, Kind::Ping { identifier })
+        self.open(owner, Kind::Ping { family, identifier })
     }
 
     fn send_to(
         &mut self,
         socket: SockId,
-        to: SocketAddrV4,
+        to: SocketAddr,
         payload: &[u8],
         options: SendOptions,
     ) -> Io {
         self.send_calls += 1;
+        if let Kind::Udp { family, .. } | Kind::Ping { family, .. } = self.socket(socket).kind {
+            assert_eq!(family, Family::of(to.ip()), "{socket:?} sends to {to}");
+        }
         if let Some(error) = self.socket_mut(socket).send_errors.pop_front() {
             return Io::Failed(error);
         }
@@ -538,26 +741,65 @@ impl Uplink for FakeUplink {
                 to,
                 payload: payload.to_vec(),
                 ttl: options.ttl,
+                tos: options.tos,
+                dont_fragment: options.dont_fragment,
                 segment: options.segment,
+                from: None,
             });
         }
         Io::Done(payload.len())
     }
 
+    fn send_from(
+        &mut self,
+        socket: SockId,
+        from: IpAddr,
+        to: SocketAddr,
+        payload: &[u8],
+        options: SendOptions,
+    ) -> Io {
+        let sent = self.send_to(socket, to, payload, options);
+        if let (Io::Done(_), Some(newest)) = (sent, self.sent.back_mut()) {
+            newest.from = Some(from);
+        }
+        sent
+    }
+
+    fn listen_for(&mut self, socket: SockId, wanted: bool) {
+        self.socket_mut(socket).deaf = !wanted;
+        self.edge(socket);
+    }
+
     fn recv_from(&mut self, socket: SockId, sink: &mut dyn FnMut(Datagram<'_>)) -> bool {
         for _ in 0..self.batch {
             let next = self.socket_mut(socket).datagrams.pop_front();
-            let Some((source, payload, segment, ttl)) = next else {
+            let Some(next) = next else {
                 return false;
             };
             sink(Datagram {
-                source,
-                payload: &payload,
-                segment,
-                ttl,
+                source: next.source,
+                payload: &next.payload,
+                segment: next.segment,
+                ttl: next.ttl,
+                tos: next.tos,
+                destination: next.destination,
             });
         }
         !self.socket(socket).datagrams.is_empty()
+    }
+
+    fn recv_errors(&mut self, socket: SockId, sink: &mut dyn FnMut(SocketError<'_>)) {
+        while let Some(reported) = self.socket_mut(socket).reported.pop_front() {
+            sink(SocketError {
+                to: reported.to,
+                offender: reported.offender,
+                of_type: reported.kind.0,
+                code: reported.kind.1,
+                mtu: reported.mtu,
+                error: reported.error,
+                payload: &reported.payload,
+            });
+        }
     }
 
     fn close(&mut self, socket: SockId) {
@@ -571,7 +813,14 @@ impl Uplink for FakeUplink {
         });
     }
 
-    fn is_host_address(&mut self, address: Ipv4Addr) -> bool {
+    fn local_address(&mut self, socket: SockId) -> Option<IpAddr> {
+        match &self.socket(socket).kind {
+            Kind::Tcp(tcp) => tcp.local,
+            _ => self.outbound,
+        }
+    }
+
+    fn is_host_address(&mut self, address: IpAddr) -> bool {
         self.host_addresses.contains(&address)
     }
 
@@ -664,29 +913,69 @@ pub fn guest_ipv4(
     frame
 }
 
+/// An IPv6 packet from `source` at [`GUEST_MAC`], with `payload` behind the IP header.
+pub fn guest_ipv6(
+    source: Ipv6Addr,
+    destination: Ipv6Addr,
+    protocol: u8,
+    hop_limit: u8,
+    payload: &[u8],
+) -> Vec<u8> {
+    let mut frame = vec![0; ETH_HEADER_LEN + IPV6_HEADER_LEN];
+    wire::write_ethernet(&mut frame, GATEWAY_MAC, GUEST_MAC, wire::ETHERTYPE_IPV6);
+    let fields = Ipv6Fields {
+        source,
+        destination,
+        protocol,
+        hop_limit,
+        traffic_class: 0,
+    };
+    wire::ipv6::write_ipv6(&mut frame, fields, payload.len());
+    frame.extend_from_slice(payload);
+    frame
+}
+
+/// [`guest_ipv4`] or [`guest_ipv6`].
+///
+/// # Panics
+/// If the families of the addresses differ.
+pub fn guest_ip(
+    source: IpAddr,
+    destination: IpAddr,
+    protocol: u8,
+    ttl: u8,
+    payload: &[u8],
+) -> Vec<u8> {
+    match (source, destination) {
+        (IpAddr::V4(source), IpAddr::V4(to)) => guest_ipv4(source, to, protocol, ttl, payload),
+        (IpAddr::V6(source), IpAddr::V6(to)) => guest_ipv6(source, to, protocol, ttl, payload),
+        _ => panic!("{source} to {destination}"),
+    }
+}
+
 /// A UDP datagram from a guest, checksum complete.
-pub fn guest_udp(source: SocketAddrV4, to: SocketAddrV4, ttl: u8, payload: &[u8]) -> Vec<u8> {
+pub fn guest_udp(source: SocketAddr, to: SocketAddr, ttl: u8, payload: &[u8]) -> Vec<u8> {
     let mut udp = Vec::with_capacity(wire::UDP_HEADER_LEN + payload.len());
     udp.extend_from_slice(&source.port().to_be_bytes());
     udp.extend_from_slice(&to.port().to_be_bytes());
     udp.extend_from_slice(&((wire::UDP_HEADER_LEN + payload.len()) as u16).to_be_bytes());
     udp.extend_from_slice(&[0, 0]);
     udp.extend_from_slice(payload);
-    write_transport_checksum(&mut udp, 6, *source.ip(), *to.ip(), wire::PROTO_UDP);
-    guest_ipv4(*source.ip(), *to.ip(), wire::PROTO_UDP, ttl, &udp)
+    write_transport_checksum(&mut udp, 6, source.ip(), to.ip(), wire::PROTO_UDP);
+    guest_ip(source.ip(), to.ip(), wire::PROTO_UDP, ttl, &udp)
 }
 
 /// A USO train from a guest and its offload: `payload` is cut into datagrams of `segment` bytes.
 pub fn guest_udp_train(
-    source: SocketAddrV4,
-    to: SocketAddrV4,
+    source: SocketAddr,
+    to: SocketAddr,
     segment: u16,
     payload: &[u8],
 ) -> (Vec<u8>, Offload) {
     let frame = guest_udp(source, to, wire::TTL_DEFAULT, payload);
     let offload = Offload {
         csum: Csum::Partial {
-            start: (ETH_HEADER_LEN + wire::IPV4_HEADER_LEN) as u16,
+            start: (frame.len() - payload.len() - wire::UDP_HEADER_LEN) as u16,
             offset: 6,
         },
         gso: Gso::Udp(segment),
@@ -697,8 +986,8 @@ pub fn guest_udp_train(
 
 /// A TCP segment from a guest, checksum complete. `options` is padded to words with zeros.
 pub fn guest_tcp(
-    source: SocketAddrV4,
-    to: SocketAddrV4,
+    source: SocketAddr,
+    to: SocketAddr,
     (sequence, acknowledgment): (u32, u32),
     (flags, window): (u8, u16),
     options: &[u8],
@@ -715,14 +1004,31 @@ pub fn guest_tcp(
     tcp[14..16].copy_from_slice(&window.to_be_bytes());
     tcp[20..20 + options.len()].copy_from_slice(options);
     tcp.extend_from_slice(payload);
-    write_transport_checksum(&mut tcp, 16, *source.ip(), *to.ip(), wire::PROTO_TCP);
-    guest_ipv4(
-        *source.ip(),
-        *to.ip(),
+    write_transport_checksum(&mut tcp, 16, source.ip(), to.ip(), wire::PROTO_TCP);
+    guest_ip(
+        source.ip(),
+        to.ip(),
         wire::PROTO_TCP,
         wire::TTL_DEFAULT,
         &tcp,
     )
+}
+
+/// An ICMPv6 echo request from a guest.
+pub fn guest_echo6(
+    source: Ipv6Addr,
+    to: Ipv6Addr,
+    (identifier, sequence): (u16, u16),
+    hop_limit: u8,
+    data: &[u8],
+) -> Vec<u8> {
+    let mut icmp = vec![128, 0, 0, 0];
+    icmp.extend_from_slice(&identifier.to_be_bytes());
+    icmp.extend_from_slice(&sequence.to_be_bytes());
+    icmp.extend_from_slice(data);
+    let protocol = wire::PROTO_ICMPV6;
+    write_transport_checksum(&mut icmp, 2, source.into(), to.into(), protocol);
+    guest_ipv6(source, to, protocol, hop_limit, &icmp)
 }
 
 /// An ICMP echo request from a guest.
@@ -750,11 +1056,11 @@ fn write_icmp_checksum(icmp: &mut [u8]) {
 fn write_transport_checksum(
     segment: &mut [u8],
     at: usize,
-    source: Ipv4Addr,
-    destination: Ipv4Addr,
+    source: IpAddr,
+    destination: IpAddr,
     protocol: u8,
 ) {
-    let sum = match !wire::checksum::transport4(source, destination, protocol, segment) {
+    let sum = match !wire::checksum::transport(source, destination, protocol, segment) {
         0 => 0xffff,
         sum => sum,
     };
@@ -772,8 +1078,8 @@ mod tests {
         generation: 1,
     });
 
-    fn to(port: u16) -> SocketAddrV4 {
-        SocketAddrV4::new(Ipv4Addr::new(10, 1, 2, 3), port)
+    fn to(port: u16) -> SocketAddr {
+        SocketAddr::from(([10, 1, 2, 3], port))
     }
 
     #[test]
@@ -825,7 +1131,7 @@ mod tests {
 
     #[test]
     fn guest_frames_parse() {
-        let source = SocketAddrV4::new(GUEST, 5000);
+        let source = SocketAddr::new(GUEST.into(), 5000);
         let udp = guest_udp(source, to(53), 9, b"query");
         let packet = parse(&udp, Offload::default());
         let (ip, datagram) = packet.udp4().unwrap();
@@ -838,7 +1144,7 @@ mod tests {
             },
             other => panic!("{other:?}"),
         }
-        let echo = guest_echo(GUEST, *to(0).ip(), (1, 2), 64, b"data");
+        let echo = guest_echo(GUEST, Ipv4Addr::new(10, 1, 2, 3), (1, 2), 64, b"data");
         parse(&echo, Offload::default());
     }
 }

@@ -1,54 +1,69 @@
-//! UDP through the NAT: a host socket per guest address and port.
+//! UDP through the NAT: a host socket per guest address and port, or per destination as well.
 //!
 //! # Path
 //! `from_guest`: a datagram's payload goes to the mapping's socket as it is; headers are the kernel's
-//! business. A train (UDP segmentation offload) goes in one call and stays one packet as far down as
-//! the host's device can cut it. `to_guest`: what the socket receives gets headers again; a train that
-//! the kernel coalesced becomes one super-frame. Checksums are left to the egress port.
+//! business, but TTL, DSCP, ECN and DF, which go along. A train (UDP segmentation offload) goes in one
+//! call and stays one packet as far down as the host's device can cut it. `to_guest`: what the socket
+//! receives gets headers again; a train that the kernel coalesced becomes one super-frame, what is
+//! longer than the LAN's MTU fragments. Checksums are left to the egress port. What the host hears of
+//! a datagram's fate, `icmp::reported` passes on.
 //!
 //! # State
-//! One mapping per guest address and port whatever the destination (RFC 4787 REQ-1), on the same
-//! host port where that is free (REQ-3). It remembers whom the guest wrote to, and only they get
-//! through (REQ-8, address- and port-dependent filtering): the socket is open to the whole of the
-//! host's networks, its guest need not be.
+//! One mapping per guest address and port whatever the destination, or for each destination address or
+//! endpoint, as [`UdpBehaviour::mapping`] says (RFC 4787 4.1), on the same host port where that is free
+//! and at least of the same parity (REQ-3, REQ-4). It remembers whom the guest wrote to;
+//! [`UdpBehaviour::filtering`] says what of that who gets through has to match (RFC 4787 5): the socket
+//! is open to the whole of the host's networks, its guest need not be.
+//!
+//! # Hairpinning
+//! A guest that writes to the host's own address and another mapping's port gets through (REQ-9): the
+//! kernel carries the datagram from one socket to the other, so that the receiver sees the sender's
+//! outside endpoint (REQ-9 a) and its filter applies. That is asked again for each datagram: the port may
+//! be a service's of the host by then.
 //!
 //! # Timers
-//! A use in either direction refreshes (REQ-6; inbound counts, since filtering lets only peers of the
-//! guest's choice in). Between 10 and 300 seconds by class, see `CLASSES`.
+//! A use in either direction refreshes (REQ-6; inbound counts only from whom the guest wrote to, so that
+//! no stranger keeps a mapping alive). Between 10 and 300 seconds by class, see `CLASSES`.
 //!
 //! # Limits
-//! [`LIMITS`], or the host's on open files; [`MappingTable`] says who gives way. What the host's
-//! socket does not take is dropped ([`DropReason::HostFull`]): UDP has no back-pressure.
+//! [`LIMITS`], or the host's on open files; [`MappingTable`] says who gives way. A guest that gets no
+//! mapping hears that it is prohibited (RFC 5508 REQ-8), from [`super::Nat`]. What the host's socket does not take is dropped
+//! ([`DropReason::HostFull`]): UDP has no back-pressure.
 //!
 //! # Hostile guests
 //! A guest can use up its own mappings, and host ports above 1023 as any program on the host can. It
-//! can't reach the host's own addresses unless `host_access` says so; that is asked once per peer.
+//! can't reach what [`Egress`] refuses; that is asked once per peer.
 
-use std::net::SocketAddrV4;
+mod to_guest;
 
-use super::icmp::{ErrorKind, ErrorSender, send_again, ttl_to_guest};
-use super::mapping::{Class, Limits, MappingTable, Peers, Room};
-use super::{
-    Datagram, Duration, FlowId, HostError, Instant, SendOptions, SockId, SockOwner, Uplink,
-};
-use crate::frame::{ETH_HEADER_LEN, Mac, PortId};
+use std::net::SocketAddr;
+
+use super::egress::{Egress, Protocol};
+use super::icmp::reported::{self, Way};
+use super::icmp::{ErrorSender, explain, send_again};
+use super::mapping::{Class, Dependence, Endpoint, Limits, Mapping, MappingCounters, MappingTable};
+use super::{Duration, FlowId, HostError, Instant, Ready, SendOptions, SockId, SockOwner, Uplink};
+use crate::frame::{PortId, Station};
 use crate::gateway::{LanConfig, Outbox};
-use crate::offload::{Csum, Gso, Offload};
+use crate::offload::Gso;
 use crate::stats::DropReason;
-use crate::wire::{
-    self, ETHERTYPE_IPV4, IPV4_HEADER_LEN, Ipv4, Ipv4Fields, PROTO_UDP, Packet, UDP_HEADER_LEN,
-    UDP4_PAYLOAD_AT, Udp, checksum,
-};
+use crate::wire::{Family, Ip, Packet, Udp};
+use to_guest::ToGuest;
 
 /// Bounds by default. Each mapping is an open file: where a process may have 20,000 of them, TCP keeps
 /// its 10,000. A guest that resolves for a whole network has 2,048 queries under way.
 pub const LIMITS: Limits = Limits {
     total: 8192,
     per_guest: 2048,
+    per_port: 6144,
 };
 
 /// Destination port of DNS (RFC 1035 4.2.1).
 const DNS_PORT: u16 = 53;
+
+/// Attempts at a port of the right parity: the neighbour of a port that the host chose is free unless
+/// most are taken, and then every second choice is right.
+const PARITY_ATTEMPTS: usize = 4;
 
 /// Only DNS, and every query answered.
 const RESOLVED: usize = 0;
@@ -82,26 +97,42 @@ const CLASSES: [Class; 4] = [
     },
 ];
 
-/// Largest UDP payload over IPv4 without options.
-const PAYLOAD_MAX: usize = 65_535 - IPV4_HEADER_LEN - UDP_HEADER_LEN;
+/// How mappings are made and who gets through them.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct UdpBehaviour {
+    /// Which destinations share a mapping.
+    pub mapping: Dependence,
+    /// How far who sends to a mapping must be whom its guest wrote to.
+    pub filtering: Dependence,
+}
 
+impl Default for UdpBehaviour {
+    /// What RFC 4787 requires of mapping (REQ-1), and recommends of filtering where more than the most
+    /// transparency is wanted (REQ-8).
+    fn default() -> Self {
+        Self {
+            mapping: Dependence::EndpointIndependent,
+            filtering: Dependence::AddressDependent,
+        }
+    }
+}
+
+/// What UDP keeps of a mapping.
 #[derive(Debug)]
-struct Mapping {
-    socket: SockId,
-    /// Where datagrams go: the sender of the newest one from the guest.
-    mac: Mac,
-    /// Where that came in.
-    port: PortId,
-    peers: Peers,
+struct State {
     /// Something came back.
     replied: bool,
     /// All destinations so far were DNS servers.
     dns_only: bool,
     /// Datagrams out and not answered, of a `dns_only` mapping.
     queries: u32,
+    /// Some of its peers are mappings of this NAT.
+    hairpins: bool,
 }
 
-impl Mapping {
+type UdpMapping = Mapping<State>;
+
+impl State {
     fn class(&self) -> usize {
         match (self.dns_only, self.replied) {
             (true, true) if self.queries == 0 => RESOLVED,
@@ -115,34 +146,32 @@ impl Mapping {
 /// What happened so far. A train counts once.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct UdpCounters {
-    /// Mappings made.
-    pub opened: u64,
-    /// Mappings ended by their timeout.
-    pub expired: u64,
-    /// Mappings ended to make room.
-    pub evicted: u64,
+    /// Mappings.
+    pub mappings: MappingCounters,
     /// Datagrams sent for guests.
     pub from_guest: u64,
     /// Datagrams given to guests.
     pub to_guest: u64,
+    /// Datagrams sent to other mappings of this NAT, counted in `from_guest` too.
+    pub hairpinned: u64,
 }
 
 impl UdpCounters {
     /// Names, as `lanlet status` shows them, and values.
     pub fn iter(self) -> impl Iterator<Item = (&'static str, u64)> {
         let Self {
-            opened,
-            expired,
-            evicted,
+            mappings,
             from_guest,
             to_guest,
+            hairpinned,
         } = self;
         [
-            ("udp_opened", opened),
-            ("udp_expired", expired),
-            ("udp_evicted", evicted),
+            ("udp_opened", mappings.opened),
+            ("udp_expired", mappings.expired),
+            ("udp_evicted", mappings.evicted),
             ("udp_from_guest", from_guest),
             ("udp_to_guest", to_guest),
+            ("udp_hairpinned", hairpinned),
         ]
         .into_iter()
     }
@@ -152,20 +181,32 @@ impl UdpCounters {
 #[derive(Debug)]
 pub struct UdpNat {
     lan: LanConfig,
-    host_access: bool,
-    table: MappingTable<Mapping, 4>,
-    counters: UdpCounters,
+    behaviour: UdpBehaviour,
+    table: MappingTable<State, 4>,
+    from_guest: u64,
+    to_guest: u64,
+    hairpinned: u64,
+    /// Identification of the packet that was cut last; the first is random.
+    fragment_id: Option<u32>,
 }
 
 impl UdpNat {
-    /// No mappings yet. Without `host_access`, guests can't reach the host's own addresses.
-    pub fn new(lan: LanConfig, limits: Limits, host_access: bool) -> Self {
+    /// No mappings yet.
+    pub fn new(lan: LanConfig, limits: Limits) -> Self {
         Self {
             lan,
-            host_access,
+            behaviour: UdpBehaviour::default(),
             table: MappingTable::new(CLASSES, limits),
-            counters: UdpCounters::default(),
+            from_guest: 0,
+            to_guest: 0,
+            hairpinned: 0,
+            fragment_id: None,
         }
+    }
+
+    /// Behaves like this from here on. Mappings that another kind of mapping made end unused.
+    pub fn set_behaviour(&mut self, behaviour: UdpBehaviour) {
+        self.behaviour = behaviour;
     }
 
     /// Mappings, each with a host socket.
@@ -180,7 +221,12 @@ impl UdpNat {
 
     /// What happened so far.
     pub fn counters(&self) -> UdpCounters {
-        self.counters
+        UdpCounters {
+            mappings: self.table.counters(),
+            from_guest: self.from_guest,
+            to_guest: self.to_guest,
+            hairpinned: self.hairpinned,
+        }
     }
 
     /// Sends a guest's datagram or train on. The caller has checked that the source is of the LAN and
@@ -188,12 +234,13 @@ impl UdpNat {
     ///
     /// # Errors
     /// The reason to count the packet as dropped for. The guest has got an ICMP error where one is
-    /// due, except for [`DropReason::TtlExceeded`].
+    /// due, except for [`DropReason::TtlExceeded`], what [`Egress::admit`] gives and the lack of room
+    /// for a mapping.
     pub fn handle_packet<U: Uplink + ?Sized, O: Outbox + ?Sized>(
         &mut self,
         packet: &Packet<'_>,
-        ip: &Ipv4<'_>,
-        udp: &Udp<'_>,
+        (ip, udp): (&Ip<'_>, &Udp<'_>),
+        egress: &mut Egress,
         now: Instant,
         up: &mut U,
         (out, errors): (&mut O, &mut ErrorSender),
@@ -205,20 +252,18 @@ impl UdpNat {
         if ip.ttl <= 1 {
             return Err(DropReason::TtlExceeded);
         }
-        let guest = SocketAddrV4::new(ip.source, udp.source_port);
-        let to = SocketAddrV4::new(ip.destination, udp.destination_port);
-        let id = match self.mapping(guest, (packet.source, packet.ingress), to, now, up) {
-            Err(DropReason::ForbiddenDestination) => {
-                let kind = ErrorKind::Prohibited;
-                errors.send(&self.lan, kind, packet, now, out);
-                return Err(DropReason::ForbiddenDestination);
-            }
-            result => result?,
+        let guest = SocketAddr::new(ip.source, udp.source_port);
+        let to = SocketAddr::new(ip.destination, udp.destination_port);
+        let station = Station {
+            mac: packet.source,
+            port: packet.ingress,
         };
+        let (id, hairpin) = self.mapping((guest, station), to, egress, now, up)?;
+        let to = egress.real(to);
         let mapping = self.table.get_mut(id).ok_or(DropReason::NoFlow)?;
-        mapping.dns_only &= to.port() == DNS_PORT;
-        mapping.queries = mapping.queries.saturating_add(1);
-        let (class, socket) = (mapping.class(), mapping.socket);
+        mapping.state.dns_only &= to.port() == DNS_PORT;
+        mapping.state.queries = mapping.state.queries.saturating_add(1);
+        let (class, socket) = (mapping.state.class(), mapping.socket);
         self.table.touch(id, class, now);
 
         let segment = match packet.offload.gso {
@@ -227,146 +272,171 @@ impl UdpNat {
         };
         let options = SendOptions {
             ttl: ip.ttl - 1,
+            tos: ip.tos,
+            dont_fragment: ip.dont_fragment() && !packet.reassembled,
             segment,
         };
         match send_again(up, socket, to, udp.payload, options) {
             Ok(len) if len < udp.payload.len() => Err(DropReason::HostFull),
             Ok(_) => {
-                self.counters.from_guest += 1;
+                self.from_guest += 1;
+                self.hairpinned += u64::from(hairpin);
                 Ok(())
             }
-            Err((reason, kind)) => {
-                if let Some(kind) = kind {
-                    errors.send(&self.lan, kind, packet, now, out);
-                }
-                Err(reason)
+            Err(failure) => {
+                let mapping = self.table.get_mut(id).ok_or(DropReason::NoFlow)?;
+                let way = Way {
+                    lan: &self.lan,
+                    egress,
+                    guest,
+                };
+                let sent = (packet, &*mapping);
+                Err(explain(failure, way, sent, now, (up, out, errors)))
             }
         }
     }
 
-    /// The guest's mapping, made if need be, with `to` among its peers.
+    /// The guest's mapping, made if need be, with `to` among its peers, and whether `to` is a mapping of
+    /// this NAT as well.
     fn mapping<U: Uplink + ?Sized>(
         &mut self,
-        guest: SocketAddrV4,
-        (mac, port): (Mac, PortId),
-        to: SocketAddrV4,
+        (guest, station): (SocketAddr, Station),
+        to: SocketAddr,
+        egress: &mut Egress,
         now: Instant,
         up: &mut U,
-    ) -> Result<FlowId, DropReason> {
-        let known = self.table.find(guest);
+    ) -> Result<(FlowId, bool), DropReason> {
+        let real = egress.real(to);
+        let key = Endpoint {
+            guest,
+            to: self.behaviour.mapping.part(real),
+        };
+        let known = self.table.find(key);
         if let Some(id) = known
             && let Some(mapping) = self.table.get_mut(id)
         {
-            (mapping.mac, mapping.port) = (mac, port);
-            if mapping.peers.touch(to) {
-                return Ok(id);
+            let same = mapping.station.port == station.port;
+            if same && mapping.peers.touch(real) && !mapping.state.hairpins {
+                mapping.station = station;
+                return Ok((id, false));
             }
         }
-        if !self.host_access && up.is_host_address(*to.ip()) {
-            return Err(DropReason::ForbiddenDestination);
-        }
+        let what = (station.port, Protocol::Udp);
+        let family = Family::of(real.ip());
+        let target = self.table.at_external(family, real.port());
+        let target = target.and_then(|id| Some(self.table.get_mut(id)?.socket));
+        // A socket on one address only is not what answers on another of the host's.
+        let reached = target.filter(|&socket| {
+            let local = up.local_address(socket);
+            local.is_none_or(|local| local.is_unspecified() || local == real.ip())
+        });
+        let hairpin = match reached {
+            Some(_) => {
+                egress.admit_to_mapping(what, to, now, up)?;
+                up.is_host_address(real.ip())
+            }
+            None => {
+                egress.admit(what, to, now, up)?;
+                false
+            }
+        };
         let id = match known {
             Some(id) => id,
-            None => self.open(guest, (mac, port), to, now, up)?,
+            None => self.open(key, station, real, now, up)?,
         };
         if let Some(mapping) = self.table.get_mut(id) {
-            mapping.peers.add(to);
+            mapping.move_to(station);
+            mapping.peers.add(real);
+            mapping.state.hairpins |= hairpin;
         }
-        Ok(id)
+        Ok((id, hairpin))
     }
 
     fn open<U: Uplink + ?Sized>(
         &mut self,
-        guest: SocketAddrV4,
-        (mac, port): (Mac, PortId),
-        to: SocketAddrV4,
+        key: Endpoint,
+        station: Station,
+        to: SocketAddr,
         now: Instant,
         up: &mut U,
     ) -> Result<FlowId, DropReason> {
-        self.make_room(self.table.room(*guest.ip(), now), up)?;
-        let mut socket = up.udp_open(guest.port(), SockOwner::Udp(self.table.next_id()));
-        if socket == Err(HostError::Exhausted) {
-            self.make_room(self.table.oldest(now), up)?;
-            socket = up.udp_open(guest.port(), SockOwner::Udp(self.table.next_id()));
-        }
-        let socket = socket.map_err(|error| match error {
-            HostError::Exhausted => DropReason::Limit,
-            _ => DropReason::HostRefused,
-        })?;
-        self.counters.opened += 1;
-        let mapping = Mapping {
-            socket,
-            mac,
-            port,
-            peers: Peers::default(),
+        let state = State {
             replied: false,
             dns_only: to.port() == DNS_PORT,
             queries: 0,
+            hairpins: false,
         };
-        let class = mapping.class();
-        Ok(self.table.insert(guest, class, mapping, now))
+        let class = state.class();
+        let open = |up: &mut U, id| open_socket(up, key.guest, SockOwner::Udp(id));
+        self.table.open(key, station, (class, state), now, up, open)
     }
 
-    fn make_room<U: Uplink + ?Sized>(&mut self, room: Room, up: &mut U) -> Result<(), DropReason> {
-        match room {
-            Room::Free => Ok(()),
-            Room::Evict(id) => {
-                self.counters.evicted += 1;
-                self.close(id, up);
-                Ok(())
-            }
-            Room::None => Err(DropReason::Limit),
-        }
+    /// As [`MappingTable::give_up`].
+    pub fn give_up<U: Uplink + ?Sized>(&mut self, now: Instant, up: &mut U) -> bool {
+        self.table.give_up(now, up)
     }
 
     /// Ends the mappings of the guests behind a port that is gone.
     pub fn forget_port<U: Uplink + ?Sized>(&mut self, port: PortId, up: &mut U) {
-        for id in self.table.ids_where(|mapping| mapping.port == port) {
-            self.close(id, up);
-        }
+        self.table.forget_port(port, up);
     }
 
-    fn close<U: Uplink + ?Sized>(&mut self, id: FlowId, up: &mut U) {
-        if let Some(mapping) = self.table.remove(id) {
-            up.close(mapping.socket);
-        }
+    /// Takes peers away that `allowed` no longer grants: see [`MappingTable::review`].
+    pub fn review<U: Uplink + ?Sized>(
+        &mut self,
+        up: &mut U,
+        allowed: impl FnMut(PortId, SocketAddr, SocketAddr) -> bool,
+    ) {
+        self.table.review(up, allowed);
     }
 
-    /// Gives what waits on a mapping's socket to its guest, one batch at most; the readiness event
-    /// returns while there is more. `drops` hears of datagrams that do not get through.
+    /// Gives what waits on a mapping's socket to its guest, errors first, one batch at most; the
+    /// readiness event returns while there is more. `drops` hears of what does not get through.
     pub fn handle_ready<U: Uplink + ?Sized, O: Outbox + ?Sized>(
         &mut self,
         id: FlowId,
+        ready: Ready,
+        egress: &Egress,
         now: Instant,
-        up: &mut U,
-        out: &mut O,
+        (up, out, errors): (&mut U, &mut O, &mut ErrorSender),
         drops: &mut dyn FnMut(DropReason),
     ) {
-        let Some(guest) = self.table.guest(id) else {
+        let Some((guest, mapping)) = self.table.get_with_guest(id) else {
             return;
         };
-        let Some(mapping) = self.table.get_mut(id) else {
-            return;
-        };
-        let to_guest = ToGuest {
+        if ready.error {
+            let way = Way {
+                lan: &self.lan,
+                egress,
+                guest,
+            };
+            reported::hear(way, mapping, now, (up, out, errors), drops);
+        }
+        let mut to_guest = ToGuest {
             lan: &self.lan,
-            mac: mapping.mac,
+            egress,
             guest,
-            peers: &mapping.peers,
+            mapping,
+            filtering: self.behaviour.filtering,
+            fragment_id: self.fragment_id.get_or_insert_with(|| up.random() as u32),
         };
-        let mut passed = 0u32;
+        let (mut passed, mut answers) = (0u64, 0u32);
         up.recv_from(
-            mapping.socket,
+            to_guest.mapping.socket,
             &mut |datagram| match to_guest.send(&datagram, out) {
-                Ok(()) => passed += 1,
+                Ok(known) => {
+                    passed += 1;
+                    answers += u32::from(known);
+                }
                 Err(reason) => drops(reason),
             },
         );
-        if passed > 0 {
-            self.counters.to_guest += u64::from(passed);
-            mapping.replied = true;
-            mapping.queries = mapping.queries.saturating_sub(passed);
-            let class = mapping.class();
+        self.to_guest += passed;
+        if answers > 0 {
+            let state = &mut mapping.state;
+            state.replied = true;
+            state.queries = state.queries.saturating_sub(answers);
+            let class = state.class();
             self.table.touch(id, class, now);
         }
     }
@@ -378,94 +448,31 @@ impl UdpNat {
 
     /// Ends the mappings whose time is over.
     pub fn handle_timeout<U: Uplink + ?Sized>(&mut self, now: Instant, up: &mut U) {
-        while let Some(id) = self.table.expired(now) {
-            self.counters.expired += 1;
-            self.close(id, up);
-        }
+        self.table.handle_timeout(now, up);
     }
 }
 
-/// The way to one mapping's guest.
-struct ToGuest<'a> {
-    lan: &'a LanConfig,
-    mac: Mac,
-    guest: SocketAddrV4,
-    peers: &'a Peers,
-}
-
-impl ToGuest<'_> {
-    /// Sends a datagram, or a train as one super-frame, to the guest.
-    fn send<O: Outbox + ?Sized>(
-        &self,
-        datagram: &Datagram<'_>,
-        out: &mut O,
-    ) -> Result<(), DropReason> {
-        if !self.peers.contains(datagram.source) {
-            return Err(DropReason::Filtered);
+/// A socket on the guest's port where that is free, else on one of the same parity, as RTP's pairs of
+/// ports want it (RFC 4787 REQ-4): of two neighbours one is.
+fn open_socket<U: Uplink + ?Sized>(
+    up: &mut U,
+    guest: SocketAddr,
+    owner: SockOwner,
+) -> Result<(SockId, u16), HostError> {
+    let right = |port: u16| port % 2 == guest.port() % 2;
+    let family = Family::of(guest.ip());
+    let mut kept = up.udp_open(family, guest.port(), owner)?;
+    for _ in 0..PARITY_ATTEMPTS {
+        if right(kept.1) {
+            break;
         }
-        let ttl = ttl_to_guest(datagram.ttl)?;
-        let payload = datagram.payload;
-        let segment = datagram
-            .segment
-            .map(usize::from)
-            .filter(|size| (1..payload.len()).contains(size));
-        let longest = segment.unwrap_or(payload.len());
-        if IPV4_HEADER_LEN + UDP_HEADER_LEN + longest > usize::from(self.lan.mtu) {
-            return Err(DropReason::TooBig);
-        }
-        let Some(size) = segment else {
-            self.send_frame(datagram.source, ttl, payload, None, out);
-            return Ok(());
+        let Ok(other) = up.udp_open(family, kept.1 ^ 1, owner) else {
+            break;
         };
-        // A super-frame is one IP packet: 65,535 bytes hold all of a train unless the host raised
-        // gro_ipv4_max_size.
-        for train in payload.chunks(PAYLOAD_MAX / size * size) {
-            let gso = (train.len() > size).then_some(size as u16);
-            self.send_frame(datagram.source, ttl, train, gso, out);
-        }
-        Ok(())
+        up.close(kept.0);
+        kept = other;
     }
-
-    /// `payload` fits one IP packet.
-    fn send_frame<O: Outbox + ?Sized>(
-        &self,
-        from: SocketAddrV4,
-        ttl: u8,
-        payload: &[u8],
-        gso: Option<u16>,
-        out: &mut O,
-    ) {
-        const UDP_AT: usize = ETH_HEADER_LEN + IPV4_HEADER_LEN;
-        let frame = out.buffer();
-        wire::write_ethernet(frame, self.mac, self.lan.mac, ETHERTYPE_IPV4);
-        let udp_len = UDP_HEADER_LEN + payload.len();
-        let fields = Ipv4Fields {
-            source: *from.ip(),
-            destination: *self.guest.ip(),
-            protocol: PROTO_UDP,
-            ttl,
-            tos: 0,
-        };
-        wire::write_ipv4(frame, fields, udp_len);
-        // Partial: the sum of the pseudo-header, with the length of the whole train as the kernel's
-        // segmentation expects it (net/ipv4/udp_offload.c, __udp_gso_segment).
-        let sum = checksum::pseudo_header4(*from.ip(), *self.guest.ip(), PROTO_UDP, udp_len);
-        let udp = &mut frame[UDP_AT..UDP4_PAYLOAD_AT];
-        udp[..2].copy_from_slice(&from.port().to_be_bytes());
-        udp[2..4].copy_from_slice(&self.guest.port().to_be_bytes());
-        udp[4..6].copy_from_slice(&(udp_len as u16).to_be_bytes());
-        udp[6..8].copy_from_slice(&checksum::fold(sum).to_be_bytes());
-        frame[UDP4_PAYLOAD_AT..][..payload.len()].copy_from_slice(payload);
-        let offload = Offload {
-            csum: Csum::Partial {
-                start: UDP_AT as u16,
-                offset: 6,
-            },
-            gso: gso.map_or(Gso::None, Gso::Udp),
-            ecn: false,
-        };
-        out.send(UDP4_PAYLOAD_AT + payload.len(), offload);
-    }
+    Ok(kept)
 }
 
 #[cfg(test)]

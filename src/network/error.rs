@@ -1,5 +1,6 @@
 //! Why a network could not be set up.
 
+use super::forwards::ForwardRefusal;
 use crate::config::ConfigError;
 use crate::dhcp::lease::{PoolError, Refusal};
 use crate::frame::Mac;
@@ -9,6 +10,9 @@ use crate::tap::TapError;
 /// Why a network or port could not be set up. Names the remedy where there is one.
 #[derive(Debug, thiserror::Error)]
 pub enum NetworkError {
+    /// A forward can't be had.
+    #[error(transparent)]
+    Forward(#[from] ForwardRefusal),
     /// A key of the configuration is wrong.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -43,6 +47,9 @@ pub enum NetworkError {
     /// All port numbers are in use.
     #[error("the switch has {PORTS_MAX} ports already: detach some or start a second network")]
     PortsFull,
+    /// The data path did not answer.
+    #[error("the network's worker is busy; what was asked for is done when it gets to it")]
+    Busy,
     /// The data path has ended.
     #[error("the network's worker has ended{}", .0.as_ref().map(|cause| format!(": {cause}")).unwrap_or_default())]
     Ended(Option<String>),

@@ -1,17 +1,17 @@
-//! What has to be looked after while a network runs: the lease file, and where DNS over TCP goes.
+//! What has to be looked after while a network runs: the lease file, and whether the host has IPv6.
 
-use std::net::SocketAddr;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use super::{Shared, lock};
 use crate::control::lease_file::LeaseFile;
-use crate::control::resolver::ResolverHandle;
 use crate::dhcp::lease::LeaseTable;
 use crate::frame;
+use crate::uplink::route::RouteTable;
 use crate::worker::Command;
 
-/// How often the lease file and the DNS upstream are looked after.
+/// How often all of that is looked after. A look at the host's routes takes 3 us.
 const HOUSEKEEPING: Duration = Duration::from_secs(1);
 
 /// The lease file and how far it follows the table.
@@ -70,24 +70,60 @@ impl LeaseKeeper {
     }
 }
 
-/// Keeps the lease file and the upstream of DNS over TCP current.
+/// Whether the host has a way to the IPv6 outside, as its routing table says.
+pub(super) struct HostIpv6 {
+    routes: RouteTable,
+    has_default: bool,
+}
+
+impl HostIpv6 {
+    /// Nothing is known yet.
+    pub(super) fn open() -> std::io::Result<Self> {
+        Ok(Self {
+            routes: RouteTable::open()?,
+            has_default: false,
+        })
+    }
+
+    /// Looks again.
+    pub(super) fn look(&mut self) -> bool {
+        self.has_default = self.routes.has_default6();
+        self.has_default
+    }
+
+    /// What the last look found.
+    pub(super) fn has_default(&self) -> bool {
+        self.has_default
+    }
+
+    /// Tells of a change.
+    fn follow(&mut self, shared: &Shared) {
+        let before = self.has_default;
+        if self.look() == before || shared.lan.v6.is_none() {
+            return;
+        }
+        log::info!(
+            "{}",
+            match self.has_default {
+                true => "the host has IPv6: guests are given a default route",
+                false => "the host has lost IPv6: guests are told to drop their default route",
+            }
+        );
+        shared.host_ipv6.store(self.has_default, Ordering::Relaxed);
+        shared.worker.send(Command::HostIpv6(self.has_default));
+    }
+}
+
+/// Keeps the lease file and the guests' IPv6 route current.
 pub(super) async fn housekeep(
     shared: &Arc<Shared>,
-    resolver: &ResolverHandle,
     keeper: Option<&Arc<Mutex<LeaseKeeper>>>,
+    mut host_ipv6: HostIpv6,
 ) {
-    let mut upstream = None;
     let mut tick = tokio::time::interval(HOUSEKEEPING);
     loop {
         tick.tick().await;
-        let current = resolver.upstream().and_then(|server| match server {
-            SocketAddr::V4(server) => Some(server),
-            SocketAddr::V6(_) => None,
-        });
-        if upstream != current {
-            upstream = current;
-            shared.worker.send(Command::DnsUpstream(current));
-        }
+        host_ipv6.follow(shared);
         if let Some(keeper) = keeper {
             let (keeper, shared) = (Arc::clone(keeper), Arc::clone(shared));
             // A slow disk must not hold up the resolver on this thread. A panic was reported.
@@ -124,6 +160,7 @@ mod tests {
             address: config.gateway,
             prefix: config.prefix,
             mtu: config.mtu,
+            v6: None,
         };
         let now = frame::Instant::from_secs(1);
         let range = DhcpConfig::new(lan.clone()).range();

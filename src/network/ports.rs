@@ -5,8 +5,10 @@ use std::net::Ipv4Addr;
 use std::sync::{Arc, Weak};
 
 use super::{NetworkError, Shared, lock};
+use crate::config::ConfigError;
 use crate::dhcp::lease::Refusal;
 use crate::frame::{Mac, PortId};
+use crate::nat::policy::parse::check_guest_name;
 use crate::port::{DropSource, PortRx, PortTx};
 use crate::stats::PortCounters;
 use crate::switch::PORTS_MAX;
@@ -62,11 +64,11 @@ impl Ports {
 
 impl Shared {
     /// Gives a port its number and hands it to the worker. `leased`: with an address for `mac`,
-    /// which ends with the port.
+    /// which ends with the port. `group`: of the guests behind it.
     pub(super) fn add_port(
         &self,
         opened: Opened,
-        name: String,
+        (name, group): (String, Option<String>),
         mac: Option<Mac>,
         leased: bool,
     ) -> Result<(PortId, Option<Ipv4Addr>), NetworkError> {
@@ -77,6 +79,9 @@ impl Shared {
             kind,
             wire,
         } = opened;
+        if let Some(group) = &group {
+            check_guest_name(group).map_err(|reason| ConfigError::new("group", reason))?;
+        }
         let counters = Arc::new(PortCounters::default());
         let mut ports = lock(&self.ports);
         let id = ports.free_id().ok_or(NetworkError::PortsFull)?;
@@ -91,8 +96,13 @@ impl Shared {
             name
         };
         log::debug!("port {id} ({name}) attached");
+        let named = Command::NamePort {
+            id,
+            name: name.clone(),
+            mac,
+        };
         let port = Port {
-            name,
+            name: name.clone(),
             kind,
             mac,
             leased: address.is_some(),
@@ -103,11 +113,14 @@ impl Shared {
         ports.by_id.insert(id, port);
         // Sent before the lock is gone: nobody can detach the port, and so have the worker remove it,
         // before the worker was told to add it.
+        self.worker.send(named);
         let added = self.worker.send(Command::AddPort {
             id,
             rx,
             tx,
             counters,
+            name,
+            group,
         });
         drop(ports);
         if added {

@@ -2,33 +2,37 @@
 
 use std::collections::BTreeMap;
 use std::hash::{BuildHasher, RandomState};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Instant;
 
 use rustix::process::{Resource, getrlimit};
 use tokio::sync::Notify;
 
-use super::housekeeping::{LeaseKeeper, housekeep};
+use super::housekeeping::{HostIpv6, LeaseKeeper, housekeep};
+use super::policy::AskWorker;
 use super::ports::{Port, Ports};
 use super::{Network, NetworkError, Shared, lock, system};
-use crate::config::NetworkConfig;
+use crate::config::{ConfigError, NetworkConfig, PREFIX6_LEN, Subnet6};
 use crate::control::lease_file::LeaseFile;
-use crate::control::resolver::{AnswerSink, Resolver, ResolverConfig, ResolverHandle};
+use crate::control::resolver::{AnswerSink, Resolver, ResolverConfig};
 use crate::dhcp::DhcpConfig;
 use crate::dhcp::lease::LeaseTable;
 use crate::frame::{self, Mac, PortId};
-use crate::gateway::LanConfig;
-use crate::nat::NatConfig;
+use crate::gateway::{Lan6, LanConfig};
+use crate::nat::{NatConfig, Service};
 use crate::stats::PortCounters;
 use crate::switch::{Switch, SwitchConfig};
+use crate::uplink::ServiceStream;
+use crate::wire::ipv6;
 use crate::worker::{Command, Event, Worker, WorkerConfig};
 
 /// Events that wait for the event thread at most: a burst of DNS queries of all guests.
 const EVENTS_MAX: usize = 1024;
 
 /// Open files of a network besides those of its flows: an fd or three for each guest, control
-/// connections, DNS queries under way.
-const FILES_RESERVED: usize = 1024;
+/// connections, DNS queries and connections under way.
+const FILES_RESERVED: usize = 1536;
 
 /// Open files that a network needs whose NAT is full of TCP flows. UDP and ping mappings are not
 /// counted: they expire within minutes, and out of files the oldest gives way.
@@ -55,12 +59,18 @@ impl Network {
     /// What is wrong or missing, with the remedy. Nothing is left behind.
     pub fn start(config: NetworkConfig) -> Result<Self, NetworkError> {
         config.validate()?;
+        config
+            .outbound
+            .check()
+            .map_err(|(key, reason)| ConfigError::new(key, reason))?;
         check_open_files(config.flows_max);
+        let mac = gateway_mac(&config);
         let lan = LanConfig {
-            mac: gateway_mac(&config),
+            mac,
             address: config.gateway,
             prefix: config.prefix,
             mtu: config.mtu,
+            v6: lan6(&config, mac),
         };
         let dhcp = dhcp_config(&config, &lan);
         let epoch = Instant::now();
@@ -79,25 +89,38 @@ impl Network {
             switch: Arc::clone(&switch),
             dhcp,
             leases: Arc::clone(&leases),
+            outbound: config.outbound.clone(),
             nat: NatConfig {
                 lan: lan.clone(),
                 flows_max: config.flows_max,
-                host_access: config.host_access,
+                host: config.host.clone(),
+                udp: config.udp,
             },
             gateway_counters: Arc::clone(&gateway_counters),
             events,
             epoch,
         })
         .map_err(system("set up the worker"))?;
+        let mut host_ipv6 = HostIpv6::open().map_err(system("ask for the host's routes"))?;
+        handle.send(Command::HostIpv6(host_ipv6.look()));
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .thread_name("lanlet-leases")
             .max_blocking_threads(1)
             .build()
             .map_err(system("set up the control thread"))?;
-        let (resolver, resolver_handle) = Resolver::new(ResolverConfig {
+        let resolver_config = ResolverConfig {
             servers: config.dns.clone(),
             ..ResolverConfig::default()
+        };
+        let names = Arc::new(AskWorker(handle.clone()));
+        let (resolver, resolver_handle) = Resolver::with_policy(resolver_config, names);
+        let policy = config.policy.clone().map(Arc::new);
+        // The first thing the worker hears: no port comes before it.
+        let (done, _) = crossbeam_channel::bounded(1);
+        handle.send(Command::SetPolicy {
+            policy: policy.clone(),
+            done,
         });
         let gateway = Port {
             name: "gateway".to_owned(),
@@ -108,6 +131,7 @@ impl Network {
             drops: Vec::new(),
             wire: None,
         };
+        let forwards = config.forwards.clone();
         let shared = Arc::new(Shared {
             config,
             lan,
@@ -115,11 +139,15 @@ impl Network {
             worker: handle,
             switch,
             leases,
+            resolver: resolver_handle,
             ports: Mutex::new(Ports {
                 last: 0,
                 by_id: BTreeMap::from([(PortId::GATEWAY, gateway)]),
             }),
+            forwards: Mutex::default(),
             helper: Mutex::new(None),
+            policy: Mutex::new(policy),
+            host_ipv6: AtomicBool::new(host_ipv6.has_default()),
             stop: Notify::new(),
             end: Mutex::new(None),
             ended: Condvar::new(),
@@ -134,12 +162,11 @@ impl Network {
         })?;
         network.thread("lanlet-dns", {
             let shared = Arc::clone(&shared);
-            let handle = resolver_handle.clone();
             move || {
                 runtime.block_on(async {
                     tokio::select! {
                         () = resolver.run() => {}
-                        () = housekeep(&shared, &handle, keeper.as_ref()) => {}
+                        () = housekeep(&shared, keeper.as_ref(), host_ipv6) => {}
                         () = shared.stop.notified() => {}
                     }
                 });
@@ -148,9 +175,10 @@ impl Network {
                 }
             }
         })?;
-        network.thread("lanlet-events", move || {
-            take_events(&event_queue, &shared, &resolver_handle)
-        })?;
+        network.thread("lanlet-events", move || take_events(&event_queue, &shared))?;
+        for spec in forwards {
+            network.add_forward(spec)?;
+        }
         Ok(network)
     }
 
@@ -176,11 +204,7 @@ fn run_worker(worker: Worker, shared: &Shared) {
 }
 
 /// The event thread's body; ends with the worker, which holds the other end.
-fn take_events(
-    events: &crossbeam_channel::Receiver<Event>,
-    shared: &Arc<Shared>,
-    resolver: &ResolverHandle,
-) {
+fn take_events(events: &crossbeam_channel::Receiver<Event>, shared: &Arc<Shared>) {
     let worker = shared.worker.clone();
     let sink: AnswerSink = Arc::new(move |answer| {
         worker.send(Command::DnsAnswer(answer));
@@ -188,10 +212,16 @@ fn take_events(
     for event in events {
         match event {
             Event::Dns(query) => {
-                if let Err(query) = resolver.ask(query, &sink) {
+                if let Err(query) = shared.resolver.ask(query, &sink) {
                     shared.worker.send(Command::DnsAbandoned(query.id));
                 }
             }
+            Event::Serve(ServiceStream {
+                service: Service::Dns,
+                port,
+                guest,
+                stream,
+            }) => shared.resolver.serve(stream, port, guest),
             Event::PortGone(id) => shared.detach(id),
         }
     }
@@ -203,6 +233,22 @@ fn dhcp_config(config: &NetworkConfig, lan: &LanConfig) -> DhcpConfig {
     dhcp.lease_secs = u32::try_from(config.lease_time.as_secs()).unwrap_or(u32::MAX);
     dhcp.domain = config.domain.clone();
     dhcp
+}
+
+/// IPv6 of the LAN, if it has any.
+fn lan6(config: &NetworkConfig, mac: Mac) -> Option<Lan6> {
+    let address = config.gateway6();
+    if address.is_none() && config.subnet6 == Subnet6::Auto {
+        log::info!(
+            "the LAN is without IPv6, which needs an MTU of {} bytes at least",
+            ipv6::MTU_MIN
+        );
+    }
+    Some(Lan6 {
+        link_local: ipv6::link_local(mac),
+        address: address?,
+        prefix: PREFIX6_LEN,
+    })
 }
 
 /// The gateway's MAC: the same at each start of a network, so that running guests' ARP caches stay

@@ -1,16 +1,19 @@
 //! The state of a network as `lanlet status` shows it.
 
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crossbeam_channel::RecvTimeoutError;
 use serde::{Deserialize, Serialize};
 
+use super::forwards::ForwardStatus;
 use super::ports::Port;
 use super::{Shared, lock};
 use crate::dhcp::lease::LeaseKind;
-use crate::frame::PortId;
+use crate::frame::{PortId, Station};
+use crate::nat::policy::ledger::PolicyView;
 use crate::port::KernelDrops;
 use crate::worker::{Command, Snapshot};
 
@@ -28,6 +31,9 @@ pub struct Status {
     pub uptime_secs: u64,
     /// Gateway address with prefix length.
     pub subnet: String,
+    /// IPv6 of the LAN; `None`: it has none.
+    #[serde(default)]
+    pub ipv6: Option<Ipv6Status>,
     /// MTU of the LAN.
     pub mtu: u16,
     /// The ports, the gateway first.
@@ -38,11 +44,28 @@ pub struct Status {
     pub leases: Vec<LeaseStatus>,
     /// Flows of the NAT now.
     pub flows: FlowStatus,
+    /// The forwards.
+    #[serde(default)]
+    pub forwards: Vec<ForwardStatus>,
+    /// The egress policy: what its rules did, and what was denied last; `None`: there is none.
+    #[serde(default)]
+    pub policy: Option<PolicyView>,
     /// Counters of the network as a whole, by name.
     pub totals: BTreeMap<String, u64>,
     /// Why flows and most totals are missing; `None`: they are not.
     #[serde(default)]
     pub incomplete: Option<String>,
+}
+
+/// IPv6 of the LAN.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Ipv6Status {
+    /// Gateway address with prefix length.
+    pub subnet: String,
+    /// The gateway's link-local address.
+    pub link_local: Ipv6Addr,
+    /// Whether guests are given a default route: the host has IPv6.
+    pub default_route: bool,
 }
 
 /// One port.
@@ -125,6 +148,8 @@ impl Shared {
             ),
         };
         let mut totals: BTreeMap<String, u64> = snapshot.counters.into_iter().collect();
+        let resolver = self.resolver.counters();
+        totals.extend(resolver.map(|(name, count)| (name.to_owned(), count)));
         if incomplete.is_none() {
             totals.insert("host_sockets".to_owned(), snapshot.host_sockets as u64);
         }
@@ -137,7 +162,7 @@ impl Shared {
             .map(|(&id, port)| (id, port.clone()))
             .collect();
         let ports = ports.iter().map(|(id, port)| port.status(*id)).collect();
-        let station = |station: crate::switch::Station| MacStatus {
+        let station = |station: Station| MacStatus {
             mac: station.mac.to_string(),
             port: station.port.0,
         };
@@ -146,6 +171,11 @@ impl Shared {
             pid: std::process::id(),
             uptime_secs: self.epoch.elapsed().as_secs(),
             subnet: format!("{}/{}", self.lan.address, self.lan.prefix),
+            ipv6: self.lan.v6.map(|lan| Ipv6Status {
+                subnet: format!("{}/{}", lan.address, lan.prefix),
+                link_local: lan.link_local,
+                default_route: self.host_ipv6.load(Ordering::Relaxed),
+            }),
             mtu: self.lan.mtu,
             ports,
             macs: self.switch.snapshot().into_iter().map(station).collect(),
@@ -155,6 +185,8 @@ impl Shared {
                 udp: snapshot.udp,
                 icmp: snapshot.icmp,
             },
+            forwards: self.forward_status(&snapshot.forwards),
+            policy: snapshot.policy,
             totals,
             incomplete,
         }

@@ -28,7 +28,7 @@
 use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, TryLockError};
 
-use crate::frame::{Mac, PortId};
+use crate::frame::{Mac, PortId, Station};
 
 const QUARTERS: usize = 4;
 const QUARTER_WORDS: usize = 4;
@@ -41,15 +41,6 @@ const STAMP_MASK: u64 = (1 << STAMP_BITS) - 1;
 /// Ports whose stations can be learned: what the entry's port field holds. The limit on open files
 /// (three for a VMM's port) ends a network earlier.
 pub const PORTS_MAX: usize = 1 << PORT_BITS;
-
-/// A learned station.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub struct Station {
-    /// Its address.
-    pub mac: Mac,
-    /// The port it was last seen on.
-    pub port: PortId,
-}
 
 /// What the table counted since it was made.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]

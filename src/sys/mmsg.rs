@@ -4,8 +4,10 @@
 
 use std::io;
 use std::mem::{MaybeUninit, size_of, zeroed};
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd, BorrowedFd};
+
+use super::name::Name;
 
 /// Datagrams (or trains) of one recvmmsg: a flooded socket holds the worker for some 30 microseconds
 /// at a time (measured, benches/nat_udp.rs).
@@ -21,29 +23,48 @@ pub const SEND_SEGMENTS_MAX: usize = 64;
 /// Payload of one UDP_SEGMENT call: the train is one IP packet until the kernel cuts it.
 pub const SEND_TRAIN_MAX: usize = 65_507;
 
-/// Room for the control messages of one datagram: two ints (UDP_GRO, IP_TTL) with their headers.
+/// Room for the control messages of one datagram: three ints (UDP_GRO, TTL, TOS) and the address it was
+/// sent to, with their headers.
 #[repr(C, align(8))]
 #[derive(Clone, Copy)]
-struct Control([u8; 64]);
+struct Control([u8; CONTROL_LEN]);
+const CONTROL_LEN: usize = 128;
 
 // SAFETY: CMSG_SPACE only computes.
 const INT_SPACE: usize = unsafe { libc::CMSG_SPACE(size_of::<i32>() as u32) } as usize;
 // SAFETY: CMSG_LEN only computes.
 const INT_LEN: usize = unsafe { libc::CMSG_LEN(size_of::<i32>() as u32) } as usize;
-const _: () = assert!(2 * INT_SPACE <= size_of::<Control>());
+// SAFETY: CMSG_LEN only computes.
+const BYTE_LEN: usize = unsafe { libc::CMSG_LEN(1) } as usize;
+/// The larger of the two kinds of address messages.
+// SAFETY: CMSG_SPACE only computes.
+const PKTINFO_SPACE: usize =
+    unsafe { libc::CMSG_SPACE(size_of::<libc::in6_pktinfo>() as u32) } as usize;
+const _: () = assert!(size_of::<libc::in_pktinfo>() <= size_of::<libc::in6_pktinfo>());
+const _: () = assert!(3 * INT_SPACE + PKTINFO_SPACE <= size_of::<Control>());
+// SAFETY: CMSG_LEN only computes.
+const PKTINFO4_LEN: usize =
+    unsafe { libc::CMSG_LEN(size_of::<libc::in_pktinfo>() as u32) } as usize;
+// SAFETY: CMSG_LEN only computes.
+const PKTINFO6_LEN: usize =
+    unsafe { libc::CMSG_LEN(size_of::<libc::in6_pktinfo>() as u32) } as usize;
 const _: () = assert!(align_of::<libc::cmsghdr>() <= align_of::<Control>());
 
 /// What recvmmsg gave for one message.
 #[derive(Clone, Copy, Debug)]
 pub struct Received<'a> {
     /// Sender; of an ICMP socket the port is 0.
-    pub source: SocketAddrV4,
+    pub source: SocketAddr,
     /// One datagram, or a train of `segment`-sized ones.
     pub payload: &'a [u8],
     /// Set if the kernel coalesced.
     pub segment: Option<u16>,
-    /// IP TTL; 0 where the kernel did not tell.
+    /// IP TTL or hop limit; 0 where the kernel did not tell.
     pub ttl: u8,
+    /// IP TOS or traffic class; 0 where the kernel did not tell.
+    pub tos: u8,
+    /// The address it was sent to, where the socket was asked to tell.
+    pub destination: Option<IpAddr>,
 }
 
 /// Reused buffers for [`RecvBatch::recv`]. Their memory is touched only as far as datagrams reach.
@@ -57,11 +78,11 @@ impl RecvBatch {
     pub fn new() -> Self {
         Self {
             bytes: vec![0; RECV_STRIDE * RECV_BATCH].into_boxed_slice(),
-            controls: Box::new([Control([0; 64]); RECV_BATCH]),
+            controls: Box::new([Control([0; CONTROL_LEN]); RECV_BATCH]),
         }
     }
 
-    /// Receives what waits on an IPv4 datagram socket, at most [`RECV_BATCH`] messages, and hands
+    /// Receives what waits on a datagram socket of either IP version, at most [`RECV_BATCH`] messages, and hands
     /// each to `sink`. Returns their number.
     ///
     /// # Errors
@@ -71,8 +92,7 @@ impl RecvBatch {
         fd: BorrowedFd<'_>,
         mut sink: impl FnMut(Received<'_>),
     ) -> io::Result<usize> {
-        // SAFETY: all zeros is a valid sockaddr_in.
-        let mut names: [libc::sockaddr_in; RECV_BATCH] = unsafe { zeroed() };
+        let mut names = [Name::EMPTY; RECV_BATCH];
         // SAFETY: all zeros is a valid iovec (a null pointer with zero length).
         let mut vectors: [libc::iovec; RECV_BATCH] = unsafe { zeroed() };
         // SAFETY: all zeros is a valid mmsghdr (null pointers with zero lengths).
@@ -83,7 +103,7 @@ impl RecvBatch {
             vectors[n].iov_len = RECV_LEN;
             let header = &mut headers[n].msg_hdr;
             header.msg_name = (&raw mut names[n]).cast();
-            header.msg_namelen = size_of::<libc::sockaddr_in>() as libc::socklen_t;
+            header.msg_namelen = size_of::<Name>() as libc::socklen_t;
             header.msg_iov = &raw mut vectors[n];
             header.msg_iovlen = 1;
             // SAFETY: n is below RECV_BATCH, the length of `controls`.
@@ -104,17 +124,27 @@ impl RecvBatch {
         };
         let count = usize::try_from(count).map_err(|_| io::Error::last_os_error())?;
         for n in 0..count {
-            let (segment, ttl) = read_control(&headers[n].msg_hdr);
+            let Told {
+                segment,
+                ttl,
+                tos,
+                destination,
+            } = read_control(&headers[n].msg_hdr);
             let mut len = (headers[n].msg_len as usize).min(RECV_LEN);
             if headers[n].msg_hdr.msg_flags & libc::MSG_TRUNC != 0 {
                 // A train longer than the buffer (gro_ipv4_max_size was raised): keep whole datagrams.
                 len -= segment.map_or(len, |segment| len % usize::from(segment));
             }
+            let Some(source) = names[n].get() else {
+                continue;
+            };
             sink(Received {
-                source: from_c(&names[n]),
+                source,
                 payload: &self.bytes[n * RECV_STRIDE..][..len],
                 segment: segment.filter(|&segment| usize::from(segment) < len),
                 ttl,
+                tos,
+                destination,
             });
         }
         Ok(count)
@@ -127,10 +157,19 @@ impl Default for RecvBatch {
     }
 }
 
-/// Segment size and TTL from the control messages that the kernel wrote for one message.
+/// What the control messages of one datagram say.
+#[derive(Default)]
+struct Told {
+    segment: Option<u16>,
+    ttl: u8,
+    tos: u8,
+    destination: Option<IpAddr>,
+}
+
+/// Reads the control messages that the kernel wrote for one message.
 #[allow(clippy::unnecessary_cast)] // musl's cmsg_len is a u32
-fn read_control(header: &libc::msghdr) -> (Option<u16>, u8) {
-    let (mut segment, mut ttl) = (None, 0);
+fn read_control(header: &libc::msghdr) -> Told {
+    let mut told = Told::default();
     // SAFETY: the kernel set msg_controllen to what it wrote into the control buffer, which is alive
     // and aligned for cmsghdr; CMSG_FIRSTHDR and CMSG_NXTHDR stay inside it.
     let mut message = unsafe { libc::CMSG_FIRSTHDR(header) };
@@ -143,56 +182,140 @@ fn read_control(header: &libc::msghdr) -> (Option<u16>, u8) {
                 (*message).cmsg_len,
             )
         };
-        if len as usize >= INT_LEN {
+        // IP_TOS alone is a byte (net/ipv4/ip_sockglue.c, ip_cmsg_recv_tos).
+        if len as usize >= BYTE_LEN && (level, kind) == (libc::IPPROTO_IP, libc::IP_TOS) {
+            // SAFETY: the message holds at least a byte behind its header.
+            told.tos = unsafe { *libc::CMSG_DATA(message) };
+        } else if len as usize >= PKTINFO4_LEN
+            && (level, kind) == (libc::IPPROTO_IP, libc::IP_PKTINFO)
+        {
+            // SAFETY: the message holds a whole in_pktinfo behind its header, plain integers; it may be
+            // unaligned.
+            let info = unsafe {
+                libc::CMSG_DATA(message)
+                    .cast::<libc::in_pktinfo>()
+                    .read_unaligned()
+            };
+            // Of a broadcast the address to answer from, which ipi_addr is not (ip(7)).
+            let local = Ipv4Addr::from_bits(u32::from_be(info.ipi_spec_dst.s_addr));
+            told.destination = Some(local.into());
+        } else if len as usize >= PKTINFO6_LEN
+            && (level, kind) == (libc::IPPROTO_IPV6, libc::IPV6_PKTINFO)
+        {
+            // SAFETY: as above, a whole in6_pktinfo.
+            let info = unsafe {
+                libc::CMSG_DATA(message)
+                    .cast::<libc::in6_pktinfo>()
+                    .read_unaligned()
+            };
+            let local = Ipv6Addr::from(info.ipi6_addr.s6_addr);
+            told.destination = Some(local.into()).filter(|_| !local.is_multicast());
+        } else if len as usize >= INT_LEN {
             // SAFETY: the message holds at least an int behind its header; it may be unaligned.
             let value = unsafe { libc::CMSG_DATA(message).cast::<i32>().read_unaligned() };
             match (level, kind) {
                 (libc::SOL_UDP, libc::UDP_GRO) => {
-                    segment = u16::try_from(value).ok().filter(|&segment| segment > 0);
+                    told.segment = u16::try_from(value).ok().filter(|&segment| segment > 0);
                 }
-                (libc::IPPROTO_IP, libc::IP_TTL) => ttl = u8::try_from(value).unwrap_or(0),
+                (libc::IPPROTO_IP, libc::IP_TTL) | (libc::IPPROTO_IPV6, libc::IPV6_HOPLIMIT) => {
+                    told.ttl = u8::try_from(value).unwrap_or(0);
+                }
+                (libc::IPPROTO_IPV6, libc::IPV6_TCLASS) => {
+                    told.tos = u8::try_from(value).unwrap_or(0);
+                }
                 _ => {}
             }
         }
         // SAFETY: as for CMSG_FIRSTHDR.
         message = unsafe { libc::CMSG_NXTHDR(header, message) };
     }
-    (segment, ttl)
+    told
 }
 
-/// Sends `payload` as datagrams of `segment` bytes each in one call (UDP_SEGMENT).
+/// Sends `payload` in one call: as one datagram, or as several of `segment` bytes each (UDP_SEGMENT);
+/// with `from` from that address of the host (IP_PKTINFO, IPV6_PKTINFO).
 ///
 /// # Errors
-/// EINVAL, EMSGSIZE or EIO where this route can't: a datagram exceeds its MTU, its device has no
-/// checksum offload, or the train is longer than [`SEND_TRAIN_MAX`] or [`SEND_SEGMENTS_MAX`].
-pub fn send_train(
+/// EINVAL, EMSGSIZE or EIO where this route can't send trains: a datagram exceeds its MTU, its device
+/// has no checksum offload, or the train is longer than [`SEND_TRAIN_MAX`] or [`SEND_SEGMENTS_MAX`].
+pub fn send(
     fd: BorrowedFd<'_>,
-    to: SocketAddrV4,
+    (from, to): (Option<IpAddr>, SocketAddr),
     payload: &[u8],
-    segment: u16,
+    segment: Option<u16>,
 ) -> io::Result<usize> {
-    let mut name = to_c(to);
+    let mut name = Name::new(to);
     let mut vector = vector(payload);
-    let mut control = Control([0; 64]);
-    let mut header = header(&mut name, &mut vector);
-    header.msg_control = (&raw mut control).cast();
-    // SAFETY: CMSG_SPACE only computes.
-    header.msg_controllen = unsafe { libc::CMSG_SPACE(size_of::<u16>() as u32) } as _;
-    // SAFETY: the control buffer is aligned for cmsghdr and, by the assertion above, longer than
-    // CMSG_SPACE(int) >= CMSG_SPACE(u16), so header and value fit.
-    unsafe {
-        let message = libc::CMSG_FIRSTHDR(&header);
-        (*message).cmsg_level = libc::SOL_UDP;
-        (*message).cmsg_type = libc::UDP_SEGMENT;
-        (*message).cmsg_len = libc::CMSG_LEN(size_of::<u16>() as u32) as _;
-        libc::CMSG_DATA(message)
-            .cast::<u16>()
-            .write_unaligned(segment);
-    }
+    let (control, control_len) = control_of(from, segment);
+    let header = header(&mut name, &mut vector, &control, control_len);
     // SAFETY: `header` points to a name, a vector and a control buffer that live until the call
     // returns, each with its true length; the kernel only reads them. `fd` is open.
     let sent = unsafe { libc::sendmsg(fd.as_raw_fd(), &header, SEND_FLAGS) };
     usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+}
+
+/// The control messages of a call, and how many bytes they take.
+fn control_of(from: Option<IpAddr>, segment: Option<u16>) -> (Control, usize) {
+    let mut messages = Control([0; CONTROL_LEN]);
+    let control = &mut messages;
+    let mut used = 0;
+    if let Some(segment) = segment {
+        used += put(control, used, (libc::SOL_UDP, libc::UDP_SEGMENT), segment);
+    }
+    match from {
+        Some(IpAddr::V4(from)) => {
+            let info = libc::in_pktinfo {
+                ipi_ifindex: 0,
+                ipi_spec_dst: libc::in_addr {
+                    s_addr: from.to_bits().to_be(),
+                },
+                ipi_addr: libc::in_addr { s_addr: 0 },
+            };
+            used += put(control, used, (libc::IPPROTO_IP, libc::IP_PKTINFO), info);
+        }
+        Some(IpAddr::V6(from)) => {
+            let info = libc::in6_pktinfo {
+                ipi6_addr: libc::in6_addr {
+                    s6_addr: from.octets(),
+                },
+                ipi6_ifindex: 0,
+            };
+            used += put(
+                control,
+                used,
+                (libc::IPPROTO_IPV6, libc::IPV6_PKTINFO),
+                info,
+            );
+        }
+        None => {}
+    }
+    (messages, used)
+}
+
+/// Writes one control message at `at`, a sum of lengths that this function returned; returns its length
+/// with padding.
+fn put<T: Copy>(control: &mut Control, at: usize, (level, kind): (i32, i32), value: T) -> usize {
+    // SAFETY: both only compute.
+    let (len, space) = unsafe {
+        (
+            libc::CMSG_LEN(size_of::<T>() as u32),
+            libc::CMSG_SPACE(size_of::<T>() as u32) as usize,
+        )
+    };
+    assert!(
+        at + space <= CONTROL_LEN,
+        "control messages fit their buffer"
+    );
+    // SAFETY: by the assertion header and value lie inside the buffer, which is aligned for cmsghdr as
+    // is every sum of CMSG_SPACEs; the value is written unaligned. cmsghdr and T are plain data.
+    unsafe {
+        let message = control.0.as_mut_ptr().add(at).cast::<libc::cmsghdr>();
+        (*message).cmsg_level = level;
+        (*message).cmsg_type = kind;
+        (*message).cmsg_len = len as _;
+        libc::CMSG_DATA(message).cast::<T>().write_unaligned(value);
+    }
+    space
 }
 
 /// Sends `payload` cut into datagrams of `segment` bytes with sendmmsg, [`RECV_BATCH`] of them at
@@ -202,24 +325,30 @@ pub fn send_train(
 /// That of the first datagram.
 pub fn send_each(
     fd: BorrowedFd<'_>,
-    to: SocketAddrV4,
+    (from, to): (Option<IpAddr>, SocketAddr),
     payload: &[u8],
     segment: u16,
 ) -> io::Result<usize> {
-    let mut name = to_c(to);
+    let mut name = Name::new(to);
+    let (control, control_len) = control_of(from, None);
     let mut vectors = [const { MaybeUninit::<libc::iovec>::uninit() }; RECV_BATCH];
     let mut headers = [const { MaybeUninit::<libc::mmsghdr>::uninit() }; RECV_BATCH];
     let mut count = 0;
     let datagrams = payload.chunks(usize::from(segment.max(1)));
     for ((datagram, slot), message) in datagrams.zip(&mut vectors).zip(&mut headers) {
         message.write(libc::mmsghdr {
-            msg_hdr: header(&mut name, slot.write(vector(datagram))),
+            msg_hdr: header(
+                &mut name,
+                slot.write(vector(datagram)),
+                &control,
+                control_len,
+            ),
             msg_len: 0,
         });
         count += 1;
     }
-    // SAFETY: the first `count` headers are initialised; each points to the common name and to a
-    // vector of its own, all alive and unmoved until the call returns. `fd` is open.
+    // SAFETY: the first `count` headers are initialised; each points to the common name, the common
+    // control messages and a vector of its own, all alive and unmoved until the call returns. `fd` is open.
     let sent = unsafe {
         libc::sendmmsg(
             fd.as_raw_fd(),
@@ -242,28 +371,22 @@ fn vector(bytes: &[u8]) -> libc::iovec {
     }
 }
 
-fn header(name: &mut libc::sockaddr_in, vector: &mut libc::iovec) -> libc::msghdr {
+/// As of [`vector`], the kernel only reads through these pointers.
+fn header(
+    name: &mut Name,
+    vector: &mut libc::iovec,
+    control: &Control,
+    control_len: usize,
+) -> libc::msghdr {
     // SAFETY: all zeros is a valid msghdr (null pointers with zero lengths).
     let mut header: libc::msghdr = unsafe { zeroed() };
     header.msg_name = (&raw mut *name).cast();
-    header.msg_namelen = size_of::<libc::sockaddr_in>() as libc::socklen_t;
+    header.msg_namelen = name.socklen();
     header.msg_iov = &raw mut *vector;
     header.msg_iovlen = 1;
-    header
-}
-
-fn to_c(address: SocketAddrV4) -> libc::sockaddr_in {
-    libc::sockaddr_in {
-        sin_family: libc::AF_INET as libc::sa_family_t,
-        sin_port: address.port().to_be(),
-        sin_addr: libc::in_addr {
-            s_addr: address.ip().to_bits().to_be(),
-        },
-        sin_zero: [0; 8],
+    if control_len > 0 {
+        header.msg_control = (&raw const *control).cast_mut().cast();
+        header.msg_controllen = control_len as _;
     }
-}
-
-fn from_c(address: &libc::sockaddr_in) -> SocketAddrV4 {
-    let ip = Ipv4Addr::from_bits(u32::from_be(address.sin_addr.s_addr));
-    SocketAddrV4::new(ip, u16::from_be(address.sin_port))
+    header
 }

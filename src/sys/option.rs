@@ -17,6 +17,8 @@ unsafe impl Plain for libc::c_int {}
 unsafe impl Plain for libc::tpacket_req {}
 // SAFETY: as above, two times u32.
 unsafe impl Plain for libc::tpacket_stats {}
+// SAFETY: three fields of 32 bits.
+unsafe impl Plain for libc::ucred {}
 
 /// setsockopt(2).
 ///

@@ -1,6 +1,6 @@
 //! The rtnetlink requests lanlet makes: links, addresses, routes, and the tc redirect of the wire.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 use rustix::io::Errno;
 
@@ -22,6 +22,8 @@ const IFA_LOCAL: u16 = 2;
 // linux/rtnetlink.h
 const RTA_OIF: u16 = 4;
 const RTA_GATEWAY: u16 = 5;
+const RTA_PRIORITY: u16 = 6;
+const RTA_EXPIRES: u16 = 23;
 const TCA_KIND: u16 = 1;
 const TCA_OPTIONS: u16 = 2;
 // linux/pkt_sched.h
@@ -152,6 +154,56 @@ impl RouteSocket {
             .put(&0u32.to_ne_bytes())
             .attribute(RTA_GATEWAY, &gateway.octets())
             .attribute(RTA_OIF, &index.to_ne_bytes());
+        self.request(message).map(drop)
+    }
+
+    /// Adds an IPv6 address, for use at once: without duplicate address detection. One that is there (a
+    /// router advertisement may have been quicker) is taken over.
+    ///
+    /// # Errors
+    /// EOPNOTSUPP or EACCES where IPv6 is off.
+    pub fn address_add6(
+        &mut self,
+        index: u32,
+        address: Ipv6Addr,
+        prefix: u8,
+    ) -> Result<(), NetlinkError> {
+        let replace = libc::NLM_F_ACK | libc::NLM_F_CREATE | libc::NLM_F_REPLACE;
+        let mut message = Message::new(libc::RTM_NEWADDR, replace);
+        let flags = libc::IFA_F_NODAD as u8;
+        message
+            .put(&[libc::AF_INET6 as u8, prefix, flags, libc::RT_SCOPE_UNIVERSE])
+            .put(&index.to_ne_bytes())
+            .attribute(IFA_ADDRESS, &address.octets());
+        self.request(message).map(drop)
+    }
+
+    /// Adds an IPv6 default route by `gateway`, which goes after `expires_secs`. The higher of two
+    /// metrics yields; those of router advertisements have 1,024.
+    ///
+    /// # Errors
+    /// As [`RouteSocket::default_route_add`].
+    pub fn default_route_add6(
+        &mut self,
+        index: u32,
+        gateway: Ipv6Addr,
+        metric: u32,
+        expires_secs: u32,
+    ) -> Result<(), NetlinkError> {
+        let mut message = Message::new(libc::RTM_NEWROUTE, CREATE);
+        message
+            .put(&[libc::AF_INET6 as u8, 0, 0, 0])
+            .put(&[
+                libc::RT_TABLE_MAIN,
+                libc::RTPROT_BOOT,
+                libc::RT_SCOPE_UNIVERSE,
+                libc::RTN_UNICAST,
+            ])
+            .put(&0u32.to_ne_bytes())
+            .attribute(RTA_GATEWAY, &gateway.octets())
+            .attribute(RTA_OIF, &index.to_ne_bytes())
+            .attribute(RTA_PRIORITY, &metric.to_ne_bytes())
+            .attribute(RTA_EXPIRES, &expires_secs.to_ne_bytes());
         self.request(message).map(drop)
     }
 

@@ -2,8 +2,11 @@
 
 #![allow(unsafe_code)]
 
+use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
+
+use super::option;
 
 /// Sets a socket option whose value is a C `int`.
 fn set_int(fd: BorrowedFd<'_>, level: i32, name: i32, value: i32) -> io::Result<()> {
@@ -34,23 +37,151 @@ pub fn set_udp_gro(fd: BorrowedFd<'_>) -> io::Result<()> {
     set_int(fd, libc::SOL_UDP, libc::UDP_GRO, 1)
 }
 
-/// IP_RECVTTL: a control message tells the TTL of each datagram (ip(7)).
+/// Asks for what travels beside each datagram: TTL and TOS (IP_RECVTTL, IP_RECVTOS, or
+/// IPV6_RECVHOPLIMIT, IPV6_RECVTCLASS), and for ICMP errors (IP_RECVERR, IPV6_RECVERR), see ip(7) and
+/// ipv6(7).
 ///
 /// # Errors
-/// This is no IPv4 socket.
-pub fn set_recv_ttl(fd: BorrowedFd<'_>) -> io::Result<()> {
-    set_int(fd, libc::IPPROTO_IP, libc::IP_RECVTTL, 1)
+/// This is no IP socket, or none of that version.
+pub fn set_recv_details(fd: BorrowedFd<'_>, v6: bool) -> io::Result<()> {
+    let (level, options) = match v6 {
+        false => (
+            libc::IPPROTO_IP,
+            [libc::IP_RECVERR, libc::IP_RECVTTL, libc::IP_RECVTOS],
+        ),
+        true => (
+            libc::IPPROTO_IPV6,
+            [
+                libc::IPV6_RECVERR,
+                libc::IPV6_RECVHOPLIMIT,
+                libc::IPV6_RECVTCLASS,
+            ],
+        ),
+    };
+    options
+        .into_iter()
+        .try_for_each(|option| set_int(fd, level, option, 1))
 }
 
-/// IP_TTL of all that is sent from here on; `None` returns to net.ipv4.ip_default_ttl.
+/// Asks for the address that each datagram was sent to (IP_PKTINFO, IPV6_RECVPKTINFO): of a socket on all
+/// addresses it is the one to answer from.
 ///
 /// # Errors
-/// The TTL is 0, or this is no IPv4 socket.
-pub fn set_send_ttl(fd: BorrowedFd<'_>, ttl: Option<u8>) -> io::Result<()> {
-    set_int(
-        fd,
-        libc::IPPROTO_IP,
-        libc::IP_TTL,
-        ttl.map_or(-1, i32::from),
-    )
+/// This is no IP socket of that version.
+pub fn set_recv_destination(fd: BorrowedFd<'_>, v6: bool) -> io::Result<()> {
+    let (level, option) = match v6 {
+        false => (libc::IPPROTO_IP, libc::IP_PKTINFO),
+        true => (libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO),
+    };
+    set_int(fd, level, option, 1)
+}
+
+/// IP_TTL or IPV6_UNICAST_HOPS of all that is sent from here on; `None` returns to the host's default.
+///
+/// # Errors
+/// The TTL is 0, or this is no IP socket of that version.
+pub fn set_send_ttl(fd: BorrowedFd<'_>, v6: bool, ttl: Option<u8>) -> io::Result<()> {
+    let (level, option) = match v6 {
+        false => (libc::IPPROTO_IP, libc::IP_TTL),
+        true => (libc::IPPROTO_IPV6, libc::IPV6_UNICAST_HOPS),
+    };
+    set_int(fd, level, option, ttl.map_or(-1, i32::from))
+}
+
+/// IP_TOS or IPV6_TCLASS of all that is sent from here on.
+///
+/// # Errors
+/// This is no IP socket of that version.
+pub fn set_send_tos(fd: BorrowedFd<'_>, v6: bool, tos: u8) -> io::Result<()> {
+    let (level, option) = match v6 {
+        false => (libc::IPPROTO_IP, libc::IP_TOS),
+        true => (libc::IPPROTO_IPV6, libc::IPV6_TCLASS),
+    };
+    set_int(fd, level, option, i32::from(tos))
+}
+
+/// IP_MTU_DISCOVER: whether what is sent from here on may be fragmented on its way. If not, the path
+/// MTU that the kernel has learnt is not applied either (IP_PMTUDISC_PROBE): each router speaks for
+/// itself.
+///
+/// # Errors
+/// This is no IP socket of that version.
+pub fn set_dont_fragment(fd: BorrowedFd<'_>, v6: bool, dont_fragment: bool) -> io::Result<()> {
+    let (level, option, value) = match (v6, dont_fragment) {
+        (false, true) => (
+            libc::IPPROTO_IP,
+            libc::IP_MTU_DISCOVER,
+            libc::IP_PMTUDISC_PROBE,
+        ),
+        (false, false) => (
+            libc::IPPROTO_IP,
+            libc::IP_MTU_DISCOVER,
+            libc::IP_PMTUDISC_DONT,
+        ),
+        (true, true) => (
+            libc::IPPROTO_IPV6,
+            libc::IPV6_MTU_DISCOVER,
+            libc::IPV6_PMTUDISC_PROBE,
+        ),
+        (true, false) => (
+            libc::IPPROTO_IPV6,
+            libc::IPV6_MTU_DISCOVER,
+            libc::IPV6_PMTUDISC_DONT,
+        ),
+    };
+    set_int(fd, level, option, value)
+}
+
+/// IP_BIND_ADDRESS_NO_PORT: bind fixes the address only, connect chooses the port (ip(7), Linux 4.2; it
+/// serves IPv6 sockets too).
+///
+/// # Errors
+/// This is no IP socket, or the kernel is older.
+pub fn set_bind_address_no_port(fd: BorrowedFd<'_>) -> io::Result<()> {
+    set_int(fd, libc::IPPROTO_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1)
+}
+
+/// IPV6_V6ONLY: the socket has nothing to do with IPv4.
+///
+/// # Errors
+/// This is no IPv6 socket, or it is bound.
+pub fn set_v6_only(fd: BorrowedFd<'_>) -> io::Result<()> {
+    set_int(fd, libc::IPPROTO_IPV6, libc::IPV6_V6ONLY, 1)
+}
+
+/// SO_BINDTODEVICE: the socket takes and sends only what goes through this interface (socket(7)).
+/// Needs no privilege since Linux 5.7, once per socket.
+///
+/// # Errors
+/// ENODEV: there is none of this name. EPERM: an older kernel.
+pub fn bind_to_device(fd: BorrowedFd<'_>, interface: &CStr) -> io::Result<()> {
+    let name = interface.to_bytes_with_nul();
+    // SAFETY: `name` is alive for the length of the call and has as many bytes as the length argument
+    // says; the kernel only reads it, and copies no more than IFNAMSIZ. `fd` is open, as BorrowedFd
+    // promises.
+    let result = unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_BINDTODEVICE,
+            name.as_ptr().cast(),
+            name.len() as libc::socklen_t,
+        )
+    };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// SO_PEERCRED: the process at the other end of a unix stream socket, as its pid and uid; `None` as
+/// pid where it has none in this pid namespace.
+///
+/// # Errors
+/// This is no connected unix socket.
+pub fn peer(fd: BorrowedFd<'_>) -> io::Result<(Option<u32>, u32)> {
+    let peer: libc::ucred = option::get(fd, libc::SOL_SOCKET, libc::SO_PEERCRED)?;
+    let pid = u32::try_from(peer.pid).ok().filter(|&pid| pid != 0);
+    Ok((pid, peer.uid))
 }

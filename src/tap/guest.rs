@@ -3,7 +3,7 @@
 //! The steps, in a process with one thread that will execute the guest's command:
 //! 1. [`Guest::enter`] makes the namespaces and `eth0`;
 //! 2. the fds of [`Guest::take_fds`] go to the network, which answers with a lease;
-//! 3. [`Guest::configure`] sets it, [`Guest::set_resolv_conf`] the resolver;
+//! 3. [`Guest::configure`] and [`Guest::configure6`] set it, [`Guest::set_resolv_conf`] the resolver;
 //! 4. exec.
 //!
 //! An ordinary user becomes root of a user namespace, as with `unshare -r`: `ping` and `tcpdump`
@@ -12,7 +12,7 @@
 
 use std::fs;
 use std::io::{self, Write};
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -32,6 +32,21 @@ pub const GUEST_IFNAME: &str = "eth0";
 /// mapped id, hence the second choice.
 const PING_GROUPS: [&str; 2] = ["0 2147483647", "0 0"];
 const PING_GROUP_RANGE: &str = "/proc/sys/net/ipv4/ping_group_range";
+/// How the kernel makes IPv6 work on the guest's link, as written to [`IPV6_CONF`]: no wait for
+/// duplicates of an address that is made from a MAC of the network's own; the router is asked for
+/// its advertisement at once, and believed also by a guest that routes for containers of its own.
+const IPV6_SETTINGS: [(&str, &str); 3] = [
+    ("accept_dad", "0"),
+    ("router_solicitation_delay", "0"),
+    ("accept_ra", "2"),
+];
+const IPV6_CONF: &str = "/proc/sys/net/ipv6/conf/eth0";
+/// The default route is there for use at once, and yields to that of the first router advertisement,
+/// which then follows the host's. The kernel asks for one when the link comes up and every 4 s
+/// (RTR_SOLICITATION_INTERVAL, RFC 4861 10).
+const ROUTE6_SECS: u32 = 30;
+/// Beside the 1,024 of routes from router advertisements (IP6_RT_PRIO_USER).
+const ROUTE6_METRIC: u32 = 2048;
 const RESOLV_CONF: &str = "/etc/resolv.conf";
 
 /// What [`Guest::configure`] sets.
@@ -47,6 +62,17 @@ pub struct GuestConfig {
     pub gateway: Ipv4Addr,
     /// MTU.
     pub mtu: u16,
+}
+
+/// A guest's IPv6.
+#[derive(Clone, Copy, Debug)]
+pub struct GuestConfig6 {
+    /// Its address: the one that the kernel makes too, when it hears a router advertisement.
+    pub address: Ipv6Addr,
+    /// Prefix length of the LAN.
+    pub prefix: u8,
+    /// The gateway's link-local address, if that is the way to the outside.
+    pub gateway: Option<Ipv6Addr>,
 }
 
 /// What the network needs of a guest.
@@ -100,6 +126,10 @@ impl Guest {
         let _ = PING_GROUPS
             .iter()
             .any(|range| fs::write(PING_GROUP_RANGE, range).is_ok());
+        // Nor these: IPv6 is then a second or two later.
+        for (setting, value) in IPV6_SETTINGS {
+            let _ = fs::write(Path::new(IPV6_CONF).join(setting), value);
+        }
         Ok(guest)
     }
 
@@ -135,6 +165,27 @@ impl Guest {
         self.route
             .default_route_add(index, config.gateway)
             .map_err(step(format!("default route by {}", config.gateway)))
+    }
+
+    /// Sets IPv6 beside what [`Guest::configure`] has set.
+    ///
+    /// # Errors
+    /// The kernel's refusal, with the step: most likely it was told to be without IPv6.
+    pub fn configure6(&mut self, config: &GuestConfig6) -> Result<(), TapError> {
+        let index = self.index(GUEST_IFNAME)?;
+        let GuestConfig6 {
+            address, prefix, ..
+        } = *config;
+        self.route
+            .address_add6(index, address, prefix)
+            .map_err(step(format!("address {address}/{prefix}")))?;
+        match config.gateway {
+            Some(gateway) => self
+                .route
+                .default_route_add6(index, gateway, ROUTE6_METRIC, ROUTE6_SECS)
+                .map_err(step(format!("default route by {gateway}"))),
+            None => Ok(()),
+        }
     }
 
     /// Replaces the contents of /etc/resolv.conf for this process and its children, by a mount that

@@ -1,33 +1,46 @@
-//! Whether an address is the host's own, asked of the kernel's routing table.
+//! Whether an address is the host's own, and whether the host has IPv6, asked of the kernel's routing
+//! tables.
 //!
 //! RTM_GETROUTE answers for the whole table in one system call each way (3 microseconds), for
 //! secondary addresses and `local` prefixes too. Connecting a UDP socket and comparing its own address
 //! does not: for a secondary address the kernel picks the primary one as source.
 
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::os::fd::OwnedFd;
 
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socket_with,
 };
 
-/// linux/rtnetlink.h: RTM_NEWROUTE, RTM_GETROUTE, RTN_LOCAL, RTA_DST.
+/// linux/rtnetlink.h: RTM_NEWROUTE, RTM_GETROUTE, RTN_*, RTA_DST.
 const RTM_NEWROUTE: u16 = 24;
 const RTM_GETROUTE: u16 = 26;
+const RTN_UNICAST: u8 = 1;
 const RTN_LOCAL: u8 = 2;
+/// An address that the host answers to as one of several (RFC 4291 2.6), of the subnets that it
+/// routes for among others.
+const RTN_ANYCAST: u8 = 4;
 const RTA_DST: u16 = 1;
 /// linux/netlink.h: NLM_F_REQUEST, NLMSG_ERROR.
 const NLM_F_REQUEST: u16 = 1;
 const NLMSG_ERROR: u16 = 2;
+/// linux/socket.h.
 const AF_INET: u8 = 2;
+const AF_INET6: u8 = 10;
 
-/// nlmsghdr (16), rtmsg (12), one attribute (4 + 4).
-const QUERY_LEN: usize = 36;
+/// nlmsghdr (16), rtmsg (12), one attribute (4 + 16, of IPv4 + 4).
+const QUERY_LEN_MAX: usize = 48;
+/// Place of the address.
+const ADDRESS_AT: usize = 32;
 /// Offset of rtm_type: seven bytes into rtmsg.
 const TYPE_AT: usize = 16 + 7;
 /// Replies read at most to find the one to our query; more can only be left-overs of failed reads.
 const REPLIES_MAX: usize = 8;
+
+/// Somewhere in the IPv6 Internet: the first address of what IANA has given out (2000::/3). Only the
+/// routing table is asked; nothing is sent there.
+const OUTSIDE6: Ipv6Addr = Ipv6Addr::new(0x2000, 0, 0, 0, 0, 0, 0, 1);
 
 /// A netlink socket kept for questions.
 #[derive(Debug)]
@@ -53,50 +66,65 @@ impl RouteTable {
 
     /// Whether packets to `address` end at the host itself. No route to it: no. No answer from the
     /// kernel: yes, as guests are kept away from the host.
-    pub fn is_local(&mut self, address: Ipv4Addr) -> bool {
-        self.ask(address).unwrap_or(true)
+    pub fn is_local(&mut self, address: IpAddr) -> bool {
+        // A socket of IPv6 that is connected to ::ffff:127.0.0.1 speaks IPv4 to 127.0.0.1.
+        let kind = self.ask(address.to_canonical());
+        kind.map_or(true, |kind| matches!(kind, Some(RTN_LOCAL | RTN_ANYCAST)))
     }
 
-    fn ask(&mut self, address: Ipv4Addr) -> io::Result<bool> {
+    /// Whether the host has a route to the IPv6 Internet. No answer from the kernel: no.
+    pub fn has_default6(&mut self) -> bool {
+        self.ask(OUTSIDE6.into())
+            .is_ok_and(|kind| kind == Some(RTN_UNICAST))
+    }
+
+    /// The kind (RTN_*) of the route to `address`; `None`: there is none.
+    fn ask(&mut self, address: IpAddr) -> io::Result<Option<u8>> {
         self.sequence = self.sequence.wrapping_add(1);
-        let query = query(address, self.sequence);
-        send(&self.socket, &query, SendFlags::DONTWAIT)?;
+        let (query, len) = query(address, self.sequence);
+        send(&self.socket, &query[..len], SendFlags::DONTWAIT)?;
         // The kernel answers before send returns.
         let mut reply = [0u8; 1024];
         for _ in 0..REPLIES_MAX {
             let (len, _) = recv(&self.socket, &mut reply, RecvFlags::DONTWAIT)?;
-            if let Some(local) = decide(&reply[..len], self.sequence) {
-                return Ok(local);
+            if let Some(kind) = route_kind(&reply[..len], self.sequence) {
+                return Ok(kind);
             }
         }
         Err(io::ErrorKind::InvalidData.into())
     }
 }
 
-fn query(address: Ipv4Addr, sequence: u32) -> [u8; QUERY_LEN] {
-    let mut query = [0; QUERY_LEN];
-    query[..4].copy_from_slice(&(QUERY_LEN as u32).to_ne_bytes());
+/// The query and its length.
+fn query(address: IpAddr, sequence: u32) -> ([u8; QUERY_LEN_MAX], usize) {
+    let mut query = [0; QUERY_LEN_MAX];
+    let (family, octets) = match address {
+        IpAddr::V4(address) => (AF_INET, &address.octets()[..]),
+        IpAddr::V6(address) => (AF_INET6, &address.octets()[..]),
+    };
+    let len = ADDRESS_AT + octets.len();
+    query[..4].copy_from_slice(&(len as u32).to_ne_bytes());
     query[4..6].copy_from_slice(&RTM_GETROUTE.to_ne_bytes());
     query[6..8].copy_from_slice(&NLM_F_REQUEST.to_ne_bytes());
     query[8..12].copy_from_slice(&sequence.to_ne_bytes());
-    query[16] = AF_INET;
-    query[17] = 32;
-    query[28..30].copy_from_slice(&8u16.to_ne_bytes());
+    query[16] = family;
+    query[17] = octets.len() as u8 * 8;
+    query[28..30].copy_from_slice(&(4 + octets.len() as u16).to_ne_bytes());
     query[30..32].copy_from_slice(&RTA_DST.to_ne_bytes());
-    query[32..36].copy_from_slice(&address.octets());
-    query
+    query[ADDRESS_AT..len].copy_from_slice(octets);
+    (query, len)
 }
 
-/// The answer, if `reply` is the one to `sequence`.
-fn decide(reply: &[u8], sequence: u32) -> Option<bool> {
+/// The route's kind, if `reply` is the one to `sequence`.
+fn route_kind(reply: &[u8], sequence: u32) -> Option<Option<u8>> {
     let kind = u16::from_ne_bytes(reply.get(4..6)?.try_into().ok()?);
     if reply.get(8..12)? != sequence.to_ne_bytes() {
         return None;
     }
     match kind {
-        RTM_NEWROUTE => Some(*reply.get(TYPE_AT)? == RTN_LOCAL),
+        RTM_NEWROUTE => Some(Some(*reply.get(TYPE_AT)?)),
         // Unreachable, prohibited, blackholed: wherever packets go, it is not the host.
-        NLMSG_ERROR => Some(false),
+        NLMSG_ERROR => Some(None),
         _ => None,
     }
 }
@@ -108,24 +136,53 @@ mod tests {
     #[test]
     fn knows_the_host() {
         let mut table = RouteTable::open().unwrap();
-        for local in [[127, 0, 0, 1], [127, 200, 3, 4]] {
-            assert!(table.is_local(local.into()), "{local:?}");
+        for local in [
+            "127.0.0.1",
+            "127.200.3.4",
+            "::ffff:127.0.0.1",
+            "::ffff:127.9.0.1",
+        ] {
+            assert!(table.is_local(local.parse().unwrap()), "{local}");
         }
-        for foreign in [[192, 0, 2, 1], [203, 0, 113, 9], [255, 255, 255, 255]] {
-            assert!(!table.is_local(foreign.into()), "{foreign:?}");
+        for foreign in [
+            "192.0.2.1",
+            "203.0.113.9",
+            "255.255.255.255",
+            "2001:db8::9",
+            "fe80::9",
+        ] {
+            assert!(!table.is_local(foreign.parse().unwrap()), "{foreign}");
+        }
+    }
+
+    #[test]
+    fn knows_ipv6_as_ip_does() {
+        let asked = std::process::Command::new("ip")
+            .args(["-6", "route", "get", "2000::1"])
+            .output();
+        let Ok(asked) = asked else { return };
+        let text = String::from_utf8_lossy(&asked.stdout);
+        let has = asked.status.success() && text.starts_with("2000::1");
+        let mut table = RouteTable::open().unwrap();
+        assert_eq!(table.has_default6(), has, "{text}");
+        // Loopback is there wherever IPv6 is.
+        if std::path::Path::new("/proc/net/if_inet6").exists() {
+            assert!(table.is_local(Ipv6Addr::LOCALHOST.into()));
         }
     }
 
     #[test]
     fn other_replies_are_passed_over() {
-        let mut reply = query(Ipv4Addr::LOCALHOST, 7);
-        reply[4..6].copy_from_slice(&RTM_NEWROUTE.to_ne_bytes());
-        assert_eq!(decide(&reply, 7), Some(false));
-        reply[TYPE_AT] = RTN_LOCAL;
-        assert_eq!(decide(&reply, 7), Some(true));
-        assert_eq!(decide(&reply, 8), None);
-        for len in 0..TYPE_AT {
-            assert_eq!(decide(&reply[..len], 7), None);
+        for address in [IpAddr::V6(Ipv6Addr::LOCALHOST), [127, 0, 0, 1].into()] {
+            let (mut reply, _) = query(address, 7);
+            reply[4..6].copy_from_slice(&RTM_NEWROUTE.to_ne_bytes());
+            assert_eq!(route_kind(&reply, 7), Some(Some(0)));
+            reply[TYPE_AT] = RTN_LOCAL;
+            assert_eq!(route_kind(&reply, 7), Some(Some(RTN_LOCAL)));
+            assert_eq!(route_kind(&reply, 8), None);
+            for len in 0..TYPE_AT {
+                assert_eq!(route_kind(&reply[..len], 7), None);
+            }
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use super::*;
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream, UdpSocket};
+use std::net::{Ipv4Addr, Ipv6Addr, TcpListener, TcpStream, UdpSocket};
 
 const TCP: SockOwner = SockOwner::Tcp(FlowId {
     slot: 5,
@@ -19,7 +19,7 @@ const PING: SockOwner = SockOwner::Ping(FlowId {
 
 fn uplink() -> HostUplink {
     let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).unwrap();
-    HostUplink::new(Arc::new(epoll)).unwrap()
+    HostUplink::new(Arc::new(epoll), Outbound::default()).unwrap()
 }
 
 /// Events within `wait_ms`, merged.
@@ -41,14 +41,14 @@ fn wait(up: &HostUplink, wait_ms: i64) -> Vec<(SockOwner, Ready)> {
         .collect()
 }
 
-fn v4(address: std::net::SocketAddr) -> SocketAddrV4 {
+fn v4(address: std::net::SocketAddr) -> SocketAddr {
     match address {
-        std::net::SocketAddr::V4(address) => address,
+        std::net::SocketAddr::V4(_) => address,
         other => panic!("{other}"),
     }
 }
 
-fn listener() -> (TcpListener, SocketAddrV4) {
+fn listener() -> (TcpListener, SocketAddr) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = v4(listener.local_addr().unwrap());
     (listener, address)
@@ -178,10 +178,12 @@ fn a_closed_port_refuses() {
 #[test]
 fn slots_are_reused_and_sockets_close() {
     let mut up = uplink();
-    let ids: Vec<_> = (0..3).map(|_| up.udp_open(0, UDP).unwrap()).collect();
+    let ids: Vec<_> = (0..3)
+        .map(|_| up.udp_open(Family::V4, 0, UDP).unwrap().0)
+        .collect();
     assert_eq!(up.open_count(), 3);
     up.close(ids[1]);
-    assert_eq!(up.udp_open(0, UDP), Ok(ids[1]));
+    assert_eq!(up.udp_open(Family::V4, 0, UDP).unwrap().0, ids[1]);
     for id in ids {
         up.close(id);
     }
@@ -189,7 +191,7 @@ fn slots_are_reused_and_sockets_close() {
     assert!(wait(&up, 0).is_empty());
 }
 
-fn receive(up: &mut HostUplink, socket: SockId) -> Vec<(SocketAddrV4, Vec<u8>, Option<u16>, u8)> {
+fn receive(up: &mut HostUplink, socket: SockId) -> Vec<(SocketAddr, Vec<u8>, Option<u16>, u8)> {
     let mut got = Vec::new();
     up.recv_from(socket, &mut |datagram| {
         got.push((
@@ -202,7 +204,7 @@ fn receive(up: &mut HostUplink, socket: SockId) -> Vec<(SocketAddrV4, Vec<u8>, O
     got
 }
 
-fn server() -> (UdpSocket, SocketAddrV4) {
+fn server() -> (UdpSocket, SocketAddr) {
     let server = UdpSocket::bind("127.0.0.1:0").unwrap();
     server
         .set_read_timeout(Some(std::time::Duration::from_secs(2)))
@@ -219,10 +221,13 @@ fn udp_both_ways_keeps_port_payload_and_ttl() {
     let port = (20_000..32_000)
         .find(|&port| UdpSocket::bind(("0.0.0.0", port)).is_ok())
         .unwrap();
-    let socket = up.udp_open(port, UDP).unwrap();
+    let (socket, _) = up.udp_open(Family::V4, port, UDP).unwrap();
     let mut buffer = [0; 64];
     for (ttl, payload) in [(9, &b"hello"[..]), (0, b""), (0, b"again"), (200, b"")] {
-        let options = SendOptions { ttl, segment: None };
+        let options = SendOptions {
+            ttl,
+            ..SendOptions::default()
+        };
         assert_eq!(
             up.send_to(socket, address, payload, options),
             Io::Done(payload.len())
@@ -245,12 +250,12 @@ fn udp_both_ways_keeps_port_payload_and_ttl() {
     assert!(wait(&up, 0).is_empty());
 
     // The port is taken: another one serves.
-    let second = up.udp_open(port, UDP).unwrap();
+    let (second, _) = up.udp_open(Family::V4, port, UDP).unwrap();
     up.send_to(second, address, b"x", SendOptions::default());
     let (_, from) = server.recv_from(&mut buffer).unwrap();
     assert_ne!(from.port(), port);
     // Services' ports are left alone.
-    let third = up.udp_open(123, UDP).unwrap();
+    let (third, _) = up.udp_open(Family::V4, 123, UDP).unwrap();
     up.send_to(third, address, b"x", SendOptions::default());
     let (_, from) = server.recv_from(&mut buffer).unwrap();
     assert_ne!(from.port(), 123);
@@ -260,12 +265,12 @@ fn udp_both_ways_keeps_port_payload_and_ttl() {
 fn trains_leave_in_one_call_and_arrive_whole() {
     let mut up = uplink();
     let (server, address) = server();
-    let socket = up.udp_open(0, UDP).unwrap();
+    let (socket, _) = up.udp_open(Family::V4, 0, UDP).unwrap();
     // More than one call takes, and less than a stock receive buffer holds.
     let payload: Vec<u8> = (0..66_050u32).map(|n| n as u8).collect();
     let options = SendOptions {
-        ttl: 0,
         segment: Some(700),
+        ..SendOptions::default()
     };
     assert_eq!(
         up.send_to(socket, address, &payload, options),
@@ -281,8 +286,8 @@ fn trains_leave_in_one_call_and_arrive_whole() {
 
     // Back by GRO: loopback hands the train over uncut.
     let mut peer = uplink();
-    let other = peer.udp_open(0, UDP).unwrap();
-    let back = SocketAddrV4::new(Ipv4Addr::LOCALHOST, bound_port(&up, socket));
+    let (other, _) = peer.udp_open(Family::V4, 0, UDP).unwrap();
+    let back = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), bound_port(&up, socket));
     peer.send_to(other, back, &payload[..2000], options);
     assert!(wait(&up, 1000)[0].1.readable);
     let got = receive(&mut up, socket);
@@ -292,7 +297,7 @@ fn trains_leave_in_one_call_and_arrive_whole() {
 
 fn bound_port(up: &HostUplink, id: SockId) -> u16 {
     let fd = &up.socket(id).unwrap().fd;
-    SocketAddrV4::try_from(rustix::net::getsockname(fd).unwrap())
+    SocketAddr::try_from(rustix::net::getsockname(fd).unwrap())
         .unwrap()
         .port()
 }
@@ -301,17 +306,20 @@ fn bound_port(up: &HostUplink, id: SockId) -> u16 {
 fn the_fallback_for_trains_sends_datagram_by_datagram() {
     let mut up = uplink();
     let (server, address) = server();
-    let socket = up.udp_open(0, UDP).unwrap();
+    let (socket, _) = up.udp_open(Family::V4, 0, UDP).unwrap();
     // Loopback refuses no train, so the fallback is called by itself.
     let payload = [3; 250];
     let fd = up.socket(socket).unwrap().fd.as_fd();
-    assert_eq!(mmsg::send_each(fd, address, &payload, 100).unwrap(), 250);
+    assert_eq!(
+        mmsg::send_each(fd, (None, address), &payload, 100).unwrap(),
+        250
+    );
     let mut buffer = [0; 200];
     for len in [100, 100, 50] {
         assert_eq!(server.recv(&mut buffer).unwrap(), len);
     }
     assert_eq!(
-        mmsg::send_each(fd, address, &[1; 100], 1).unwrap(),
+        mmsg::send_each(fd, (None, address), &[1; 100], 1).unwrap(),
         mmsg::RECV_BATCH
     );
 }
@@ -319,8 +327,8 @@ fn the_fallback_for_trains_sends_datagram_by_datagram() {
 #[test]
 fn errors_of_a_send_are_told() {
     let mut up = uplink();
-    let socket = up.udp_open(0, UDP).unwrap();
-    let broadcast = SocketAddrV4::new(Ipv4Addr::BROADCAST, 9);
+    let (socket, _) = up.udp_open(Family::V4, 0, UDP).unwrap();
+    let broadcast = SocketAddr::new(Ipv4Addr::BROADCAST.into(), 9);
     let error = up.send_to(socket, broadcast, b"x", SendOptions::default());
     assert!(matches!(
         error,
@@ -335,7 +343,7 @@ fn errors_of_a_send_are_told() {
 fn more_than_one_batch_is_told() {
     let mut up = uplink();
     let (server, address) = server();
-    let socket = up.udp_open(0, UDP).unwrap();
+    let (socket, _) = up.udp_open(Family::V4, 0, UDP).unwrap();
     up.send_to(socket, address, b"x", SendOptions::default());
     let (_, from) = server.recv_from(&mut [0; 8]).unwrap();
     for n in 0..=mmsg::RECV_BATCH {
@@ -356,7 +364,7 @@ fn more_than_one_batch_is_told() {
 #[test]
 fn ping_loopback_or_be_told_it_is_forbidden() {
     let mut up = uplink();
-    let socket = match up.ping_open(PING) {
+    let socket = match up.ping_open(Family::V4, PING) {
         Ok(socket) => socket,
         Err(error) => {
             assert_eq!(error, HostError::Prohibited);
@@ -365,19 +373,20 @@ fn ping_loopback_or_be_told_it_is_forbidden() {
         }
     };
     let request = [8, 0, 0, 0, 0x12, 0x34, 0, 7, b'd', b'a', b't', b'a'];
-    let to = SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0);
+    let to = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0);
     let sent = up.send_to(socket, to, &request, SendOptions::default());
     assert_eq!(sent, Io::Done(request.len()));
     assert_eq!(wait(&up, 1000)[0].0, PING);
     let got = receive(&mut up, socket);
     assert_eq!(got.len(), 1);
     let (source, message, ..) = &got[0];
-    assert_eq!(*source.ip(), Ipv4Addr::LOCALHOST);
+    assert_eq!(source.ip(), Ipv4Addr::LOCALHOST);
     assert_eq!((message[0], &message[6..]), (0, &request[6..]));
 }
 
 #[test]
 fn a_guests_datagrams_and_trains_cross_real_sockets() {
+    use crate::nat::egress::{Egress, HostAccess};
     use crate::nat::icmp::ErrorSender;
     use crate::nat::mapping::Limits;
     use crate::nat::testing::{FrameLog, GUEST, guest_udp, guest_udp_train, lan, parse};
@@ -387,10 +396,18 @@ fn a_guests_datagrams_and_trains_cross_real_sockets() {
     let limits = Limits {
         total: 8,
         per_guest: 8,
+        per_port: usize::MAX,
     };
-    let mut nat = crate::nat::udp::UdpNat::new(lan(), limits, true);
+    let mut nat = crate::nat::udp::UdpNat::new(lan(), limits);
     let (server, address) = server();
-    let guest = SocketAddrV4::new(GUEST, 0xf123);
+    // The server listens on loopback, which guests reach by a mapped address only.
+    let host = HostAccess {
+        loopback: vec![Ipv4Addr::new(10, 0, 2, 2).into()],
+        ..HostAccess::default()
+    };
+    let mut egress = Egress::new(lan(), host);
+    let address = egress.shown(address);
+    let guest = SocketAddr::new(GUEST.into(), 0xf123);
     let payload = vec![5; 3000];
     let now = crate::frame::Instant::ZERO;
     let plain = guest_udp(guest, address, 64, b"ask");
@@ -401,8 +418,15 @@ fn a_guests_datagrams_and_trains_cross_real_sockets() {
         let packet = parse(&frame, offload);
         let (ip, udp) = packet.udp4().unwrap();
         let answers = (&mut out, &mut ErrorSender::new());
-        nat.handle_packet(&packet, ip, udp, now, &mut up, answers)
-            .unwrap();
+        nat.handle_packet(
+            &packet,
+            (&ip.any(), udp),
+            &mut egress,
+            now,
+            &mut up,
+            answers,
+        )
+        .unwrap();
     }
     let mut buffer = [0; 2000];
     let (len, mapped) = server.recv_from(&mut buffer).unwrap();
@@ -411,16 +435,21 @@ fn a_guests_datagrams_and_trains_cross_real_sockets() {
         assert_eq!(server.recv(&mut buffer).unwrap(), 1000);
     }
     let sender = server.as_fd();
-    mmsg::send_train(sender, v4(mapped), &payload, 1000).unwrap();
+    mmsg::send(sender, (None, v4(mapped)), &payload, Some(1000)).unwrap();
     server.send_to(b"", mapped).unwrap();
     let (owner, ready) = wait(&up, 1000)[0];
     let SockOwner::Udp(id) = owner else {
         panic!("{owner:?}")
     };
     assert!(ready.readable);
-    nat.handle_ready(id, now, &mut up, &mut out, &mut |reason| {
-        panic!("{reason:?}")
-    });
+    nat.handle_ready(
+        id,
+        Ready::default(),
+        &egress,
+        now,
+        (&mut up, &mut out, &mut ErrorSender::new()),
+        &mut |reason| panic!("{reason:?}"),
+    );
     let (train, offload) = out.pop().unwrap();
     let packet = parse(&train, offload);
     let (_, udp) = packet.udp4().unwrap();
@@ -431,9 +460,222 @@ fn a_guests_datagrams_and_trains_cross_real_sockets() {
     assert_eq!((nat.len(), up.open_count()), (0, 0));
 }
 
+/// A UDP NAT on real sockets whose guest reaches the host's loopback by mapped addresses.
+struct LoopbackNat {
+    nat: crate::nat::udp::UdpNat,
+    up: HostUplink,
+    out: crate::nat::testing::FrameLog,
+    errors: crate::nat::icmp::ErrorSender,
+    egress: crate::nat::egress::Egress,
+}
+
+const MAPPED4: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 2, 2));
+const MAPPED6: IpAddr = IpAddr::V6(Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 2));
+
+impl LoopbackNat {
+    fn new() -> Self {
+        use crate::nat::egress::{Egress, HostAccess};
+        use crate::nat::testing::lan;
+        let host = HostAccess {
+            loopback: vec![MAPPED4, MAPPED6],
+            ..HostAccess::default()
+        };
+        Self {
+            nat: crate::nat::udp::UdpNat::new(lan(), crate::nat::udp::LIMITS),
+            up: uplink(),
+            out: Default::default(),
+            errors: crate::nat::icmp::ErrorSender::new(),
+            egress: Egress::new(lan(), host),
+        }
+    }
+
+    /// The guest sends to `port` of the mapped address; what came in fragments says so.
+    fn send(
+        &mut self,
+        to: IpAddr,
+        port: u16,
+        payload: &[u8],
+        reassembled: bool,
+    ) -> Result<(), crate::stats::DropReason> {
+        use crate::nat::testing::{GUEST, GUEST6, guest_udp, parse};
+        let guest = if to.is_ipv4() {
+            GUEST.into()
+        } else {
+            GUEST6.into()
+        };
+        let guest = SocketAddr::new(guest, 0xf125);
+        let frame = guest_udp(guest, SocketAddr::new(to, port), 64, payload);
+        let mut packet = parse(&frame, Default::default());
+        packet.reassembled = reassembled;
+        let ip = packet.ip().unwrap();
+        let crate::wire::Transport::Udp(udp) = ip.transport else {
+            panic!("not UDP");
+        };
+        let now = crate::frame::Instant::ZERO;
+        let (up, answers) = (&mut self.up, (&mut self.out, &mut self.errors));
+        self.nat
+            .handle_packet(&packet, (&ip, &udp), &mut self.egress, now, up, answers)
+    }
+
+    /// All events within a tenth of a second.
+    fn run(&mut self) {
+        let now = crate::frame::Instant::ZERO;
+        loop {
+            let events = wait(&self.up, 100);
+            for &(owner, ready) in &events {
+                let SockOwner::Udp(id) = owner else {
+                    panic!("{owner:?}")
+                };
+                let ways = (&mut self.up, &mut self.out, &mut self.errors);
+                let drops = &mut |reason| panic!("{reason:?}");
+                self.nat
+                    .handle_ready(id, ready, &self.egress, now, ways, drops);
+            }
+            if events.is_empty() {
+                return;
+            }
+        }
+    }
+
+    /// Source, type, code and rest of the ICMP error that the guest got, and what it quotes.
+    fn error(&mut self) -> (IpAddr, [u8; 2], u32, Vec<u8>) {
+        let (bytes, offload) = self.out.pop().expect("an error");
+        let ip = crate::nat::testing::parse(&bytes, offload).ip().unwrap();
+        let crate::wire::Transport::Icmp(icmp) = ip.transport else {
+            panic!("not ICMP");
+        };
+        let rest = u32::from_be_bytes(icmp[4..8].try_into().unwrap());
+        (ip.source, [icmp[0], icmp[1]], rest, icmp[8..].to_vec())
+    }
+}
+
+#[test]
+fn a_closed_ports_answer_reaches_the_guest() {
+    use crate::nat::testing::{GUEST, GUEST6};
+    for (to, guest, kind) in [
+        (MAPPED4, IpAddr::from(GUEST), [3, 3]),
+        (MAPPED6, IpAddr::from(GUEST6), [1, 4]),
+    ] {
+        let mut nat = LoopbackNat::new();
+        // Port 9 (discard) is nobody's here.
+        nat.send(to, 9, b"anyone?", false).unwrap();
+        nat.run();
+        let (from, of_type, rest, quote) = nat.error();
+        assert_eq!((from, of_type, rest), (to, kind, 0));
+        let mut expected = vec![0; quote.len()];
+        let sent = crate::nat::testing::guest_udp(
+            SocketAddr::new(guest, 0xf125),
+            SocketAddr::new(to, 9),
+            64,
+            b"anyone?",
+        );
+        expected.copy_from_slice(&sent[14..]);
+        let header_len = crate::wire::ip_header_len(to);
+        assert_eq!(quote[header_len..], expected[header_len..]);
+        // The error is told once, and the socket goes on.
+        nat.send(to, 9, b"still?", false).unwrap();
+        nat.run();
+        nat.error();
+        assert!(nat.out.pop().is_none());
+    }
+}
+
+#[test]
+fn the_hosts_mtu_is_told_to_who_may_not_be_fragmented() {
+    let receiver = UdpSocket::bind("[::1]:0").unwrap();
+    let port = receiver.local_addr().unwrap().port();
+    let mut nat = LoopbackNat::new();
+    // Loopback's MTU is 65,536, which the longest IPv6 datagrams exceed.
+    let longest = vec![3; 65_520];
+    let dropped = nat.send(MAPPED6, port, &longest, false);
+    assert_eq!(dropped, Err(crate::stats::DropReason::TooBig));
+    let (_, of_type, mtu, _) = nat.error();
+    assert_eq!((of_type, mtu), ([2, 0], 65_536));
+    nat.send(MAPPED6, port, &longest, true).unwrap();
+    let mut buffer = vec![0; 65_536];
+    let (len, mapped) = receiver.recv_from(&mut buffer).unwrap();
+    assert_eq!(len, longest.len());
+    receiver.send_to(&longest, mapped).unwrap();
+    nat.run();
+    assert!(nat.out.frames.len() > 40, "in fragments");
+}
+
 #[test]
 fn random_words_differ() {
     let mut up = uplink();
     let words: std::collections::BTreeSet<_> = (0..100).map(|_| up.random()).collect();
     assert_eq!(words.len(), 100);
+}
+
+#[test]
+fn a_forwards_socket_answers_from_where_it_was_asked_and_rests() {
+    const FORWARD: SockOwner = SockOwner::Forward(FlowId {
+        slot: 3,
+        generation: 4,
+    });
+    for (any, asked) in [("0.0.0.0:0", "127.0.0.2"), ("[::]:0", "::1")] {
+        let mut up = uplink();
+        let bound = UdpSocket::bind(any).unwrap();
+        bound.set_nonblocking(true).unwrap();
+        let at = bound.local_addr().unwrap();
+        let to = SocketAddr::new(asked.parse().unwrap(), at.port());
+        let socket = up
+            .adopt(bound.into(), ListenerKind::Udp(at), FORWARD)
+            .unwrap();
+        let client = UdpSocket::bind(any).unwrap();
+        let limit = Some(std::time::Duration::from_secs(2));
+        client.set_read_timeout(limit).unwrap();
+        // Connected: an answer from elsewhere would not arrive.
+        client.connect(to).unwrap();
+        client.send(b"question").unwrap();
+        up.listen_for(socket, false);
+        assert!(wait(&up, 50).is_empty(), "it rests");
+        up.listen_for(socket, true);
+        assert_eq!(wait(&up, 1000)[0].0, FORWARD);
+        let mut heard = None;
+        up.recv_from(socket, &mut |datagram| {
+            heard = Some((datagram.source, datagram.destination));
+        });
+        let (source, destination) = heard.unwrap();
+        assert_eq!(destination, Some(to.ip()));
+        let mut buffer = [0; 4096];
+        for segment in [None, Some(100)] {
+            let options = SendOptions {
+                segment,
+                ..SendOptions::default()
+            };
+            let sent = up.send_from(socket, to.ip(), source, &[7; 200], options);
+            assert_eq!(sent, Io::Done(200));
+            for _ in 0..segment.map_or(1, |_| 2) {
+                let len = client.recv(&mut buffer).unwrap();
+                assert_eq!(len, segment.map_or(200, usize::from));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_forwards_listener_gives_its_clients() {
+    const FORWARD: SockOwner = SockOwner::Forward(FlowId {
+        slot: 3,
+        generation: 4,
+    });
+    let mut up = uplink();
+    let (listener, at) = listener();
+    listener.set_nonblocking(true).unwrap();
+    let listening = up
+        .adopt(listener.into(), ListenerKind::Tcp(at), FORWARD)
+        .unwrap();
+    assert_eq!(up.accept(listening, TCP), Ok(None));
+    let mut client = TcpStream::connect(at).unwrap();
+    assert_eq!(wait(&up, 1000)[0].0, FORWARD);
+    let (socket, peer) = up.accept(listening, FORWARD).unwrap().unwrap();
+    assert_eq!(peer, Some(client.local_addr().unwrap()));
+    client.write_all(b"hello").unwrap();
+    up.hand_over(socket, TCP);
+    let mut buffer = [0; 8];
+    assert_eq!(recv_wait(&mut up, socket, &mut buffer), Io::Done(5));
+    up.tcp_abort_on_close(socket);
+    up.close(socket);
+    assert!(client.read(&mut buffer).is_err(), "a reset");
 }

@@ -1,6 +1,6 @@
 //! The Internet checksum (RFC 1071).
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// One's-complement sum of big-endian 16-bit words, an odd last byte padded with zero. Sums of
 /// even-length parts may be added.
@@ -41,6 +41,35 @@ pub fn pseudo_header4(source: Ipv4Addr, destination: Ipv4Addr, protocol: u8, len
 /// Folded sum of pseudo-header and segment.
 pub fn transport4(source: Ipv4Addr, destination: Ipv4Addr, protocol: u8, segment: &[u8]) -> u16 {
     fold(pseudo_header4(source, destination, protocol, segment.len()) + sum(segment))
+}
+
+/// Sum of the IPv6 pseudo-header (RFC 8200 8.1) for an upper-layer packet of `len` bytes.
+pub fn pseudo_header6(source: Ipv6Addr, destination: Ipv6Addr, protocol: u8, len: usize) -> u64 {
+    sum(&source.octets()) + sum(&destination.octets()) + u64::from(protocol) + len as u64
+}
+
+/// Sum of the pseudo-header of either family.
+///
+/// # Panics
+/// If the families of the two addresses differ.
+pub fn pseudo_header(source: IpAddr, destination: IpAddr, protocol: u8, len: usize) -> u64 {
+    match (source, destination) {
+        (IpAddr::V4(source), IpAddr::V4(destination)) => {
+            pseudo_header4(source, destination, protocol, len)
+        }
+        (IpAddr::V6(source), IpAddr::V6(destination)) => {
+            pseudo_header6(source, destination, protocol, len)
+        }
+        _ => panic!("{source} and {destination} are of different families"),
+    }
+}
+
+/// Folded sum of pseudo-header and segment, either family.
+///
+/// # Panics
+/// If the families of the two addresses differ.
+pub fn transport(source: IpAddr, destination: IpAddr, protocol: u8, segment: &[u8]) -> u16 {
+    fold(pseudo_header(source, destination, protocol, segment.len()) + sum(segment))
 }
 
 #[cfg(test)]

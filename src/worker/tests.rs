@@ -11,7 +11,7 @@ use crate::gateway::LanConfig;
 use crate::nat::testing::{GATEWAY_MAC, GUEST, guest_ipv4, lan};
 use crate::offload::Caps;
 use crate::switch::SwitchConfig;
-use crate::wire::{self, checksum};
+use crate::wire::{self, checksum, ipv6};
 
 /// A port over one end of a socket pair; the test holds the other.
 struct ScriptedRx(Arc<OwnedFd>);
@@ -70,10 +70,12 @@ impl Lab {
             switch: Arc::new(Switch::new(SwitchConfig::new(lan.mac, 1))),
             dhcp,
             leases,
+            outbound: Default::default(),
             nat: NatConfig {
                 lan,
                 flows_max: 16,
-                host_access: false,
+                host: Default::default(),
+                udp: Default::default(),
             },
             gateway_counters: Arc::clone(&gateway),
             events: sender,
@@ -126,10 +128,18 @@ impl Lab {
     }
 }
 
+impl Lab {
+    fn stop(&mut self) {
+        self.handle.send(Command::Stop);
+        if let Some(thread) = self.thread.take() {
+            thread.join().unwrap().unwrap();
+        }
+    }
+}
+
 impl Drop for Lab {
     fn drop(&mut self) {
-        self.handle.send(Command::Stop);
-        self.thread.take().unwrap().join().unwrap().unwrap();
+        self.stop();
     }
 }
 
@@ -143,6 +153,8 @@ fn add_guest(handle: &WorkerHandle, n: u8) -> (Mac, OwnedFd, Arc<PortCounters>) 
         rx: Box::new(ScriptedRx(Arc::clone(&theirs))),
         tx: Arc::new(ScriptedTx(theirs)),
         counters: Arc::clone(&counters),
+        name: format!("guest{n}"),
+        group: None,
     });
     assert!(added);
     (Mac([0x52, 0x54, 0, 0, 1, n]), ours, counters)
@@ -219,4 +231,59 @@ fn a_gone_port_is_reported_though_nobody_listens_at_first() {
         .collect();
     gone.sort_unstable();
     assert_eq!(gone, [1, 2, 3]);
+}
+
+/// An ICMPv6 message of the guest's to all routers, without options.
+fn to_routers(guest: Mac, kind: u8, fragment: bool) -> Vec<u8> {
+    let source = ipv6::link_local(guest);
+    let all_routers = "ff02::2".parse().unwrap();
+    let mut message = [kind, 0, 0, 0, 0, 0, 0, 0];
+    let (from, to) = (source.into(), std::net::IpAddr::V6(all_routers));
+    let sum = !checksum::transport(from, to, wire::PROTO_ICMPV6, &message);
+    message[2..4].copy_from_slice(&sum.to_be_bytes());
+    // A whole datagram behind a fragment header (RFC 6946).
+    let header = [wire::PROTO_ICMPV6, 0, 0, 0, 0, 0, 0, 9];
+    let payload = match fragment {
+        true => [header, message].concat(),
+        false => message.to_vec(),
+    };
+    let mut frame = vec![0; ETH_HEADER_LEN + ipv6::IPV6_HEADER_LEN];
+    let to = ipv6::group_mac(all_routers);
+    wire::write_ethernet(&mut frame, to, guest, wire::ETHERTYPE_IPV6);
+    let fields = ipv6::Ipv6Fields {
+        source,
+        destination: all_routers,
+        protocol: match fragment {
+            true => ipv6::FRAGMENT,
+            false => wire::PROTO_ICMPV6,
+        },
+        hop_limit: 255,
+        traffic_class: 0,
+    };
+    ipv6::write_ipv6(&mut frame, fields, payload.len());
+    frame.extend_from_slice(&payload);
+    frame
+}
+
+#[test]
+fn guests_are_told_of_the_router_and_of_its_end() {
+    const ROUTER_SOLICITATION: u8 = 133;
+    // The type and router lifetime of each message to the guest.
+    let heard = |guest: &OwnedFd| -> Vec<(u8, u16)> {
+        let frames = received(guest);
+        let read = |frame: &Vec<u8>| (frame[54], wire::be16(frame, 54 + 6));
+        frames.iter().map(read).collect()
+    };
+    let mut lab = Lab::new(1);
+    let guest = lab.guests[0].0;
+    lab.send(0, &to_routers(guest, ROUTER_SOLICITATION, false));
+    assert_eq!(heard(&lab.guests[0].1), [(134, 0)]);
+    lab.handle.send(Command::HostIpv6(true));
+    lab.send(0, &to_routers(guest, ROUTER_SOLICITATION, false));
+    assert_eq!(heard(&lab.guests[0].1), [(134, 1800)]);
+    // RFC 6980: not in fragments.
+    lab.send(0, &to_routers(guest, ROUTER_SOLICITATION, true));
+    assert_eq!(heard(&lab.guests[0].1), []);
+    lab.stop();
+    assert_eq!(heard(&lab.guests[0].1), [(134, 0)]);
 }

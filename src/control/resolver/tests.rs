@@ -1,16 +1,21 @@
-//! Against real UDP sockets on loopback.
+//! Against real sockets on loopback.
 
 use super::*;
-use crate::frame::{Mac, PortId};
+use crate::frame::Mac;
 use crate::gateway::dns::QueryId;
+use std::net::{Ipv4Addr, Ipv6Addr};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU16, Ordering::Relaxed};
+use std::sync::atomic::AtomicU16;
 use std::sync::mpsc as std_mpsc;
+use std::time::{Duration, Instant};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, UdpSocket};
 
-const GUEST_ID: [u8; 2] = [0xab, 0xcd];
+pub(super) const GUEST_ID: [u8; 2] = [0xab, 0xcd];
 
 /// A query for `name`, type A.
-fn question(name: &str) -> Vec<u8> {
+pub(super) fn question(name: &str) -> Vec<u8> {
     let mut query = vec![GUEST_ID[0], GUEST_ID[1], 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
     for label in name.split('.') {
         query.push(label.len() as u8);
@@ -20,7 +25,7 @@ fn question(name: &str) -> Vec<u8> {
     query
 }
 
-fn answer_to(query: &[u8], code: u8) -> Vec<u8> {
+pub(super) fn answer_to(query: &[u8], code: u8) -> Vec<u8> {
     let mut answer = query.to_vec();
     answer[2] |= 0x80;
     answer[3] = 0x80 | code;
@@ -28,34 +33,36 @@ fn answer_to(query: &[u8], code: u8) -> Vec<u8> {
 }
 
 /// An address of 127/8 for each server, so that they can share a port.
-fn server_address(last: u8) -> IpAddr {
+pub(super) fn server_address(last: u8) -> IpAddr {
     Ipv4Addr::new(127, 0, 53, last).into()
 }
 
 /// A port that is free on all of 127/8, different for each test of this process.
-fn free_port() -> u16 {
+pub(super) fn free_port() -> u16 {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     loop {
         let base = 20_000 + (std::process::id() % 20_000) as u16;
         let port = base + NEXT.fetch_add(1, Relaxed);
-        if std::net::UdpSocket::bind(("0.0.0.0", port)).is_ok() {
+        if std::net::UdpSocket::bind(("0.0.0.0", port)).is_ok()
+            && std::net::TcpListener::bind(("0.0.0.0", port)).is_ok()
+        {
             return port;
         }
     }
 }
 
-async fn serve(address: IpAddr, port: u16) -> UdpSocket {
+pub(super) async fn serve(address: IpAddr, port: u16) -> UdpSocket {
     UdpSocket::bind((address, port)).await.unwrap()
 }
 
-async fn receive(socket: &UdpSocket) -> (Vec<u8>, SocketAddr) {
+pub(super) async fn receive(socket: &UdpSocket) -> (Vec<u8>, SocketAddr) {
     let mut buffer = vec![0; 4096];
     let (len, from) = socket.recv_from(&mut buffer).await.unwrap();
     buffer.truncate(len);
     (buffer, from)
 }
 
-fn config(servers: &[IpAddr], port: u16) -> ResolverConfig {
+pub(super) fn config(servers: &[IpAddr], port: u16) -> ResolverConfig {
     ResolverConfig {
         servers: servers.to_vec(),
         resolv_conf: "/nonexistent/resolv.conf".into(),
@@ -63,13 +70,13 @@ fn config(servers: &[IpAddr], port: u16) -> ResolverConfig {
     }
 }
 
-fn query(id: u64, message: Vec<u8>) -> DnsQuery {
+pub(super) fn query(id: u64, message: Vec<u8>) -> DnsQuery {
     DnsQuery {
         id: QueryId(id),
         port: PortId(1),
         reply_to: (
             Mac([2, 0, 0, 0, 0, 1]),
-            Ipv4Addr::new(192, 168, 122, 9),
+            Ipv4Addr::new(192, 168, 122, 9).into(),
             5353,
         ),
         message: message.into(),
@@ -77,7 +84,16 @@ fn query(id: u64, message: Vec<u8>) -> DnsQuery {
 }
 
 /// Runs `test` beside a resolver; it gets the handle, a sink, and where the sink's answers arrive.
-fn with_resolver<F, T>(config: ResolverConfig, test: F)
+pub(super) fn with_resolver<F, T>(config: ResolverConfig, test: F)
+where
+    F: FnOnce(ResolverHandle, AnswerSink, mpsc::UnboundedReceiver<DnsAnswer>) -> T,
+    T: Future<Output = ()>,
+{
+    with_policy(config, Arc::new(AllowAll), test);
+}
+
+/// As [`with_resolver`], with a policy.
+pub(super) fn with_policy<F, T>(config: ResolverConfig, policy: Arc<dyn NamePolicy>, test: F)
 where
     F: FnOnce(ResolverHandle, AnswerSink, mpsc::UnboundedReceiver<DnsAnswer>) -> T,
     T: Future<Output = ()>,
@@ -87,19 +103,54 @@ where
         .build()
         .unwrap();
     runtime.block_on(async {
-        let (resolver, handle) = Resolver::new(config);
+        let (resolver, handle) = Resolver::with_policy(config, policy);
         let (sender, answers) = mpsc::unbounded_channel();
         let sink: AnswerSink = Arc::new(move |answer| sender.send(answer).unwrap());
         let run = tokio::spawn(resolver.run());
-        tokio::time::timeout(Duration::from_secs(20), test(handle, sink, answers))
+        tokio::time::timeout(Duration::from_secs(30), test(handle, sink, answers))
             .await
             .expect("the test ends");
         // All handles are gone: the task ends by itself.
-        tokio::time::timeout(Duration::from_secs(10), run)
+        tokio::time::timeout(Duration::from_secs(15), run)
             .await
             .expect("ends")
             .unwrap();
     });
+}
+
+/// Takes one connection, reads one query and returns it with a way to answer.
+pub(super) async fn receive_tcp(listener: &TcpListener) -> (Vec<u8>, tokio::net::TcpStream) {
+    let (mut stream, _) = listener.accept().await.unwrap();
+    let mut query = vec![0; usize::from(stream.read_u16().await.unwrap())];
+    stream.read_exact(&mut query).await.unwrap();
+    (query, stream)
+}
+
+pub(super) async fn answer_tcp(mut stream: tokio::net::TcpStream, message: &[u8]) {
+    stream.write_all(&upstream::framed(message)).await.unwrap();
+}
+
+/// An answer with TC set.
+pub(super) fn cut(query: &[u8]) -> Vec<u8> {
+    let mut answer = answer_to(query, 0);
+    answer[2] |= 2;
+    answer
+}
+
+/// An answer of `len` bytes: the question and one TXT record.
+pub(super) fn long_answer(query: &[u8], len: usize) -> Vec<u8> {
+    let mut answer = answer_to(query, 0);
+    answer[7] = 1;
+    answer.extend_from_slice(&[0xc0, 12, 0, 16, 0, 1, 0, 0, 0, 60]);
+    let data = len - answer.len() - 2;
+    answer.extend_from_slice(&(data as u16).to_be_bytes());
+    answer.resize(len, b'x');
+    answer
+}
+
+pub(super) fn counter(handle: &ResolverHandle, name: &str) -> u64 {
+    let mut counters = handle.counters();
+    counters.find(|&(other, _)| other == name).unwrap().1
 }
 
 #[test]
@@ -298,60 +349,6 @@ fn all_queries_of_a_burst_are_answered() {
 }
 
 #[test]
-fn follows_changes_of_resolv_conf() {
-    let path = std::env::temp_dir().join(format!("lanlet-resolv-{}.conf", std::process::id()));
-    let write = |text: &str, at: u64| {
-        std::fs::write(&path, text).unwrap();
-        let file = std::fs::File::options().write(true).open(&path).unwrap();
-        file.set_modified(SystemTime::UNIX_EPOCH + Duration::from_secs(at))
-            .unwrap();
-    };
-    let mut servers = Servers::new(ResolverConfig {
-        resolv_conf: path.clone(),
-        ..ResolverConfig::default()
-    });
-    let start = Instant::now();
-    assert_eq!(servers.in_order(start), []);
-    write("nameserver 10.0.0.1\nnameserver 10.0.0.2\n", 1_000);
-    assert_eq!(servers.in_order(start), [], "looked at once a second");
-    let order = |servers: &mut Servers, secs: u64| -> Vec<IpAddr> {
-        let now = start + Duration::from_secs(secs);
-        servers.in_order(now).iter().map(SocketAddr::ip).collect()
-    };
-    let address = |last| IpAddr::from([10, 0, 0, last]);
-    assert_eq!(order(&mut servers, 2), [address(1), address(2)]);
-    servers.last_good = Some((address(2), 53).into());
-    assert_eq!(order(&mut servers, 4), [address(2), address(1)]);
-    write("nameserver 10.0.0.3\n", 2_000);
-    assert_eq!(order(&mut servers, 6), [address(3)]);
-    std::fs::remove_file(&path).unwrap();
-    assert_eq!(order(&mut servers, 8), [address(3)], "being replaced");
-}
-
-#[test]
-fn reads_resolv_conf_as_the_manual_says() {
-    let text = "# nameserver 1.1.1.1\nsearch example.com\n  nameserver\t10.0.0.1 # first\n\
-        nameserver fd00::1\nnameserver fe80::1%7\nnameserver fe80::2%lo\nnameserver fe80::3%no/pe\n\
-        nameserver nonsense\nnameserver\nnameservers 10.0.0.9\nnameserver 10.0.0.2";
-    let servers: Vec<_> = parse_resolv_conf(text, 53)
-        .iter()
-        .map(SocketAddr::to_string)
-        .collect();
-    assert_eq!(
-        servers,
-        [
-            "10.0.0.1:53",
-            "[fd00::1]:53",
-            "[fe80::1%7]:53",
-            "[fe80::2%1]:53",
-            "10.0.0.2:53"
-        ]
-    );
-    let many = "nameserver 10.0.0.1\n".repeat(100);
-    assert_eq!(parse_resolv_conf(&many, 53).len(), SERVERS_MAX);
-}
-
-#[test]
 fn an_ipv6_server() {
     let port = free_port();
     if std::net::UdpSocket::bind((Ipv6Addr::LOCALHOST, port)).is_err() {
@@ -397,7 +394,7 @@ fn a_sink_may_belong_to_another_thread() {
 }
 
 /// dnsmasq on loopback, ended with the test.
-struct Dnsmasq(Child);
+pub(super) struct Dnsmasq(Child);
 
 impl Drop for Dnsmasq {
     fn drop(&mut self) {
@@ -406,10 +403,9 @@ impl Drop for Dnsmasq {
     }
 }
 
-#[test]
-fn a_real_server_answers() {
-    let port = free_port();
-    let address = server_address(9);
+/// dnsmasq at this address, if it is installed: guest.example is 192.0.2.7, and big.example has a TXT
+/// record that does not fit a datagram without EDNS.
+pub(super) fn dnsmasq(address: IpAddr, port: u16) -> Option<Dnsmasq> {
     let arguments = [
         "--keep-in-foreground".to_owned(),
         "--conf-file=/dev/null".to_owned(),
@@ -420,6 +416,10 @@ fn a_real_server_answers() {
         format!("--listen-address={address}"),
         format!("--port={port}"),
         "--address=/guest.example/192.0.2.7".to_owned(),
+        format!(
+            "--txt-record=big.example,{}",
+            vec!["x".repeat(200); 5].join(",")
+        ),
     ];
     let program = [
         "/usr/sbin/dnsmasq",
@@ -430,16 +430,23 @@ fn a_real_server_answers() {
     .find(|path| Path::new(path).exists());
     let Some(program) = program else {
         eprintln!("no dnsmasq here");
+        return None;
+    };
+    let child = Command::new(program)
+        .args(arguments)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn();
+    Some(Dnsmasq(child.unwrap()))
+}
+
+#[test]
+fn a_real_server_answers() {
+    let port = free_port();
+    let address = server_address(9);
+    let Some(_dnsmasq) = dnsmasq(address, port) else {
         return;
     };
-    let _dnsmasq = Dnsmasq(
-        Command::new(program)
-            .args(arguments)
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap(),
-    );
     with_resolver(
         config(&[address], port),
         async |handle, sink, mut answers| {
@@ -462,4 +469,73 @@ fn a_real_server_answers() {
             assert!(answer.ends_with(&[192, 0, 2, 7]));
         },
     );
+}
+
+#[test]
+fn about_udp_the_policy_is_not_asked_twice() {
+    struct Nothing;
+    impl NamePolicy for Nothing {
+        fn allows(&self, _: PortId, name: &Name) -> Option<oneshot::Receiver<bool>> {
+            panic!("{name}: the worker has asked")
+        }
+
+        fn on_answer(&self, _: PortId, _: &[u8]) -> Option<oneshot::Receiver<()>> {
+            panic!("the worker sees it")
+        }
+    }
+    let port = free_port();
+    let config = config(&[server_address(1)], port);
+    with_policy(
+        config,
+        Arc::new(Nothing),
+        async |handle, sink, mut answers| {
+            let server = serve(server_address(1), port).await;
+            handle.ask(query(2, question("a.example")), &sink).unwrap();
+            let (seen, from) = receive(&server).await;
+            server.send_to(&answer_to(&seen, 0), from).await.unwrap();
+            let answer = answers.recv().await.unwrap().message;
+            assert_eq!(answer, answer_to(&question("a.example"), 0));
+        },
+    );
+}
+
+#[test]
+fn who_asks_over_udp_gets_the_cut_answer() {
+    let port = free_port();
+    with_resolver(
+        config(&[server_address(1)], port),
+        async |handle, sink, mut answers| {
+            let server = serve(server_address(1), port).await;
+            let asked = question("big.example");
+            handle.ask(query(1, asked.clone()), &sink).unwrap();
+            let (seen, from) = receive(&server).await;
+            server.send_to(&cut(&seen), from).await.unwrap();
+            assert_eq!(answers.recv().await.unwrap().message, cut(&asked));
+            assert_eq!(counter(&handle, "dns_upstream_tcp"), 0);
+        },
+    );
+}
+
+#[test]
+fn use_vc_asks_over_tcp_alone() {
+    let port = free_port();
+    let address = server_address(1);
+    let path = std::env::temp_dir().join(format!("lanlet-use-vc-{}.conf", std::process::id()));
+    std::fs::write(&path, format!("nameserver {address}\noptions use-vc\n")).unwrap();
+    let config = ResolverConfig {
+        servers: Vec::new(),
+        resolv_conf: path.clone(),
+        port,
+    };
+    with_resolver(config, async |handle, sink, mut answers| {
+        let silent = serve(address, port).await;
+        let listener = TcpListener::bind((address, port)).await.unwrap();
+        let asked = question("a.example");
+        handle.ask(query(1, asked.clone()), &sink).unwrap();
+        let (seen, stream) = receive_tcp(&listener).await;
+        answer_tcp(stream, &answer_to(&seen, 0)).await;
+        assert_eq!(answers.recv().await.unwrap().message, answer_to(&asked, 0));
+        assert!(silent.try_recv_from(&mut [0; 10]).is_err());
+    });
+    std::fs::remove_file(&path).unwrap();
 }

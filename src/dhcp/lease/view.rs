@@ -37,7 +37,39 @@ pub enum LeaseKind {
     Quarantined,
 }
 
+/// A lease that its client has.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Held<'a> {
+    /// Leased address.
+    pub address: Ipv4Addr,
+    /// The client's MAC.
+    pub mac: Mac,
+    /// The name the client gave itself.
+    pub hostname: Option<&'a str>,
+    /// It is the port's own, whatever DHCP clients run behind it.
+    pub attached: bool,
+}
+
 impl LeaseTable {
+    /// The leases that have not ended, by address.
+    pub fn held(&self, now: Instant) -> impl Iterator<Item = Held<'_>> {
+        let held = move |(&address, entry): (&Ipv4Addr, &'_ Entry)| {
+            let attached = entry.state == State::Attached;
+            let bound = matches!(entry.state, State::Bound { until, .. } if now < until);
+            (attached || bound).then_some((address, entry.key.mac, attached))
+        };
+        self.entries.iter().filter_map(move |pair| {
+            let (address, mac, attached) = held(pair)?;
+            let hostname = pair.1.hostname.as_deref();
+            Some(Held {
+                address,
+                mac,
+                hostname,
+                attached,
+            })
+        })
+    }
+
     /// All entries by address.
     pub fn snapshot(&self, now: Instant) -> Vec<LeaseView> {
         let view = |(&address, entry): (&Ipv4Addr, &Entry)| {

@@ -1,10 +1,16 @@
 //! DNS messages as far as a forwarder reads them (RFC 1035 4, RFC 6891 6.1): the header, the one
-//! question, and OPT.
+//! question, and OPT; and the answer section for the egress policy.
+
+mod answer;
+mod name;
 
 use std::ops::Range;
 
 use crate::stats::DropReason;
 use crate::wire::be16;
+
+pub use answer::{Answer, AnswerData, Answers, Malformed, answers, question_name};
+pub use name::Name;
 
 /// Header (RFC 1035 4.1.1).
 pub const HEADER_LEN: usize = 12;
@@ -122,14 +128,24 @@ pub fn is_response(bytes: &[u8]) -> bool {
     bytes.len() >= HEADER_LEN && bytes[2] & FLAG_QR != 0
 }
 
+/// Whether the sender of a response left out what did not fit (RFC 2181 9).
+pub fn is_truncated(response: &[u8]) -> bool {
+    response.get(2).is_some_and(|flags| flags & FLAG_TC != 0)
+}
+
 /// The response code of a response; `None` if it is too short to have one.
 pub fn rcode(bytes: &[u8]) -> Option<u8> {
     bytes.get(3).map(|flags| flags & RCODE_MASK)
 }
 
+/// Whether the message is a whole, successful response to a standard query.
+pub fn is_success(bytes: &[u8]) -> bool {
+    is_response(bytes) && bytes[2] & (OPCODE_MASK | FLAG_TC) == 0 && bytes[3] & RCODE_MASK == 0
+}
+
 /// Whether `answer` answers `query`: a response with the same id and the same question, names
 /// compared without regard to case (RFC 5452 9.1).
-pub fn answers(answer: &[u8], query: &[u8]) -> bool {
+pub fn is_answer_to(answer: &[u8], query: &[u8]) -> bool {
     let Some(end) = question_end(query) else {
         return false;
     };
@@ -206,7 +222,7 @@ fn find_opt(response: &[u8], mut at: usize) -> Option<Range<usize>> {
 }
 
 /// End of the first question. It can't be compressed: there is nothing before it to point to.
-fn question_end(bytes: &[u8]) -> Option<usize> {
+pub fn question_end(bytes: &[u8]) -> Option<usize> {
     let mut at = HEADER_LEN;
     loop {
         let len = *bytes.get(at)?;
@@ -227,19 +243,27 @@ fn question_end(bytes: &[u8]) -> Option<usize> {
 struct Record {
     kind: u16,
     class: u16,
+    ttl_secs: u32,
     /// Where the fixed fields start: behind the name.
     fixed_at: usize,
+    /// Where it ends: behind its data.
     end: usize,
 }
 
 impl Record {
     fn parse(bytes: &[u8], at: usize) -> Option<Self> {
-        let fixed_at = name_end(bytes, at)?;
+        Self::behind_name(bytes, name_end(bytes, at)?)
+    }
+
+    fn behind_name(bytes: &[u8], fixed_at: usize) -> Option<Self> {
         let fixed = bytes.get(fixed_at..fixed_at + RECORD_FIXED_LEN)?;
         let end = fixed_at + RECORD_FIXED_LEN + usize::from(be16(fixed, 8));
+        // RFC 2181 8: a TTL with its top bit set counts as 0.
+        let ttl = u32::from(be16(fixed, 4)) << 16 | u32::from(be16(fixed, 6));
         (end <= bytes.len()).then_some(Self {
             kind: be16(fixed, 0),
             class: be16(fixed, 2),
+            ttl_secs: if ttl >> 31 == 0 { ttl } else { 0 },
             fixed_at,
             end,
         })
@@ -263,3 +287,6 @@ fn name_end(bytes: &[u8], mut at: usize) -> Option<usize> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

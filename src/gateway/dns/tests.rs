@@ -1,7 +1,9 @@
 use super::message::{HEADER_LEN, PAYLOAD_MAX_PLAIN, QUERY_LEN_MAX, Rcode};
 use super::*;
+use crate::gateway::Lan6;
 use crate::gateway::testing::{GUEST, GUEST_ADDRESS, Kept, PORT, lan, parse, udp_frame};
 use crate::wire::Body;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 /// id 0xabcd, RD, one question "vm.example" A IN.
 fn question() -> Vec<u8> {
@@ -106,7 +108,7 @@ fn a_query_goes_out_and_its_answer_comes_back() {
         assert_eq!(query.message, message);
         assert_eq!(
             (query.port, query.reply_to),
-            (PORT, (GUEST, GUEST_ADDRESS, 40_000))
+            (PORT, (GUEST, GUEST_ADDRESS.into(), 40_000))
         );
         assert!(lab.out.frames.is_empty());
         let answer = answer_to(&message, 3);
@@ -378,11 +380,116 @@ fn failures_repeat_the_question() {
         [0xab, 0xcd, 0x81, 0x82, 0, 1, 0, 0, 0, 0, 0, 0]
     );
     assert_eq!(failure[12..], question()[12..]);
-    assert!(message::answers(&failure, &query));
+    assert!(message::is_answer_to(&failure, &query));
     assert_eq!(message::rcode(&failure), Some(2));
     assert_eq!(
         message::failure(&query[..14], Rcode::ServFail).len(),
         HEADER_LEN
     );
     assert_eq!(PAYLOAD_MAX_PLAIN, 512);
+}
+
+const LAN6: Lan6 = Lan6 {
+    link_local: Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1),
+    address: Ipv6Addr::new(0xfd00, 0, 0, 1, 0, 0, 0, 1),
+    prefix: 64,
+};
+const GUEST6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0, 0, 1, 0, 0, 0, 0x77);
+const GUEST6_LOCAL: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0x77);
+
+fn lan6() -> LanConfig {
+    LanConfig {
+        v6: Some(LAN6),
+        ..lan()
+    }
+}
+
+fn udp6_frame(source: Ipv6Addr, to: (Mac, Ipv6Addr, u16), payload: &[u8]) -> Vec<u8> {
+    let mut frame = vec![0; UDP6_PAYLOAD_AT + payload.len()];
+    frame[UDP6_PAYLOAD_AT..].copy_from_slice(payload);
+    write_udp6(&mut frame, (GUEST, source, 40_000), to, payload.len());
+    frame
+}
+
+#[test]
+fn over_ipv6_the_answer_comes_from_the_address_that_was_asked() {
+    let mut lab = Lab::with(lan6());
+    for (source, gateway) in [
+        (GUEST6, LAN6.address),
+        (GUEST6_LOCAL, LAN6.link_local),
+        (GUEST6_LOCAL, LAN6.address),
+        (GUEST6, LAN6.link_local),
+    ] {
+        let frame = udp6_frame(source, (lan().mac, gateway, DNS_PORT), &question());
+        let packet = parse(&frame);
+        assert!(lab.service.claims(&packet));
+        assert_eq!(lab.service.handle(&packet, lab.now, &mut lab.out), Ok(()));
+        let query = lab.service.poll_query().unwrap();
+        assert_eq!(query.reply_to, (GUEST, source.into(), 40_000));
+        let answer = answer_to(&question(), 2);
+        assert_eq!(lab.answer(query.id, answer.clone()), Ok(()));
+        let frame = lab.out.take();
+        // Parsed, so its checksum is right.
+        let packet = parse(&frame);
+        let Body::Ipv6(ip) = packet.body else {
+            panic!("{:?}", packet.body)
+        };
+        let Transport::Udp(udp) = ip.transport else {
+            panic!("{:?}", ip.transport)
+        };
+        assert_eq!((packet.source, packet.destination), (lan().mac, GUEST));
+        assert_eq!((ip.source, ip.destination), (gateway, source));
+        assert_eq!((udp.source_port, udp.destination_port), (DNS_PORT, 40_000));
+        assert_eq!((udp.payload, frame.len()), (&answer[..], 62 + answer.len()));
+    }
+    assert!(lab.service.per_mac.is_empty() && lab.service.per_port.is_empty());
+}
+
+#[test]
+fn over_ipv6_answers_are_cut_to_the_mtu_less_its_headers() {
+    let query = with_opt(question(), 65_535);
+    let fits = ((1_500 - 48 - query.len()) / 16) as u16;
+    for (records, whole) in [(fits, true), (fits + 1, false)] {
+        let mut lab = Lab::with(lan6());
+        let to = (lan().mac, LAN6.address, DNS_PORT);
+        let frame = udp6_frame(GUEST6, to, &query);
+        lab.service
+            .handle(&parse(&frame), lab.now, &mut lab.out)
+            .unwrap();
+        let id = lab.service.poll_query().unwrap().id;
+        let answer = answer_to(&query, records);
+        lab.answer(id, answer.clone()).unwrap();
+        let frame = lab.out.take();
+        assert!(frame.len() <= 14 + 1_500);
+        assert_eq!(frame.ends_with(&answer), whole);
+        assert_eq!(lab.service.counters.truncated, u64::from(!whole));
+    }
+}
+
+#[test]
+fn over_ipv6_only_guests_by_unicast_and_only_where_there_is_ipv6() {
+    let (mac, gateway) = (lan().mac, LAN6.address);
+    let outside = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
+    for (mac, source, reason) in [
+        (mac, outside, DropReason::ForeignSource),
+        (mac, gateway, DropReason::ForeignSource),
+        (mac, Ipv6Addr::UNSPECIFIED, DropReason::ForeignSource),
+        (mac, Ipv6Addr::LOCALHOST, DropReason::ForeignSource),
+        (
+            Mac([0x33, 0x33, 0, 0, 0, 1]),
+            GUEST6,
+            DropReason::ForbiddenDestination,
+        ),
+    ] {
+        let mut lab = Lab::with(lan6());
+        let frame = udp6_frame(source, (mac, gateway, DNS_PORT), &question());
+        let packet = parse(&frame);
+        let handled = lab.service.handle(&packet, lab.now, &mut lab.out);
+        assert_eq!(handled, Err(reason), "{source}");
+        assert_eq!(lab.service.outstanding(), 0);
+    }
+    let frame = udp6_frame(GUEST6, (mac, gateway, DNS_PORT), &question());
+    assert!(!DnsService::new(lan()).claims(&parse(&frame)));
+    let frame = udp6_frame(GUEST6, (mac, outside, DNS_PORT), &question());
+    assert!(!DnsService::new(lan6()).claims(&parse(&frame)));
 }

@@ -4,11 +4,11 @@ use smoltcp::iface::{Config, Interface, SocketSet};
 use smoltcp::phy::{self, ChecksumCapabilities, DeviceCapabilities, Medium};
 use smoltcp::wire::HardwareAddress;
 
-use super::syn::{Peer, TCP_HEADER_LEN, be32};
+use super::syn::{Peer, TCP_HEADER_LEN, be32, family_of, ip_header_len};
 use crate::frame::{ETH_HEADER_LEN, Instant};
 use crate::gateway::Outbox;
 use crate::offload::{Csum, Gso, Offload};
-use crate::wire::{self, ETHERTYPE_IPV4, IPV4_HEADER_LEN, PROTO_TCP, Tcp, be16, checksum};
+use crate::wire::{self, ETHERTYPE_IPV4, ETHERTYPE_IPV6, Family, PROTO_TCP, Tcp, be16, checksum};
 
 /// MTU that smoltcp believes in: its segments are super-frames.
 const ENGINE_MTU: usize = 65_535;
@@ -32,6 +32,8 @@ pub fn interface(seed: u64, now: Instant) -> Interface {
 /// What a sent segment told the guest.
 #[derive(Clone, Copy)]
 pub struct Shown {
+    /// Sequence number.
+    pub sequence: u32,
     /// Acknowledgment number.
     pub acknowledged: u32,
     /// Right edge of the window.
@@ -138,11 +140,22 @@ impl<O: Outbox + ?Sized> phy::TxToken for TxToken<'_, O> {
 /// Turns the IP packet behind a frame's Ethernet header, as smoltcp wrote it, into a frame for the
 /// guest.
 fn finish(frame: &mut [u8], peer: &Peer, window_shift: u8) -> (Offload, Option<Shown>) {
-    wire::write_ethernet(frame, peer.guest, peer.gateway, ETHERTYPE_IPV4);
-    let (ip, tcp) = frame[ETH_HEADER_LEN..].split_at_mut(IPV4_HEADER_LEN);
-    let sum = !checksum::fold(checksum::sum(ip) - u64::from(be16(ip, 10)));
-    ip[10..12].copy_from_slice(&sum.to_be_bytes());
-    let pseudo = checksum::sum(&ip[12..20]) + u64::from(PROTO_TCP) + tcp.len() as u64;
+    let family = family_of(&frame[ETH_HEADER_LEN..]);
+    let ethertype = match family {
+        Family::V4 => ETHERTYPE_IPV4,
+        Family::V6 => ETHERTYPE_IPV6,
+    };
+    wire::write_ethernet(frame, peer.guest, peer.gateway, ethertype);
+    let (ip, tcp) = frame[ETH_HEADER_LEN..].split_at_mut(ip_header_len(family));
+    let addresses = match family {
+        Family::V4 => {
+            let sum = !checksum::fold(checksum::sum(ip) - u64::from(be16(ip, 10)));
+            ip[10..12].copy_from_slice(&sum.to_be_bytes());
+            &ip[12..20]
+        }
+        Family::V6 => &ip[8..40],
+    };
+    let pseudo = checksum::sum(addresses) + u64::from(PROTO_TCP) + tcp.len() as u64;
     tcp[16..18].copy_from_slice(&checksum::fold(pseudo).to_be_bytes());
 
     let header_len = usize::from(tcp[12] >> 4) * 4;
@@ -160,16 +173,20 @@ fn finish(frame: &mut [u8], peer: &Peer, window_shift: u8) -> (Offload, Option<S
         window << shift
     };
     let shown = (flags & Tcp::RST == 0).then(|| Shown {
+        sequence: be32(tcp, 4),
         acknowledged,
         edge: acknowledged.wrapping_add(scaled),
         window_shift: shift,
     });
     let gso = if tcp.len() - header_len > usize::from(peer.mss) {
-        Gso::Tcp4(peer.mss)
+        match family {
+            Family::V4 => Gso::Tcp4(peer.mss),
+            Family::V6 => Gso::Tcp6(peer.mss),
+        }
     } else {
         Gso::None
     };
-    let start = (ETH_HEADER_LEN + IPV4_HEADER_LEN) as u16;
+    let start = (ETH_HEADER_LEN + ip_header_len(family)) as u16;
     (
         Offload {
             csum: Csum::Partial { start, offset: 16 },

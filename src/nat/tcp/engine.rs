@@ -13,15 +13,17 @@
 //! A panic that slips through ends the flow, not the LAN: [`TcpEngine`] calls are made under
 //! `catch_unwind` by the flow that owns the engine.
 
+use std::net::SocketAddr;
+
 use smoltcp::iface::{Interface, PollResult};
 use smoltcp::socket::tcp;
 
 use super::device::{Device, Shown, interface};
-use super::syn::{Peer, SYN_LEN, SavedSyn, set_cut};
+use super::syn::{Peer, SYN_LEN_MAX, SavedSyn, set_cut};
 use crate::frame::Instant;
 use crate::gateway::Outbox;
 use crate::sys::arena::TcpSocket;
-use crate::wire::{Ipv4, Tcp};
+use crate::wire::{Ip, Tcp};
 
 /// Where the guest's end of a flow stands.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -40,7 +42,7 @@ pub trait TcpEngine {
     /// Takes a segment of the guest; may answer through `out` at once.
     fn handle_segment<O: Outbox + ?Sized>(
         &mut self,
-        ip: &Ipv4<'_>,
+        ip: &Ip<'_>,
         tcp: &Tcp<'_>,
         now: Instant,
         peer: &Peer,
@@ -55,6 +57,9 @@ pub trait TcpEngine {
 
     /// State.
     fn phase(&self) -> Phase;
+
+    /// Whether the segment asks for an ACK that shows us alive (RFC 9293 3.8.4).
+    fn is_keep_alive(&self, tcp: &Tcp<'_>) -> bool;
 
     /// Whether the guest's FIN has arrived and all data before it was taken.
     fn guest_finished(&self) -> bool;
@@ -90,6 +95,8 @@ pub struct SmolEngine {
     socket: TcpSocket,
     /// Right edge of the newest window shown to the guest.
     edge: u32,
+    /// Sequence number of the newest segment sent.
+    sequence: u32,
     /// Newest acknowledgment number shown to the guest.
     acknowledged: u32,
     /// End of the highest data fed: above `acknowledged`, the ring holds out-of-order data.
@@ -114,30 +121,60 @@ impl SmolEngine {
         peer: &Peer,
         out: &mut O,
     ) -> Self {
-        let port = syn.destination_port();
-        let address = syn.destination();
+        let at = syn.destination();
         socket.with_socket(|socket| {
             // One ACK per batch comes from polling at its end; a delay would stall IW10 by 10 ms.
             socket.set_ack_delay(None);
             socket.set_nagle_enabled(false);
             socket
-                .listen((address, port))
+                .listen((at.ip(), at.port()))
                 .expect("a fresh socket listens on a port above zero");
         });
         let mut engine = Self {
             interface: interface(seed, now),
             socket,
             edge: 0,
+            sequence: 0,
             acknowledged: 0,
             highest: syn.sequence().wrapping_add(1),
             window_shift: 0,
             reset: false,
             parked: false,
         };
-        let mut copy = [0; SYN_LEN];
+        let mut copy = [0; SYN_LEN_MAX];
         let syn = syn.rewritten(peer.segment_bytes(), &mut copy);
         engine.feed(syn, now, peer, out);
         engine
+    }
+
+    /// A socket that opens a connection to the guest; [`TcpEngine::poll_egress`] sends the SYN. `None`:
+    /// an address or port is zero, or their families differ.
+    pub fn connect(
+        mut socket: TcpSocket,
+        seed: u64,
+        (from, guest): (SocketAddr, SocketAddr),
+        now: Instant,
+    ) -> Option<Self> {
+        let mut interface = interface(seed, now);
+        let context = interface.context();
+        socket
+            .with_socket(|socket| {
+                socket.set_ack_delay(None);
+                socket.set_nagle_enabled(false);
+                socket.connect(context, guest, from)
+            })
+            .ok()?;
+        Some(Self {
+            interface,
+            socket,
+            edge: 0,
+            sequence: 0,
+            acknowledged: 0,
+            highest: 0,
+            window_shift: 0,
+            reset: false,
+            parked: false,
+        })
     }
 
     fn feed<O: Outbox + ?Sized>(&mut self, packet: &[u8], now: Instant, peer: &Peer, out: &mut O) {
@@ -150,8 +187,32 @@ impl SmolEngine {
         self.note(shown);
     }
 
+    /// Answers a SYN in a connection that is open with an ACK (RFC 9293 3.10.7.4): a guest that was
+    /// restarted says RST to that, and its next SYN finds the way free. smoltcp ignores such a SYN, but
+    /// challenges, once a second at most, an ACK of what was never sent.
+    fn challenge<O: Outbox + ?Sized>(
+        &mut self,
+        ip: &Ip<'_>,
+        tcp: &Tcp<'_>,
+        now: Instant,
+        peer: &Peer,
+        out: &mut O,
+    ) {
+        /// More than any ring holds, less than half of the sequence space.
+        const BEYOND: u32 = 1 << 30;
+        let mut copy = ip.packet[..ip.header_len + tcp.header.len()].to_vec();
+        set_cut(&mut copy, ip.header_len);
+        let header = &mut copy[ip.header_len..];
+        header[4..8].copy_from_slice(&self.acknowledged.to_be_bytes());
+        let never_sent = self.sequence.wrapping_add(BEYOND);
+        header[8..12].copy_from_slice(&never_sent.to_be_bytes());
+        header[13] = Tcp::ACK;
+        self.feed(&copy, now, peer, out);
+    }
+
     fn note(&mut self, shown: Option<Shown>) {
         if let Some(shown) = shown {
+            self.sequence = shown.sequence;
             self.edge = shown.edge;
             self.acknowledged = shown.acknowledged;
             self.window_shift = shown.window_shift;
@@ -162,21 +223,37 @@ impl SmolEngine {
 impl TcpEngine for SmolEngine {
     fn handle_segment<O: Outbox + ?Sized>(
         &mut self,
-        ip: &Ipv4<'_>,
+        ip: &Ip<'_>,
         tcp: &Tcp<'_>,
         now: Instant,
         peer: &Peer,
         out: &mut O,
     ) {
+        let fresh = tcp.flags & (Tcp::SYN | Tcp::ACK) == Tcp::SYN;
+        if fresh && self.phase() == Phase::Open {
+            self.challenge(ip, tcp, now, peer, out);
+            return;
+        }
         if tcp.flags & Tcp::SYN != 0 {
             if let Some(syn) = SavedSyn::new(ip, tcp) {
-                let mut copy = [0; SYN_LEN];
+                let answer = tcp.flags & Tcp::ACK != 0 && self.phase() == Phase::Handshake;
+                if answer && !syn.scales() {
+                    // Neither side scales unless both do.
+                    self.window_shift = 0;
+                }
+                let mut copy = [0; SYN_LEN_MAX];
                 self.feed(
                     syn.rewritten(peer.segment_bytes(), &mut copy),
                     now,
                     peer,
                     out,
                 );
+                if answer {
+                    // The answer to our SYN. Its ACK goes out at once: that shows the guest the window
+                    // which everything it sends from here on is measured against.
+                    self.highest = tcp.sequence.wrapping_add(1);
+                    self.poll_egress(now, peer, out);
+                }
             }
             return;
         }
@@ -243,6 +320,13 @@ impl TcpEngine for SmolEngine {
             tcp::State::SynReceived | tcp::State::SynSent => Phase::Handshake,
             _ => Phase::Open,
         }
+    }
+
+    fn is_keep_alive(&self, tcp: &Tcp<'_>) -> bool {
+        let flags = tcp.flags & (Tcp::SYN | Tcp::FIN | Tcp::RST | Tcp::ACK);
+        flags == Tcp::ACK
+            && tcp.payload.len() <= 1
+            && tcp.sequence == self.acknowledged.wrapping_sub(1)
     }
 
     fn guest_finished(&self) -> bool {

@@ -1,6 +1,6 @@
 //! One flow: its two ends and the bytes between them.
 
-use std::net::SocketAddrV4;
+use std::net::SocketAddr;
 
 use super::engine::{Phase, SmolEngine, TcpEngine};
 use super::syn::{Peer, SavedSyn};
@@ -26,8 +26,8 @@ const BROKEN_LINGER: Duration = Duration::from_secs(2);
 /// A guest's connection as its segments name it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct FlowKey {
-    pub guest: SocketAddrV4,
-    pub outside: SocketAddrV4,
+    pub guest: SocketAddr,
+    pub outside: SocketAddr,
 }
 
 /// Where a flow stands.
@@ -50,6 +50,10 @@ pub struct Flow {
     /// The host socket may have something to read (edge-triggered: true until it says "blocked").
     pub host_readable: bool,
     pub host_writable: bool,
+    /// The guest chose where it goes, so the egress policy decided about it.
+    pub is_judged: bool,
+    /// The connection came from outside, through a forward.
+    pub from_outside: bool,
     /// EOF was read from the host and passed on as FIN.
     pub host_finished: bool,
     /// The guest's FIN was passed on as SHUT_WR.
@@ -61,6 +65,8 @@ pub struct Flow {
     pub dirty: bool,
     /// Data moved since ring memory was last given back.
     pub touched: bool,
+    /// The guest sends keep-alives, so the host's socket does too.
+    pub watched: bool,
     pub active_at: Instant,
     /// When the wheel will call for this flow.
     pub armed: Option<Instant>,
@@ -77,29 +83,34 @@ pub enum Rest {
 }
 
 impl Flow {
-    /// A flow whose host socket has begun to connect.
-    pub fn connecting(
+    /// A flow whose host socket has begun to connect, or (with an engine) one that came from outside
+    /// and whose SYN to the guest is under way.
+    pub fn new(
         key: FlowKey,
         port: PortId,
         peer: Peer,
         host: SockId,
-        syn: SavedSyn,
+        state: State,
         now: Instant,
     ) -> Self {
+        let from_outside = matches!(state, State::Open(_));
         Self {
             key,
             port,
             peer,
             host,
-            state: State::Connecting(Box::new(syn)),
-            host_readable: false,
-            host_writable: false,
+            state,
+            host_readable: from_outside,
+            host_writable: from_outside,
+            is_judged: false,
+            from_outside,
             host_finished: false,
             guest_finished: false,
             broken_at: None,
             busy: false,
             dirty: false,
             touched: false,
+            watched: false,
             active_at: now,
             armed: None,
         }
@@ -166,6 +177,8 @@ impl Flow {
                     0
                 }
                 Io::Eof if self.broken_at.is_none() => {
+                    // A sign of life: the guest has the closing timer's time from here on.
+                    self.active_at = now;
                     self.host_finished = true;
                     0
                 }

@@ -1,13 +1,25 @@
 //! The SYN of a flow: kept while the host connects, and what it says of the guest.
 
-use std::net::Ipv4Addr;
+use std::net::SocketAddr;
 
 use crate::frame::Mac;
-use crate::wire::{IPV4_HEADER_LEN, Ipv4, Tcp, be16};
+use crate::wire::ipv6::{IPV6_HEADER_LEN, address_at};
+use crate::wire::{Family, IPV4_HEADER_LEN, Ip, Tcp, be16};
 
 /// Largest payload of a super-frame: with its Ethernet, IP and TCP headers 65,535 bytes, the most
 /// that a tap passes whole (its gso_max_size is 65,536).
-const PAYLOAD_MAX: u16 = 65_535 - 14 - 20 - 20;
+const fn payload_max(family: Family) -> u16 {
+    (65_535 - 14 - TCP_HEADER_LEN - ip_header_len(family)) as u16
+}
+
+/// IP header as lanlet and smoltcp write it.
+pub const fn ip_header_len(family: Family) -> usize {
+    match family {
+        Family::V4 => IPV4_HEADER_LEN,
+        Family::V6 => IPV6_HEADER_LEN,
+    }
+}
+
 /// TCP header without options.
 pub const TCP_HEADER_LEN: usize = 20;
 /// Segments that one super-frame may become: the kernel's own GSO_MAX_SEGS is 65,535, but a guest
@@ -18,6 +30,8 @@ const SUPER_FRAME_SEGMENTS_MAX: u16 = 64;
 pub const MSS_MIN: u16 = 48;
 /// MSS of a SYN without the option (RFC 9293 3.7.1, MUST-15).
 const MSS_DEFAULT: u16 = 536;
+/// The same of IPv6: 1,280 less headers (RFC 9293 3.7.1).
+const MSS_DEFAULT6: u16 = 1220;
 
 /// The guest of a flow, as frames to it need it.
 #[derive(Clone, Copy, Debug)]
@@ -28,34 +42,55 @@ pub struct Peer {
     pub guest: Mac,
     /// Payload bytes of one packet to the guest.
     pub mss: u16,
-    /// MSS shown to the guest in the SYN-ACK.
+    /// MSS shown to the guest in the SYN or SYN-ACK.
     pub our_mss: u16,
+    /// Payload of a super-frame at most.
+    payload_max: u16,
 }
 
 impl Peer {
     /// The peer that sent `syn`, on a LAN of this MTU.
-    pub fn from_syn(gateway: Mac, guest: Mac, syn: &Tcp<'_>, mtu: u16) -> Self {
-        let our_mss = mtu - (IPV4_HEADER_LEN + TCP_HEADER_LEN) as u16;
+    pub fn from_syn((gateway, guest): (Mac, Mac), family: Family, syn: &Tcp<'_>, mtu: u16) -> Self {
+        let our_mss = mtu - (ip_header_len(family) + TCP_HEADER_LEN) as u16;
+        let payload_max = payload_max(family);
+        let default = match family {
+            Family::V4 => MSS_DEFAULT,
+            Family::V6 => MSS_DEFAULT6,
+        };
         let mss = syn_mss(syn.header)
-            .unwrap_or(MSS_DEFAULT)
-            .clamp(MSS_MIN, our_mss.clamp(MSS_MIN, PAYLOAD_MAX));
+            .unwrap_or(default)
+            .clamp(MSS_MIN, our_mss.clamp(MSS_MIN, payload_max));
         Self {
             gateway,
             guest,
             mss,
             our_mss,
+            payload_max,
+        }
+    }
+
+    /// The guest that a connection from outside goes to. What it takes is known when it answers.
+    pub fn unanswered(macs: (Mac, Mac), family: Family, mtu: u16) -> Self {
+        let (gateway, guest) = macs;
+        Self {
+            gateway,
+            guest,
+            mss: MSS_MIN,
+            our_mss: mtu - (ip_header_len(family) + TCP_HEADER_LEN) as u16,
+            payload_max: payload_max(family),
         }
     }
 
     /// Payload of the largest super-frame: whole segments, so that none leaves a short tail.
     pub fn segment_bytes(&self) -> u16 {
-        (PAYLOAD_MAX / self.mss).min(SUPER_FRAME_SEGMENTS_MAX) * self.mss
+        (self.payload_max / self.mss).min(SUPER_FRAME_SEGMENTS_MAX) * self.mss
     }
 }
 
-/// The SYN as smoltcp sees it: no IP options, 12 bytes of TCP options.
-pub const SYN_LEN: usize = IPV4_HEADER_LEN + TCP_HEADER_LEN + 12;
-/// A saved SYN: IP and TCP headers with all their options.
+/// The SYN as smoltcp sees it at most: no IP options, 12 bytes of TCP options.
+pub const SYN_LEN_MAX: usize = IPV6_HEADER_LEN + SYN_TCP_LEN;
+const SYN_TCP_LEN: usize = TCP_HEADER_LEN + 12;
+/// A saved SYN: IP and TCP headers with all their options. (IPv6 extension headers never come here.)
 const SAVED_SYN_LEN_MAX: usize = 60 + 60;
 
 /// A guest's SYN, kept while the host's connection is being made.
@@ -68,7 +103,7 @@ pub struct SavedSyn {
 
 impl SavedSyn {
     /// Keeps the headers of `tcp`; data on a SYN is left for the guest to send again.
-    pub fn new(ip: &Ipv4<'_>, tcp: &Tcp<'_>) -> Option<Self> {
+    pub fn new(ip: &Ip<'_>, tcp: &Tcp<'_>) -> Option<Self> {
         let len = ip.header_len + tcp.header.len();
         let mut packet = [0; SAVED_SYN_LEN_MAX];
         packet.get_mut(..len)?.copy_from_slice(&ip.packet[..len]);
@@ -85,23 +120,25 @@ impl SavedSyn {
         &self.packet[..usize::from(self.len)]
     }
 
+    /// Whether it has the window scale option (RFC 7323 2.2).
+    pub fn scales(&self) -> bool {
+        options_of(self.tcp_header()).any(|option| matches!(option, [3, 3, _]))
+    }
+
     fn tcp_header(&self) -> &[u8] {
         &self.packet()[usize::from(self.ip_header_len)..]
     }
 
-    /// Destination address.
-    pub fn destination(&self) -> Ipv4Addr {
-        Ipv4Addr::new(
-            self.packet[16],
-            self.packet[17],
-            self.packet[18],
-            self.packet[19],
-        )
-    }
-
-    /// Destination port.
-    pub fn destination_port(&self) -> u16 {
-        be16(self.tcp_header(), 2)
+    /// Where the guest connects to.
+    pub fn destination(&self) -> SocketAddr {
+        let port = be16(self.tcp_header(), 2);
+        match family_of(&self.packet) {
+            Family::V4 => {
+                let octets: [u8; 4] = self.packet[16..20].try_into().expect("four bytes");
+                SocketAddr::from((octets, port))
+            }
+            Family::V6 => SocketAddr::new(address_at(&self.packet, 24).into(), port),
+        }
     }
 
     /// Initial sequence number of the guest.
@@ -111,12 +148,17 @@ impl SavedSyn {
 
     /// The SYN as smoltcp shall see it: MSS of a super-frame, window scale and SACK as the guest
     /// offered them, nothing else.
-    pub fn rewritten<'a>(&self, mss: u16, out: &'a mut [u8; SYN_LEN]) -> &'a [u8] {
+    pub fn rewritten<'a>(&self, mss: u16, out: &'a mut [u8; SYN_LEN_MAX]) -> &'a [u8] {
         let header = self.tcp_header();
-        out[..IPV4_HEADER_LEN].copy_from_slice(&self.packet[..IPV4_HEADER_LEN]);
-        out[0] = 0x45;
-        out[2..4].copy_from_slice(&(SYN_LEN as u16).to_be_bytes());
-        let tcp = &mut out[IPV4_HEADER_LEN..];
+        let family = family_of(&self.packet);
+        let ip_header_len = ip_header_len(family);
+        let out = &mut out[..ip_header_len + SYN_TCP_LEN];
+        out[..ip_header_len].copy_from_slice(&self.packet[..ip_header_len]);
+        if family == Family::V4 {
+            out[0] = 0x45;
+        }
+        set_len(out);
+        let tcp = &mut out[ip_header_len..];
         tcp[..TCP_HEADER_LEN].copy_from_slice(&header[..TCP_HEADER_LEN]);
         tcp[12] = (((TCP_HEADER_LEN + 12) / 4) << 4) as u8;
         let mut options = [1u8; 12];
@@ -170,9 +212,28 @@ fn options_of(header: &[u8]) -> impl Iterator<Item = &[u8]> {
     })
 }
 
-/// Clears FIN and sets the IP total length to the copy's length.
+/// Clears FIN and sets the IP header's length to the copy's length.
 pub fn set_cut(packet: &mut [u8], ip_header_len: usize) {
-    let total = packet.len() as u16;
-    packet[2..4].copy_from_slice(&total.to_be_bytes());
+    set_len(packet);
     packet[ip_header_len + 13] &= !Tcp::FIN;
+}
+
+/// Writes a packet's length into its IP header.
+fn set_len(packet: &mut [u8]) {
+    let total = packet.len();
+    match family_of(packet) {
+        Family::V4 => packet[2..4].copy_from_slice(&(total as u16).to_be_bytes()),
+        Family::V6 => {
+            let payload_len = (total - IPV6_HEADER_LEN) as u16;
+            packet[4..6].copy_from_slice(&payload_len.to_be_bytes());
+        }
+    }
+}
+
+/// The family of a packet that was parsed or written here.
+pub fn family_of(packet: &[u8]) -> Family {
+    match packet[0] >> 4 {
+        6 => Family::V6,
+        _ => Family::V4,
+    }
 }

@@ -1,7 +1,7 @@
 //! The NAT's TCP against a second smoltcp as the guest and a scripted host, under a virtual clock.
 
 use std::collections::VecDeque;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
 use smoltcp::phy::{ChecksumCapabilities, Device, DeviceCapabilities, Medium, RxToken, TxToken};
@@ -9,13 +9,19 @@ use smoltcp::socket::tcp;
 use smoltcp::wire::{HardwareAddress, IpCidr};
 
 use super::*;
-use crate::frame::Duration;
 use crate::nat::SockId;
-use crate::nat::testing::{self, Connect, FakeUplink, FrameLog, GUEST, GUEST_MAC};
+use crate::nat::testing::{self, Connect, FakeUplink, FrameLog, GUEST, GUEST_MAC, GUEST6};
 use crate::offload::{Csum, Gso};
 use crate::wire::Body;
 
-const SERVER: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(198, 51, 100, 2), 80);
+mod rfc5382;
+
+const SERVER6: SocketAddr = SocketAddr::new(
+    IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 2)),
+    80,
+);
+const SERVER: SocketAddr =
+    SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::new(198, 51, 100, 2)), 80);
 
 /// The guest's network card: IP packets in and out.
 #[derive(Default)]
@@ -66,6 +72,10 @@ impl Device for Card {
 
 /// A guest, the NAT and the host.
 struct Lab {
+    /// Where the guest connects to.
+    server: SocketAddr,
+    /// The guest's address of the same family.
+    address: IpAddr,
     nat: TcpNat,
     up: FakeUplink,
     log: FrameLog,
@@ -79,14 +89,25 @@ struct Lab {
 
 impl Lab {
     fn new() -> Self {
+        Self::with(SERVER, GUEST.into())
+    }
+
+    /// The same over IPv6.
+    fn new6() -> Self {
+        Self::with(SERVER6, GUEST6.into())
+    }
+
+    fn with(server: SocketAddr, address: IpAddr) -> Self {
         let now = Instant::from_secs(100);
         let mut card = Card::default();
         let mut config = Config::new(HardwareAddress::Ip);
         config.random_seed = 7;
         let mut guest = Interface::new(config, &mut card, now);
-        guest.update_ip_addrs(|addresses| addresses.push(IpCidr::new(GUEST.into(), 24)).unwrap());
+        guest.update_ip_addrs(|addresses| addresses.push(IpCidr::new(address.into(), 24)).unwrap());
         guest.set_any_ip(true);
         Lab {
+            server,
+            address,
             nat: TcpNat::new(testing::lan(), 64, now),
             up: FakeUplink::new(1),
             log: FrameLog::default(),
@@ -105,8 +126,8 @@ impl Lab {
         socket
             .connect(
                 self.guest.context(),
-                (*SERVER.ip(), SERVER.port()),
-                (GUEST, port),
+                (self.server.ip(), self.server.port()),
+                (self.address, port),
             )
             .unwrap();
         self.sockets.add(socket)
@@ -119,27 +140,29 @@ impl Lab {
     /// Hands one IP packet of the guest to the NAT.
     fn guest_sends(&mut self, packet: &[u8]) -> Result<(), DropReason> {
         let mut frame = vec![0; 14];
-        crate::wire::write_ethernet(&mut frame, testing::GATEWAY_MAC, GUEST_MAC, 0x0800);
+        let v4 = packet[0] >> 4 == 4;
+        let ethertype = if v4 { 0x0800 } else { 0x86dd };
+        crate::wire::write_ethernet(&mut frame, testing::GATEWAY_MAC, GUEST_MAC, ethertype);
         frame.extend_from_slice(packet);
-        let sum = !crate::wire::checksum::fold(
-            crate::wire::checksum::sum(&frame[14..34]) - u64::from(crate::wire::be16(&frame, 24)),
-        );
-        frame[24..26].copy_from_slice(&sum.to_be_bytes());
+        if v4 {
+            let sum = crate::wire::checksum::sum(&frame[14..34]);
+            let sum = sum - u64::from(crate::wire::be16(&frame, 24));
+            let sum = !crate::wire::checksum::fold(sum);
+            frame[24..26].copy_from_slice(&sum.to_be_bytes());
+        }
         let offload = Offload {
             csum: Csum::Valid,
             ..Offload::default()
         };
         let packet = testing::parse(&frame, offload);
-        let Body::Ipv4(ip) = &packet.body else {
-            panic!("IPv4 only")
-        };
+        let ip = packet.ip().expect("IP only");
         let crate::wire::Transport::Tcp(tcp) = &ip.transport else {
             panic!("TCP only")
         };
         let result = self.nat.handle_packet(
             &packet,
-            (ip, tcp),
-            SERVER,
+            (&ip, tcp),
+            Target::Address(self.server),
             self.now,
             (&mut self.up, &mut self.log),
         );
@@ -185,10 +208,10 @@ impl Lab {
     fn check_frame(&mut self, frame: &[u8], offload: Offload) {
         let packet = testing::parse(frame, offload);
         assert_eq!(packet.destination, GUEST_MAC);
-        if let Gso::Tcp4(mss) = offload.gso {
-            let Body::Ipv4(ip) = &packet.body else {
-                panic!("IPv4 only")
-            };
+        if let Gso::Tcp4(mss) | Gso::Tcp6(mss) = offload.gso {
+            let ip = packet.ip().expect("IP only");
+            let v4 = matches!(offload.gso, Gso::Tcp4(_));
+            assert_eq!(v4, ip.source.is_ipv4());
             let crate::wire::Transport::Tcp(tcp) = &ip.transport else {
                 return;
             };
@@ -486,7 +509,7 @@ fn one_port_can_not_take_all_flows() {
     lab.up.connect_default = Connect::Wait;
     lab.nat = TcpNat::new(testing::lan(), 16, lab.now);
     let syn = |port| {
-        let from = SocketAddrV4::new(GUEST, port);
+        let from = SocketAddr::new(GUEST.into(), port);
         testing::guest_tcp(from, SERVER, (1, 0), (0x02, 1000), &[], b"")
     };
     for port in 1..=12 {
@@ -495,7 +518,7 @@ fn one_port_can_not_take_all_flows() {
     assert_eq!(lab.guest_sends(&syn(13)[14..]), Err(DropReason::Limit));
     assert_eq!(lab.nat.len(), 12);
     // A reset connect frees its place.
-    let from = SocketAddrV4::new(GUEST, 1);
+    let from = SocketAddr::new(GUEST.into(), 1);
     let reset = testing::guest_tcp(from, SERVER, (2, 0), (0x04, 0), &[], b"");
     lab.guest_sends(&reset[14..]).unwrap();
     assert_eq!(lab.guest_sends(&syn(13)[14..]), Ok(()));
@@ -512,12 +535,12 @@ fn one_port_can_not_take_all_flows() {
 #[test]
 fn a_stray_segment_is_reset_and_counted() {
     let mut lab = Lab::new();
-    let from = SocketAddrV4::new(GUEST, 5555);
+    let from = SocketAddr::new(GUEST.into(), 5555);
     let ack = testing::guest_tcp(from, SERVER, (1000, 77), (0x10, 1000), &[], b"data");
     assert_eq!(lab.guest_sends(&ack[14..]), Err(DropReason::NoFlow));
     let (frame, offload) = lab.log.pop().unwrap();
     let packet = testing::parse(&frame, offload);
-    let Body::Ipv4(Ipv4 {
+    let Body::Ipv4(crate::wire::Ipv4 {
         transport: crate::wire::Transport::Tcp(tcp),
         ..
     }) = packet.body
@@ -528,7 +551,7 @@ fn a_stray_segment_is_reset_and_counted() {
     // A RST is never answered (RFC 9293 3.10.7.1), and port 0 is nobody's.
     let rst = testing::guest_tcp(from, SERVER, (1000, 77), (0x04, 0), &[], b"");
     assert_eq!(lab.guest_sends(&rst[14..]), Err(DropReason::NoFlow));
-    let zero = SocketAddrV4::new(*SERVER.ip(), 0);
+    let zero = SocketAddr::new(SERVER.ip(), 0);
     let syn = testing::guest_tcp(from, zero, (1000, 0), (0x02, 1000), &[], b"");
     assert_eq!(lab.guest_sends(&syn[14..]), Err(DropReason::Malformed));
     assert!(lab.log.pop().is_none());
@@ -540,7 +563,7 @@ fn flows_and_half_open_connects_are_bounded() {
     lab.up.connect_default = Connect::Wait;
     for port in 1..=70 {
         let syn = testing::guest_tcp(
-            SocketAddrV4::new(GUEST, port),
+            SocketAddr::new(GUEST.into(), port),
             SERVER,
             (1, 0),
             (0x02, 1000),
@@ -565,20 +588,6 @@ fn flows_and_half_open_connects_are_bounded() {
     lab.sleep(TRANSITORY_IDLE + Duration::from_secs(40));
     assert_eq!((lab.nat.len(), lab.up.open_count()), (0, 0));
     assert_eq!(lab.nat.counters().idled_out, 48);
-}
-
-#[test]
-fn an_idle_flow_lives_for_two_hours_and_then_goes() {
-    let mut lab = Lab::new();
-    let handle = lab.connect(1000);
-    lab.settle();
-    lab.now += Duration::from_secs(2 * 3600);
-    lab.settle();
-    assert_eq!(lab.nat.len(), 1);
-    lab.now += Duration::from_secs(5 * 60);
-    lab.settle();
-    assert_eq!((lab.nat.len(), lab.up.open_count()), (0, 0));
-    assert_eq!(lab.socket(handle).state(), tcp::State::Closed);
 }
 
 #[test]
@@ -614,7 +623,7 @@ fn segments_beyond_the_window_neither_panic_nor_truncate() {
     // twice its ring. A segment across the ring's end is noted as received whole, and filling the
     // gap before it overruns the ring.
     let mut lab = Lab::new();
-    let from = SocketAddrV4::new(GUEST, 1000);
+    let from = SocketAddr::new(GUEST.into(), 1000);
     let options = [2, 4, 5, 180, 1, 3, 3, 7];
     let syn = testing::guest_tcp(from, SERVER, (0, 0), (0x02, 65535), &options, b"");
     lab.guest_sends(&syn[14..]).unwrap();
@@ -675,7 +684,7 @@ fn random_segments_never_fault_a_flow() {
         if case % 50 == 0 {
             port = port % 60_000 + 1;
             let syn = testing::guest_tcp(
-                SocketAddrV4::new(GUEST, port),
+                SocketAddr::new(GUEST.into(), port),
                 SERVER,
                 (0, 0),
                 (0x02, 65535),
@@ -702,7 +711,7 @@ fn random_segments_never_fault_a_flow() {
         let len = (next() % 3_000) as usize * if next() % 8 == 0 { 20 } else { 1 };
         let flags = if next() % 4 == 0 { next() as u8 } else { 0x10 };
         let segment = testing::guest_tcp(
-            SocketAddrV4::new(GUEST, port),
+            SocketAddr::new(GUEST.into(), port),
             SERVER,
             (sequence, next() as u32),
             (flags, next() as u16),
@@ -712,4 +721,210 @@ fn random_segments_never_fault_a_flow() {
         let _ = lab.guest_sends(&segment[14..]);
     }
     assert_eq!(lab.nat.counters().faults, 0);
+}
+
+#[test]
+fn ipv6_streams_arrive_whole_in_both_directions() {
+    let mut lab = Lab::new6();
+    let handle = lab.connect(1000);
+    lab.settle();
+    assert_eq!(lab.up.peer(lab.host()), SERVER6);
+    let data = pattern(3_000_000, 1);
+    assert!(upload(&mut lab, handle, &data) == data);
+    let host = lab.host();
+    lab.up.peer_send(host, &data);
+    assert!(download(&mut lab, handle, data.len()) == data);
+    // 1,500 less 40 and 20, in super-frames of whole segments.
+    assert_eq!(lab.largest, (45 * 1440, 1440));
+}
+
+#[test]
+fn ipv6_refusals_are_reset() {
+    let mut lab = Lab::new6();
+    lab.up.connect_default = Connect::Fail(HostError::Refused);
+    let handle = lab.connect(1000);
+    lab.settle();
+    assert_eq!(lab.socket(handle).state(), tcp::State::Closed);
+    assert_eq!((lab.nat.len(), lab.up.open_count()), (0, 0));
+}
+
+impl Lab {
+    /// A guest's server.
+    fn listen(&mut self, port: u16) -> SocketHandle {
+        let ring = |len| tcp::SocketBuffer::new(vec![0; len]);
+        let mut socket = tcp::Socket::new(ring(256 * 1024), ring(256 * 1024));
+        socket.set_ack_delay(None);
+        socket.listen(port).unwrap();
+        self.sockets.add(socket)
+    }
+
+    /// A connection from outside that a forward takes on to the guest's port.
+    fn open_to_guest(&mut self, port: u16, shown: SocketAddr) -> Result<SockId, DropReason> {
+        let owner = SockOwner::Forward(FlowId {
+            slot: 0,
+            generation: 0,
+        });
+        let listener = self.up.listen(owner);
+        self.up.knock(listener, Some(shown));
+        let (host, _) = self.up.accept(listener, owner).unwrap().unwrap();
+        self.up.close(listener);
+        let guest = (SocketAddr::new(self.address, port), GUEST_MAC, PortId(1));
+        self.nat
+            .open_to_guest(host, guest, shown, self.now, &mut self.up)?;
+        Ok(host)
+    }
+}
+
+#[test]
+fn a_connection_from_outside_reaches_the_guests_server() {
+    for (mut lab, client) in [
+        (Lab::new(), "203.0.113.9:5000"),
+        (Lab::new6(), "[2001:db8::9]:5000"),
+    ] {
+        let client: SocketAddr = client.parse().unwrap();
+        let handle = lab.listen(80);
+        let host = lab.open_to_guest(80, client).unwrap();
+        // The client speaks at once, and its end has come before the guest has answered.
+        let data = pattern(500_000, 3);
+        lab.up.peer_send(host, &data);
+        lab.up.peer_shutdown(host);
+        assert!(download(&mut lab, handle, data.len()) == data);
+        let remote = lab.socket(handle).remote_endpoint().unwrap();
+        assert_eq!(
+            (remote.port, IpAddr::from(remote.addr)),
+            (5000, client.ip())
+        );
+        lab.settle();
+        assert_eq!(lab.socket(handle).state(), tcp::State::CloseWait);
+        let answer = pattern(500_000, 4);
+        assert!(upload(&mut lab, handle, &answer) == answer);
+        lab.socket(handle).close();
+        lab.settle();
+        assert_eq!((lab.nat.len(), lab.up.open_count()), (0, 0));
+        let counters = lab.nat.counters();
+        assert_eq!(
+            (counters.accepted, counters.reset, counters.faults),
+            (1, 0, 0)
+        );
+        assert!(!lab.up.closed.last().unwrap().aborted);
+    }
+}
+
+#[test]
+fn a_guest_that_refuses_resets_the_client() {
+    let mut lab = Lab::new();
+    let client = "203.0.113.9:5000".parse().unwrap();
+    lab.open_to_guest(81, client).unwrap();
+    assert!(lab.nat.has_flow(SocketAddr::new(lab.address, 81), client));
+    assert_eq!(lab.open_to_guest(81, client), Err(DropReason::Limit));
+    lab.settle();
+    assert_eq!(lab.nat.len(), 0);
+    assert!(lab.up.closed.last().unwrap().aborted);
+}
+
+#[test]
+fn a_guest_that_is_silent_is_given_up_on() {
+    let mut lab = Lab::new();
+    lab.card.outbox.clear();
+    let client = "203.0.113.9:5000".parse().unwrap();
+    lab.open_to_guest(80, client).unwrap();
+    let mut syns = 0;
+    for _ in 0..300 {
+        lab.now += Duration::from_secs(1);
+        lab.nat.flush(lab.now, &mut lab.up, &mut lab.log);
+        lab.nat.handle_timeout(lab.now, &mut lab.up, &mut lab.log);
+        syns += std::iter::from_fn(|| lab.log.pop()).count();
+    }
+    assert!(syns > 3, "{syns}");
+    assert_eq!(lab.nat.len(), 0);
+    assert!(lab.up.closed.last().unwrap().aborted);
+}
+
+#[test]
+fn a_flood_of_syns_is_held_to_a_rate() {
+    let mut lab = Lab::new();
+    lab.up.connect_default = Connect::FailAtOnce(HostError::Refused);
+    let mut connects = 0u64;
+    for n in 0..200_000u32 {
+        // 100,000 per second.
+        lab.now += Duration::from_micros(10);
+        let from = SocketAddr::new(GUEST.into(), (n % 60_000) as u16 + 1);
+        let syn = testing::guest_tcp(from, SERVER, (n, 0), (Tcp::SYN, 1000), &[], b"");
+        let result = lab.guest_sends(&syn[14..]);
+        connects += u64::from(result == Err(DropReason::HostRefused));
+        lab.log.frames.clear();
+    }
+    let expected = OPENS_BURST + 2 * OPENS_PER_SEC;
+    assert!(connects.abs_diff(expected) < 100, "{connects}");
+    assert_eq!(lab.nat.len(), 0);
+}
+
+#[test]
+fn a_guests_keep_alives_are_answered_and_asked_of_the_outside() {
+    let mut lab = Lab::new();
+    let handle = lab.connect(1000);
+    lab.settle();
+    let host = lab.host();
+    assert!(!lab.up.is_watched(host));
+    let keep_alive = Some(Duration::from_secs(20));
+    lab.socket(handle).set_keep_alive(keep_alive);
+    lab.socket(handle)
+        .set_timeout(Some(Duration::from_secs(60)));
+    lab.sleep(Duration::from_secs(100));
+    assert_eq!(lab.socket(handle).state(), tcp::State::Established);
+    assert!(lab.up.is_watched(host));
+}
+
+#[test]
+fn flows_from_a_lost_address_end_and_the_others_go_on() {
+    let mut lab = Lab::new();
+    lab.up.outbound = Some("198.51.100.1".parse().unwrap());
+    let lost = lab.connect(1000);
+    lab.settle();
+    lab.up.outbound = Some("198.51.100.9".parse().unwrap());
+    let kept = lab.connect(1001);
+    lab.settle();
+    let readdress = |lab: &mut Lab, address: Option<&str>| {
+        let address = address.map(|address| address.parse().unwrap());
+        lab.nat
+            .address_gone(address, lab.now, &mut lab.up, &mut lab.log);
+        lab.settle();
+    };
+    readdress(&mut lab, Some("198.51.100.1"));
+    assert_eq!(lab.socket(lost).state(), tcp::State::Closed);
+    assert_eq!(lab.socket(kept).state(), tcp::State::Established);
+    assert!(lab.up.closed.last().unwrap().aborted);
+    lab.up
+        .host_addresses
+        .insert("198.51.100.9".parse().unwrap());
+    readdress(&mut lab, None);
+    assert_eq!(lab.socket(kept).state(), tcp::State::Established);
+    lab.up.host_addresses.clear();
+    readdress(&mut lab, None);
+    assert_eq!(lab.socket(kept).state(), tcp::State::Closed);
+    assert_eq!(lab.nat.counters().readdressed, 2);
+}
+
+#[test]
+fn out_of_files_the_longest_idle_flow_gives_way() {
+    let mut lab = Lab::new();
+    let oldest = lab.connect(1000);
+    lab.settle();
+    lab.sleep(Duration::from_secs(60));
+    let second = lab.connect(1001);
+    lab.settle();
+    lab.up.open_max = 2;
+    let from = SocketAddr::new(GUEST.into(), 1002);
+    let syn = testing::guest_tcp(from, SERVER, (7, 0), (Tcp::SYN, 1000), &[], b"");
+    assert_eq!(lab.guest_sends(&syn[14..]), Err(DropReason::OutOfFiles));
+    let give_up = |lab: &mut Lab| lab.nat.give_up_idle(lab.now, &mut lab.up, &mut lab.log);
+    assert!(!give_up(&mut lab), "both are in use");
+    lab.sleep(EVICTABLE_IDLE - Duration::from_secs(30));
+    assert!(give_up(&mut lab));
+    assert!(!give_up(&mut lab));
+    lab.settle();
+    assert_eq!(lab.socket(oldest).state(), tcp::State::Closed);
+    assert_eq!(lab.socket(second).state(), tcp::State::Established);
+    assert_eq!(lab.guest_sends(&syn[14..]), Ok(()));
+    assert_eq!(lab.nat.counters().evicted, 1);
 }

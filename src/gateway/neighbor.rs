@@ -1,0 +1,532 @@
+//! Which station has which address: what the gateway needs to reach a guest that has not spoken to it.
+//!
+//! Answers to guests go where the guests' frames came from. A connection that comes in by a forward has
+//! no such frame, so its guest is looked for here.
+//!
+//! # Path
+//! [`Neighbors::observe`] sees every packet for the gateway and learns from ARP and from neighbour
+//! solicitations and advertisements, nothing else: other packets cost one comparison.
+//! [`Neighbors::look_up`] answers at once, or asks the LAN (ARP request, neighbour solicitation) and
+//! lets the caller wait until [`Neighbors::take_news`] says that an answer came.
+//!
+//! # State and timers
+//! An address is believed for [`REACHABLE`], then asked for again; one that does not answer
+//! [`PROBES`] questions [`PROBE_INTERVAL`] apart is forgotten.
+//!
+//! # Limits
+//! [`PORT_ADDRESSES_MAX`] addresses behind a port, the oldest gives way; [`PROBING_MAX`] questions at a
+//! time.
+//!
+//! # Hostile guests
+//! A guest can claim any address that it is the first to have, as on any LAN. It can't take over one
+//! whose owner was heard within [`REACHABLE`], nor one that is leased to another: the caller then says
+//! which MAC it expects, and nobody else's answer counts.
+
+use std::collections::VecDeque;
+use std::net::{IpAddr, Ipv6Addr};
+
+use hashbrown::HashMap;
+
+use super::{LanConfig, Outbox, arp, service_counters};
+use crate::frame::{Duration, ETH_HEADER_LEN, Instant, Mac, PortId, Station};
+use crate::offload::Offload;
+use crate::wire::ipv6::{
+    IPV6_HEADER_LEN, Ipv6Fields, address_at, group_mac, solicited_node, write_ipv6,
+};
+use crate::wire::{
+    Body, ETHERTYPE_IPV6, Ipv6, PROTO_ICMPV6, Packet, Transport, checksum, write_ethernet,
+};
+
+/// How long an address is believed (RFC 4861 10, REACHABLE_TIME).
+pub const REACHABLE: Duration = Duration::from_secs(30);
+/// Questions before an address counts as nobody's (RFC 4861 10, MAX_MULTICAST_SOLICIT).
+pub const PROBES: u8 = 3;
+/// Time between them (RFC 4861 10, RETRANS_TIMER).
+pub const PROBE_INTERVAL: Duration = Duration::from_secs(1);
+/// Addresses behind one port: a guest has one of IPv4 and three of IPv6, one that hosts containers more.
+pub const PORT_ADDRESSES_MAX: usize = 64;
+/// Addresses asked for at a time: as many forwards as a network can have.
+pub const PROBING_MAX: usize = 1_024;
+
+/// Neighbour solicitation and advertisement (RFC 4861 4.3, 4.4).
+const SOLICITATION: u8 = 135;
+const ADVERTISEMENT: u8 = 136;
+/// ICMPv6 header, reserved word and target.
+const SOLICITATION_LEN: usize = 24;
+/// With the option "source link-layer address" (RFC 4861 4.6.1).
+const SOLICITATION_WITH_MAC_LEN: usize = SOLICITATION_LEN + 8;
+/// What no router lets through (RFC 4861 7.1.1).
+const HOP_LIMIT: u8 = 255;
+
+service_counters! {
+    /// What the search for guests came to.
+    NeighborCounters {
+        /// Questions sent.
+        asked = "neighbors_asked",
+        /// Addresses that nobody answered for.
+        silent = "neighbors_silent",
+        /// Claims of an address that another station has.
+        conflicts = "neighbors_conflicts",
+    }
+}
+
+/// What is known of an address.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Reach {
+    /// Its station was heard not long ago.
+    Known(Station),
+    /// It was there; whether it still is was asked.
+    Stale(Station),
+    /// The LAN was asked.
+    Asked,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    station: Station,
+    heard_at: Instant,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Probe {
+    expected: Option<Mac>,
+    next_at: Instant,
+    left: u8,
+}
+
+/// The addresses of guests.
+#[derive(Debug)]
+pub struct Neighbors {
+    lan: LanConfig,
+    known: HashMap<IpAddr, Entry>,
+    /// The addresses behind each port, in the order they were learned.
+    by_port: HashMap<PortId, VecDeque<IpAddr>>,
+    probes: HashMap<IpAddr, Probe>,
+    news: bool,
+    counters: NeighborCounters,
+}
+
+impl Neighbors {
+    /// Nobody is known yet.
+    pub fn new(lan: LanConfig) -> Self {
+        Self {
+            lan,
+            known: HashMap::new(),
+            by_port: HashMap::new(),
+            probes: HashMap::new(),
+            news: false,
+            counters: NeighborCounters::default(),
+        }
+    }
+
+    /// Counters so far.
+    pub fn counters(&self) -> impl Iterator<Item = (&'static str, u64)> + use<> {
+        self.counters.iter()
+    }
+
+    /// Learns from a packet that reached the gateway.
+    #[inline]
+    pub fn observe(&mut self, packet: &Packet<'_>, now: Instant) {
+        let address = match &packet.body {
+            Body::Arp(bytes) => arp::Message::parse(bytes)
+                .ok()
+                .filter(|message| message.sender_mac == packet.source)
+                .map(|message| IpAddr::from(message.sender)),
+            Body::Ipv6(ip) => match ip.transport {
+                Transport::Icmp(message) => spoken_for(ip, message).map(IpAddr::V6),
+                _ => None,
+            },
+            Body::Ipv4(_) | Body::Other(_) => None,
+        };
+        if let Some(address) = address.filter(|&address| self.lan.is_guest_any(address)) {
+            let station = Station {
+                mac: packet.source,
+                port: packet.ingress,
+            };
+            self.learn(address, station, now);
+        }
+    }
+
+    fn learn(&mut self, address: IpAddr, station: Station, now: Instant) {
+        let expected = self.probes.get(&address).and_then(|probe| probe.expected);
+        if let Some(entry) = self.known.get(&address) {
+            let theirs = entry.station.mac != station.mac;
+            let fresh = now < entry.heard_at + REACHABLE;
+            if theirs && fresh && expected != Some(station.mac) {
+                self.counters.conflicts += 1;
+                return;
+            }
+            self.forget(address);
+        }
+        if expected.is_none_or(|mac| mac == station.mac) && self.probes.remove(&address).is_some() {
+            self.news = true;
+        }
+        let own = self.by_port.entry(station.port).or_default();
+        own.push_back(address);
+        let oldest = (own.len() > PORT_ADDRESSES_MAX).then(|| own.pop_front());
+        if let Some(oldest) = oldest.flatten() {
+            self.known.remove(&oldest);
+        }
+        let entry = Entry {
+            station,
+            heard_at: now,
+        };
+        self.known.insert(address, entry);
+    }
+
+    fn forget(&mut self, address: IpAddr) {
+        let Some(entry) = self.known.remove(&address) else {
+            return;
+        };
+        if let Some(own) = self.by_port.get_mut(&entry.station.port) {
+            own.retain(|&other| other != address);
+        }
+    }
+
+    /// Forgets who is behind a port that is gone.
+    pub fn forget_port(&mut self, port: PortId) {
+        for address in self.by_port.remove(&port).into_iter().flatten() {
+            self.known.remove(&address);
+        }
+    }
+
+    /// Where `address` is. `expected`: it is leased to this MAC, and nobody else counts. Where that is
+    /// not known for certain, the LAN is asked.
+    pub fn look_up<O: Outbox + ?Sized>(
+        &mut self,
+        address: IpAddr,
+        expected: Option<Mac>,
+        now: Instant,
+        out: &mut O,
+    ) -> Reach {
+        let entry = self.known.get(&address).copied();
+        let entry = entry.filter(|entry| expected.is_none_or(|mac| mac == entry.station.mac));
+        if let Some(entry) = entry
+            && now < entry.heard_at + REACHABLE
+        {
+            return Reach::Known(entry.station);
+        }
+        self.ask(address, expected, now, out);
+        entry.map_or(Reach::Asked, |entry| Reach::Stale(entry.station))
+    }
+
+    /// The addresses heard from a MAC, in no order. Walks the table: for guests without a lease.
+    pub fn addresses_of(&self, mac: Mac) -> impl Iterator<Item = IpAddr> {
+        let own = move |(_, entry): &(&IpAddr, &Entry)| entry.station.mac == mac;
+        self.known.iter().filter(own).map(|(&address, _)| address)
+    }
+
+    fn ask<O: Outbox + ?Sized>(
+        &mut self,
+        address: IpAddr,
+        expected: Option<Mac>,
+        now: Instant,
+        out: &mut O,
+    ) {
+        if let Some(probe) = self.probes.get_mut(&address) {
+            probe.expected = expected;
+            return;
+        }
+        if self.probes.len() >= PROBING_MAX {
+            return;
+        }
+        let probe = Probe {
+            expected,
+            next_at: now + PROBE_INTERVAL,
+            left: PROBES - 1,
+        };
+        self.probes.insert(address, probe);
+        self.counters.asked += 1;
+        question(&self.lan, address, out);
+    }
+
+    /// Whether an address that was asked for has been found since the last call.
+    pub fn take_news(&mut self) -> bool {
+        std::mem::take(&mut self.news)
+    }
+
+    /// When [`Neighbors::handle_timeout`] next has something to do.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        self.probes.values().map(|probe| probe.next_at).min()
+    }
+
+    /// Asks again, and gives up addresses that nobody answers for.
+    pub fn handle_timeout<O: Outbox + ?Sized>(&mut self, now: Instant, out: &mut O) {
+        let (lan, counters) = (&self.lan, &mut self.counters);
+        let mut silent = Vec::new();
+        self.probes.retain(|&address, probe| {
+            if now < probe.next_at {
+                return true;
+            }
+            if probe.left == 0 {
+                silent.push(address);
+                return false;
+            }
+            probe.left -= 1;
+            probe.next_at = now + PROBE_INTERVAL;
+            counters.asked += 1;
+            question(lan, address, out);
+            true
+        });
+        self.counters.silent += silent.len() as u64;
+        for address in silent {
+            // A leased address may have been another's until now: who was heard stays.
+            let stale = |entry: &&Entry| now >= entry.heard_at + REACHABLE;
+            if self.known.get(&address).filter(stale).is_some() {
+                self.forget(address);
+            }
+        }
+    }
+}
+
+/// The address that a neighbour message's sender says it has.
+fn spoken_for(ip: &Ipv6<'_>, message: &[u8]) -> Option<Ipv6Addr> {
+    if ip.ttl != HOP_LIMIT || message.len() < SOLICITATION_LEN || message[1] != 0 {
+        return None;
+    }
+    match message[0] {
+        // Unspecified while it looks for duplicates: then it has none.
+        SOLICITATION => Some(ip.source).filter(|source| !source.is_unspecified()),
+        ADVERTISEMENT => Some(address_at(message, 8)),
+        _ => None,
+    }
+}
+
+/// Asks all stations who has `address`.
+fn question<O: Outbox + ?Sized>(lan: &LanConfig, address: IpAddr, out: &mut O) {
+    match (address, &lan.v6) {
+        (IpAddr::V4(address), _) => arp::request(lan, Mac::BROADCAST, address, out),
+        (IpAddr::V6(address), Some(lan6)) => solicit(lan.mac, lan6.link_local, address, out),
+        (IpAddr::V6(_), None) => {}
+    }
+}
+
+/// A multicast neighbour solicitation (RFC 4861 7.2.2).
+fn solicit<O: Outbox + ?Sized>(mac: Mac, source: Ipv6Addr, target: Ipv6Addr, out: &mut O) {
+    const MESSAGE_AT: usize = ETH_HEADER_LEN + IPV6_HEADER_LEN;
+    let group = solicited_node(target);
+    let frame = out.buffer();
+    write_ethernet(frame, group_mac(group), mac, ETHERTYPE_IPV6);
+    let fields = Ipv6Fields {
+        source,
+        destination: group,
+        protocol: PROTO_ICMPV6,
+        hop_limit: HOP_LIMIT,
+        traffic_class: 0,
+    };
+    write_ipv6(frame, fields, SOLICITATION_WITH_MAC_LEN);
+    let message = &mut frame[MESSAGE_AT..][..SOLICITATION_WITH_MAC_LEN];
+    message[..8].copy_from_slice(&[SOLICITATION, 0, 0, 0, 0, 0, 0, 0]);
+    message[8..24].copy_from_slice(&target.octets());
+    // Source link-layer address, one unit of eight bytes.
+    message[24..26].copy_from_slice(&[1, 1]);
+    message[26..32].copy_from_slice(&mac.0);
+    let sum = !checksum::transport(source.into(), group.into(), PROTO_ICMPV6, message);
+    message[2..4].copy_from_slice(&sum.to_be_bytes());
+    out.send(MESSAGE_AT + SOLICITATION_WITH_MAC_LEN, Offload::default());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Lan6;
+    use super::super::testing::{GUEST, GUEST_ADDRESS, Kept, PORT, lan, parse};
+    use super::*;
+    use crate::wire::{ETHERTYPE_ARP, ipv6};
+    use std::net::Ipv4Addr;
+
+    const OTHER: Mac = Mac([0x52, 0x54, 0, 0, 0, 8]);
+    const GUEST6: Ipv6Addr = Ipv6Addr::new(0xfd00, 1, 2, 3, 0, 0, 0, 7);
+
+    fn station(mac: Mac) -> Station {
+        Station { mac, port: PORT }
+    }
+
+    fn arp(mac: Mac, sender: Ipv4Addr) -> Vec<u8> {
+        let mut frame = vec![0; 60];
+        write_ethernet(&mut frame, Mac::BROADCAST, mac, ETHERTYPE_ARP);
+        frame[14..22].copy_from_slice(&[0, 1, 8, 0, 6, 4, 0, 2]);
+        frame[22..28].copy_from_slice(&mac.0);
+        frame[28..32].copy_from_slice(&sender.octets());
+        frame
+    }
+
+    fn lan6() -> LanConfig {
+        let mac = lan().mac;
+        LanConfig {
+            v6: Some(Lan6 {
+                link_local: ipv6::link_local(mac),
+                address: Ipv6Addr::new(0xfd00, 1, 2, 3, 0, 0, 0, 1),
+                prefix: 64,
+            }),
+            ..lan()
+        }
+    }
+
+    fn advertisement(mac: Mac, target: Ipv6Addr, hop_limit: u8) -> Vec<u8> {
+        let to = lan6().v6.unwrap().link_local;
+        let mut message = vec![ADVERTISEMENT, 0, 0, 0, 0x60, 0, 0, 0];
+        message.extend_from_slice(&target.octets());
+        let sum = !checksum::transport(target.into(), to.into(), PROTO_ICMPV6, &message);
+        message[2..4].copy_from_slice(&sum.to_be_bytes());
+        let mut frame = vec![0; ETH_HEADER_LEN + IPV6_HEADER_LEN];
+        write_ethernet(&mut frame, lan().mac, mac, ETHERTYPE_IPV6);
+        let fields = Ipv6Fields {
+            source: target,
+            destination: to,
+            protocol: PROTO_ICMPV6,
+            hop_limit,
+            traffic_class: 0,
+        };
+        write_ipv6(&mut frame, fields, message.len());
+        frame.extend_from_slice(&message);
+        frame
+    }
+
+    #[test]
+    fn an_unknown_address_is_asked_for_and_its_answer_is_news() {
+        let (mut neighbors, mut out) = (Neighbors::new(lan()), Kept::new());
+        let (address, now) = (IpAddr::V4(GUEST_ADDRESS), Instant::from_secs(100));
+        for _ in 0..3 {
+            assert_eq!(
+                neighbors.look_up(address, None, now, &mut out),
+                Reach::Asked
+            );
+        }
+        let question = out.take();
+        assert_eq!(Mac::at(&question, 0), Mac::BROADCAST);
+        assert_eq!(question[20..22], [0, 1]);
+        assert_eq!(question[38..42], GUEST_ADDRESS.octets());
+        assert!(!neighbors.take_news());
+        neighbors.observe(&parse(&arp(GUEST, GUEST_ADDRESS)), now);
+        assert!(neighbors.take_news() && !neighbors.take_news());
+        let found = neighbors.look_up(address, None, now, &mut out);
+        assert_eq!(found, Reach::Known(station(GUEST)));
+        assert_eq!(neighbors.poll_timeout(), None);
+        let later = now + REACHABLE;
+        let found = neighbors.look_up(address, None, later, &mut out);
+        assert_eq!(found, Reach::Stale(station(GUEST)));
+        assert_eq!(out.frames.len(), 1, "and is asked again");
+    }
+
+    #[test]
+    fn who_does_not_answer_is_given_up() {
+        let (mut neighbors, mut out) = (Neighbors::new(lan()), Kept::new());
+        let (address, mut now) = (IpAddr::V4(GUEST_ADDRESS), Instant::from_secs(100));
+        neighbors.observe(&parse(&arp(GUEST, GUEST_ADDRESS)), now);
+        now += REACHABLE;
+        neighbors.look_up(address, None, now, &mut out);
+        let mut asked = 1;
+        while let Some(due) = neighbors.poll_timeout() {
+            assert!(due > now);
+            now = due;
+            neighbors.handle_timeout(now, &mut out);
+            asked += 1;
+            assert!(asked < 10);
+        }
+        assert_eq!(now, Instant::from_secs(133));
+        assert_eq!(out.frames.len(), usize::from(PROBES));
+        assert_eq!(neighbors.counters.silent, 1);
+        assert_eq!(
+            neighbors.look_up(address, None, now, &mut out),
+            Reach::Asked
+        );
+    }
+
+    #[test]
+    fn an_address_can_not_be_taken_from_who_has_it() {
+        let (mut neighbors, mut out) = (Neighbors::new(lan()), Kept::new());
+        let (address, now) = (IpAddr::V4(GUEST_ADDRESS), Instant::from_secs(100));
+        neighbors.observe(&parse(&arp(GUEST, GUEST_ADDRESS)), now);
+        neighbors.observe(&parse(&arp(OTHER, GUEST_ADDRESS)), now);
+        let found = neighbors.look_up(address, None, now, &mut out);
+        assert_eq!(found, Reach::Known(station(GUEST)));
+        assert_eq!(neighbors.counters.conflicts, 1);
+        // Leased to the other: only its answer counts, at once.
+        let found = neighbors.look_up(address, Some(OTHER), now, &mut out);
+        assert_eq!(found, Reach::Asked);
+        neighbors.observe(&parse(&arp(GUEST, GUEST_ADDRESS)), now);
+        assert!(!neighbors.take_news());
+        neighbors.observe(&parse(&arp(OTHER, GUEST_ADDRESS)), now);
+        assert!(neighbors.take_news());
+        let found = neighbors.look_up(address, Some(OTHER), now, &mut out);
+        assert_eq!(found, Reach::Known(station(OTHER)));
+    }
+
+    #[test]
+    fn a_port_has_its_share_and_takes_it_along() {
+        let (mut neighbors, mut out) = (Neighbors::new(lan()), Kept::new());
+        let now = Instant::from_secs(100);
+        let nth = |n: usize| Ipv4Addr::new(192, 168, 122, 10 + n as u8);
+        for n in 0..2 * PORT_ADDRESSES_MAX {
+            neighbors.observe(&parse(&arp(GUEST, nth(n))), now);
+            // Heard again: it does not count twice.
+            neighbors.observe(&parse(&arp(GUEST, nth(n))), now);
+        }
+        assert_eq!(neighbors.known.len(), PORT_ADDRESSES_MAX);
+        assert_eq!(neighbors.addresses_of(GUEST).count(), PORT_ADDRESSES_MAX);
+        let newest = nth(2 * PORT_ADDRESSES_MAX - 1).into();
+        let found = neighbors.look_up(newest, None, now, &mut out);
+        assert_eq!(found, Reach::Known(station(GUEST)));
+        neighbors.forget_port(PORT);
+        assert!(neighbors.known.is_empty() && neighbors.by_port.is_empty());
+    }
+
+    #[test]
+    fn questions_are_bounded() {
+        let lan = LanConfig {
+            prefix: 16,
+            ..lan()
+        };
+        let (mut neighbors, mut out) = (Neighbors::new(lan), Kept::new());
+        for n in 0..2 * PROBING_MAX as u32 {
+            let address = Ipv4Addr::from_bits(Ipv4Addr::new(192, 168, 0, 2).to_bits() + n);
+            neighbors.look_up(address.into(), None, Instant::ZERO, &mut out);
+        }
+        assert_eq!(neighbors.probes.len(), PROBING_MAX);
+        assert_eq!(out.frames.len(), PROBING_MAX);
+    }
+
+    #[test]
+    fn ipv6_is_solicited_and_advertised() {
+        let (mut neighbors, mut out) = (Neighbors::new(lan6()), Kept::new());
+        let (address, now) = (IpAddr::V6(GUEST6), Instant::from_secs(100));
+        assert_eq!(
+            neighbors.look_up(address, None, now, &mut out),
+            Reach::Asked
+        );
+        let frame = out.take();
+        let packet = parse(&frame);
+        let Body::Ipv6(ip) = &packet.body else {
+            panic!("{packet:?}");
+        };
+        assert_eq!(packet.destination, Mac([0x33, 0x33, 0xff, 0, 0, 7]));
+        assert_eq!((ip.ttl, ip.destination), (255, solicited_node(GUEST6)));
+        let Transport::Icmp(message) = ip.transport else {
+            panic!("{ip:?}: its checksum is right");
+        };
+        assert_eq!(message[0], SOLICITATION);
+        assert_eq!(address_at(message, 8), GUEST6);
+        assert_eq!(Mac::at(message, 26), lan().mac);
+
+        neighbors.observe(&parse(&advertisement(GUEST, GUEST6, 64)), now);
+        assert!(!neighbors.take_news(), "it may be from beyond the link");
+        neighbors.observe(&parse(&advertisement(GUEST, GUEST6, 255)), now);
+        assert!(neighbors.take_news());
+        let found = neighbors.look_up(address, None, now, &mut out);
+        assert_eq!(found, Reach::Known(station(GUEST)));
+    }
+
+    #[test]
+    fn foreign_addresses_and_relayed_messages_are_not_learned() {
+        let mut neighbors = Neighbors::new(lan());
+        let now = Instant::from_secs(100);
+        for sender in [lan().address, Ipv4Addr::new(10, 0, 0, 1), lan().broadcast()] {
+            neighbors.observe(&parse(&arp(GUEST, sender)), now);
+        }
+        let mut relayed = arp(GUEST, GUEST_ADDRESS);
+        relayed[22..28].copy_from_slice(&OTHER.0);
+        neighbors.observe(&parse(&relayed), now);
+        neighbors.observe(&parse(&advertisement(GUEST, GUEST6, 255)), now);
+        assert!(neighbors.known.is_empty());
+    }
+}

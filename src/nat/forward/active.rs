@@ -1,0 +1,776 @@
+//! Forwards at work: connections and datagrams from outside on their way to guests.
+//!
+//! # Path
+//! ```text
+//!  listening socket ready ─► accept ─► which guest? ─► where is it? ─► TcpNat::open_to_guest
+//!                                         │ nobody       │ asked
+//!                                         └── parked ────┘  again on news and every 250 ms,
+//!                                                           reset after 5 s
+//! ```
+//! Once a connection is on its way it is a TCP flow like others, and outlives its forward. UDP has
+//! [`Sessions`], which end with it. A guest's connection to a unix socket of the host is a
+//! [`super::super::tcp::Target`] of its own ([`ActiveForwards::unix_target`]).
+//!
+//! # Limits
+//! [`ACCEPTS_PER_EVENT`] connections are taken at a time, [`PARKED_MAX`] wait for their guest, of which
+//! one forward has [`FORWARD_PARKED_MAX`]. At those limits, and without a free file, a listening socket
+//! rests for [`REST`]: clients wait in the kernel's queue and nothing spins. Datagrams for a guest that
+//! is being looked for wait too, [`HELD_MAX`] at most (RFC 1122 2.3.2.2).
+//!
+//! # Hostile guests and clients
+//! A guest that does not answer costs its clients 5 s each. A client that connects and says nothing
+//! costs a flow like one that a guest opens, and counts against the same limits.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use hashbrown::HashMap;
+
+use super::directory::{Directory, Memory};
+use super::sessions::{Entrance, Sessions, Way, ports_to_try};
+use super::spec::{Direction, ForwardSpec, Guest, HostEnd, ShownSource};
+use super::{ForwardId, SOCKETS_MAX};
+use crate::dhcp::lease::LeaseTable;
+use crate::frame::{Duration, Instant, Mac, PortId, Station};
+use crate::gateway::neighbor::{Neighbors, Reach};
+use crate::gateway::{LanConfig, Outbox};
+use crate::nat::egress::{self, Egress, Published, is_never_outside};
+use crate::nat::flow_table::FlowTable;
+use crate::nat::tcp::TcpNat;
+use crate::nat::{Datagram, FlowId, HostError, Ready, SockId, SockOwner, Uplink};
+use crate::stats::DropReason;
+use crate::wire::{Family, Ip, Packet, Tcp, Udp};
+
+/// Connections taken from one listening socket before others get their turn: an accept and a SYN cost
+/// 20 microseconds.
+pub const ACCEPTS_PER_EVENT: usize = 64;
+/// Connections that wait for their guest. Each has an open file.
+pub const PARKED_MAX: usize = 1_024;
+/// Those of one forward: four forwards to guests that are gone have to come together to keep others'
+/// clients waiting.
+pub const FORWARD_PARKED_MAX: usize = PARKED_MAX / 4;
+/// How long they wait: a guest that is there answers within milliseconds, one that renews its lease
+/// within a second or two.
+pub const PARKED_TIME: Duration = Duration::from_secs(5);
+/// How often those whose guest is unknown look again.
+const RETRY: Duration = Duration::from_millis(250);
+/// How long a listening socket rests that can't be served.
+pub const REST: Duration = Duration::from_millis(100);
+/// Datagrams that wait for their guest, of 64 KiB at most.
+pub const HELD_MAX: usize = 64;
+
+/// Where a forward's socket listens.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ListenerKind {
+    /// TCP connections are accepted.
+    Tcp(SocketAddr),
+    /// Datagrams are received.
+    Udp(SocketAddr),
+    /// Unix stream connections are accepted.
+    Unix,
+}
+
+/// What a forward has done.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct ForwardCounters {
+    /// Connections passed on, UDP sessions begun.
+    pub opened: u64,
+    /// Connections reset and datagrams dropped: no guest, or a limit.
+    pub refused: u64,
+    /// Connections that wait for their guest now.
+    pub waiting: usize,
+}
+
+/// A forward to a guest, or to a unix socket.
+#[derive(Debug)]
+struct Active {
+    guest: Guest,
+    shown: ShownSource,
+    memory: Memory,
+    sockets: Vec<FlowId>,
+    counters: ForwardCounters,
+}
+
+/// A socket that belongs to a forward.
+#[derive(Debug)]
+enum Own {
+    /// It listens. May: rest.
+    Listener(Listener),
+    /// An accepted connection whose guest is being looked for. Moved on to a TCP flow, or reset.
+    Parked(Parked),
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Listener {
+    forward: ForwardId,
+    socket: SockId,
+    kind: ListenerKind,
+    guest_port: u16,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Parked {
+    forward: ForwardId,
+    socket: SockId,
+    client: Option<SocketAddr>,
+    guest_port: u16,
+    /// In the queue of those that wait.
+    queued: bool,
+}
+
+/// A datagram whose guest is being looked for.
+#[derive(Debug)]
+struct Waiting {
+    until: Instant,
+    listener: FlowId,
+    client: SocketAddr,
+    destination: Option<IpAddr>,
+    payload: Vec<u8>,
+    segment: Option<u16>,
+}
+
+/// The forwards of a network and what is under way by them.
+pub struct ActiveForwards {
+    lan: LanConfig,
+    forwards: BTreeMap<ForwardId, Active>,
+    /// Where guests reach unix sockets.
+    to_host: HashMap<(IpAddr, u16), (ForwardId, PathBuf)>,
+    own: FlowTable<Own>,
+    /// By the time they are given up; those that are through already are passed over.
+    parked: VecDeque<(Instant, FlowId)>,
+    parked_count: usize,
+    held: VecDeque<Waiting>,
+    resting: VecDeque<(Instant, FlowId)>,
+    retry_at: Option<Instant>,
+    neighbors: Neighbors,
+    directory: Directory,
+    sessions: Sessions,
+    warned: bool,
+}
+
+impl ActiveForwards {
+    /// None yet.
+    pub fn new(lan: LanConfig) -> Self {
+        Self {
+            forwards: BTreeMap::new(),
+            to_host: HashMap::new(),
+            own: FlowTable::new(SOCKETS_MAX + PARKED_MAX),
+            parked: VecDeque::new(),
+            parked_count: 0,
+            held: VecDeque::new(),
+            resting: VecDeque::new(),
+            retry_at: None,
+            neighbors: Neighbors::new(lan.clone()),
+            directory: Directory::default(),
+            sessions: Sessions::new(lan.clone()),
+            warned: false,
+            lan,
+        }
+    }
+
+    /// Where the leases are.
+    pub fn set_leases(&mut self, leases: Arc<Mutex<LeaseTable>>) {
+        self.directory.set_leases(leases);
+    }
+
+    /// A port's name, and its guest's MAC where that is known.
+    pub fn name_port(&mut self, port: PortId, name: &str, mac: Option<Mac>) {
+        self.directory.name_port(port, name, mac);
+    }
+
+    /// Learns where guests are.
+    #[inline]
+    pub fn observe(&mut self, packet: &Packet<'_>, now: Instant) {
+        self.neighbors.observe(packet, now);
+    }
+
+    /// Begins to serve a forward that [`super::ForwardSet`] has taken, with the host's port filled in.
+    /// `open` opens the n-th of the sockets that `listeners` tells of.
+    ///
+    /// # Errors
+    /// A socket can't be had: none is left open.
+    pub fn add<U: Uplink + ?Sized>(
+        &mut self,
+        (id, spec): (ForwardId, &ForwardSpec),
+        listeners: &[ListenerKind],
+        egress: &mut Egress,
+        up: &mut U,
+        mut open: impl FnMut(&mut U, usize, SockOwner) -> Result<SockId, HostError>,
+    ) -> Result<(), HostError> {
+        let mut active = Active {
+            guest: Guest::Own,
+            shown: ShownSource::Gateway,
+            memory: Memory::default(),
+            sockets: Vec::new(),
+            counters: ForwardCounters::default(),
+        };
+        match &spec.direction {
+            Direction::ToHost {
+                address,
+                port,
+                path,
+            } => {
+                let gateway = std::iter::once(IpAddr::V4(self.lan.address));
+                let lan6 = self.lan.v6.into_iter();
+                let gateway = gateway
+                    .chain(lan6.flat_map(|lan| [lan.address, lan.link_local].map(IpAddr::V6)));
+                let at = address.map_or_else(|| gateway.collect(), |address| vec![address]);
+                for address in at {
+                    let path = PathBuf::from(path.as_str());
+                    self.to_host.insert((address, *port), (id, path));
+                }
+            }
+            Direction::ToGuest {
+                listen,
+                guest,
+                ports,
+                shown,
+            } => {
+                (active.guest, active.shown) = (guest.clone(), *shown);
+                let first = match listen {
+                    HostEnd::Ports(host) => host.ports.map_or(0, |ports| ports.first()),
+                    HostEnd::Unix(_) => 0,
+                };
+                for (n, &kind) in listeners.iter().enumerate() {
+                    let nth = match kind {
+                        ListenerKind::Tcp(at) | ListenerKind::Udp(at) => at.port() - first,
+                        ListenerKind::Unix => 0,
+                    };
+                    let guest_port = ports.nth(usize::from(nth)).unwrap_or(ports.first());
+                    let opened = self.own.insert_with(HostError::Exhausted, |own| {
+                        Ok(Own::Listener(Listener {
+                            forward: id,
+                            socket: open(up, n, SockOwner::Forward(own))?,
+                            kind,
+                            guest_port,
+                        }))
+                    });
+                    match opened {
+                        Ok(own) => active.sockets.push(own),
+                        Err(error) => {
+                            self.close(&active.sockets, up);
+                            return Err(error);
+                        }
+                    }
+                }
+                for &kind in listeners {
+                    let (protocol, at) = match kind {
+                        ListenerKind::Tcp(at) => (egress::Protocol::Tcp, at),
+                        ListenerKind::Udp(at) => (egress::Protocol::Udp, at),
+                        ListenerKind::Unix => continue,
+                    };
+                    let id = id.0;
+                    egress.publish(Published { id, protocol, at });
+                }
+            }
+        }
+        self.forwards.insert(id, active);
+        Ok(())
+    }
+
+    /// Ends a forward: nothing more comes in by it. Connections under way go on, UDP sessions end.
+    pub fn remove<U: Uplink + ?Sized>(&mut self, id: ForwardId, egress: &mut Egress, up: &mut U) {
+        let Some(active) = self.forwards.remove(&id) else {
+            return;
+        };
+        egress.withdraw(id.0);
+        self.to_host.retain(|_, (of, _)| *of != id);
+        self.close(&active.sockets, up);
+        let waiting: Vec<_> = self.parked.iter().map(|&(_, own)| own).collect();
+        for own in waiting {
+            if matches!(self.own.get_mut(own), Some(Own::Parked(parked)) if parked.forward == id) {
+                self.give_up(own, up);
+            }
+        }
+        self.sessions.remove_forward(id);
+    }
+
+    fn close<U: Uplink + ?Sized>(&mut self, sockets: &[FlowId], up: &mut U) {
+        for &own in sockets {
+            if let Some(Own::Listener(listener)) = self.own.remove(own) {
+                up.close(listener.socket);
+            }
+        }
+    }
+
+    /// Whether guests reach any unix socket.
+    pub fn has_unix_targets(&self) -> bool {
+        !self.to_host.is_empty()
+    }
+
+    /// The unix socket that a guest's TCP segment is for; `known`: its flow exists.
+    pub fn unix_target(&mut self, ip: &Ip<'_>, tcp: &Tcp<'_>, known: bool) -> Option<&Path> {
+        let (id, path) = self.to_host.get(&(ip.destination, tcp.destination_port))?;
+        if !known
+            && tcp.flags & (Tcp::SYN | Tcp::ACK) == Tcp::SYN
+            && let Some(active) = self.forwards.get_mut(id)
+        {
+            active.counters.opened += 1;
+        }
+        Some(path)
+    }
+
+    /// The UDP session that a guest's datagram belongs to.
+    pub fn session(&self, ip: &Ip<'_>, udp: &Udp<'_>) -> Option<FlowId> {
+        self.sessions.find(
+            SocketAddr::new(ip.source, udp.source_port),
+            SocketAddr::new(ip.destination, udp.destination_port),
+        )
+    }
+
+    /// Sends a guest's datagram to the client of its session.
+    ///
+    /// # Errors
+    /// The reason to count it as dropped for.
+    pub fn answer<U: Uplink + ?Sized>(
+        &mut self,
+        session: FlowId,
+        packet: &Packet<'_>,
+        (ip, udp): (&Ip<'_>, &Udp<'_>),
+        now: Instant,
+        up: &mut U,
+    ) -> Result<(), DropReason> {
+        self.sessions.answer(session, packet, (ip, udp), now, up)
+    }
+
+    /// Takes a readiness event of a forward's socket.
+    pub fn handle_ready<U: Uplink + ?Sized, O: Outbox + ?Sized>(
+        &mut self,
+        id: FlowId,
+        ready: Ready,
+        tcp: &mut TcpNat,
+        now: Instant,
+        (up, out): (&mut U, &mut O),
+        drops: &mut dyn FnMut(DropReason),
+    ) {
+        match self.own.get_mut(id) {
+            Some(&mut Own::Listener(listener)) => match listener.kind {
+                ListenerKind::Tcp(_) | ListenerKind::Unix => {
+                    self.accept(id, listener, tcp, now, (up, out));
+                }
+                ListenerKind::Udp(_) => self.receive(id, listener, now, (up, out), drops),
+            },
+            // Data and the client's FIN keep until the guest takes them.
+            Some(Own::Parked(parked)) if ready.error => {
+                if up.tcp_connected(parked.socket).is_err() {
+                    self.give_up(id, up);
+                }
+            }
+            Some(Own::Parked(_)) | None => {}
+        }
+    }
+
+    // ---- connections ----
+
+    fn accept<U: Uplink + ?Sized, O: Outbox + ?Sized>(
+        &mut self,
+        id: FlowId,
+        listener: Listener,
+        tcp: &mut TcpNat,
+        now: Instant,
+        (up, out): (&mut U, &mut O),
+    ) {
+        for _ in 0..ACCEPTS_PER_EVENT {
+            let waiting = self.forwards.get(&listener.forward);
+            let waiting = waiting.map_or(0, |active| active.counters.waiting);
+            if self.parked_count >= PARKED_MAX || waiting >= FORWARD_PARKED_MAX {
+                self.rest(id, listener.socket, now, up);
+                return;
+            }
+            let accepted = self.own.insert_with(Some(HostError::Exhausted), |own| {
+                let accepted = up.accept(listener.socket, SockOwner::Forward(own));
+                let (socket, client) = accepted.map_err(Some)?.ok_or(None)?;
+                Ok(Own::Parked(Parked {
+                    forward: listener.forward,
+                    socket,
+                    client,
+                    guest_port: listener.guest_port,
+                    queued: false,
+                }))
+            });
+            match accepted {
+                Ok(own) => self.move_on(own, tcp, now, (up, out)),
+                Err(None) => return,
+                Err(Some(error)) => {
+                    if !std::mem::replace(&mut self.warned, true) {
+                        log::warn!(
+                            "connections to forwards have to wait, none can be taken: {error:?} (raise \
+                             the limit on open files, ulimit -n, if that is it)"
+                        );
+                    }
+                    self.rest(id, listener.socket, now, up);
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Stops to hear of a listening socket for a while.
+    fn rest<U: Uplink + ?Sized>(&mut self, id: FlowId, socket: SockId, now: Instant, up: &mut U) {
+        up.listen_for(socket, false);
+        self.resting.push_back((now + REST, id));
+    }
+
+    /// Passes a connection on to its guest, if that can be reached, else lets it wait.
+    fn move_on<U: Uplink + ?Sized, O: Outbox + ?Sized>(
+        &mut self,
+        id: FlowId,
+        tcp: &mut TcpNat,
+        now: Instant,
+        (up, out): (&mut U, &mut O),
+    ) {
+        let Some(&mut Own::Parked(parked)) = self.own.get_mut(id) else {
+            return;
+        };
+        let family = parked.client.map_or(Family::V4, |at| Family::of(at.ip()));
+        let place = self.locate(parked.forward, family, now, out);
+        let Some((address, Reach::Known(station))) = place else {
+            if !parked.queued {
+                self.park(id, now);
+            }
+            return;
+        };
+        let shown = self
+            .forwards
+            .get(&parked.forward)
+            .map(|active| active.shown);
+        let shown = shown.unwrap_or_default();
+        let guest = SocketAddr::new(address, parked.guest_port);
+        let at = shown_address(&self.lan, shown, parked.client, address);
+        let at = at.and_then(|at| match at {
+            Shown::Client(client) => Some(client).filter(|&at| !tcp.has_flow(guest, at)),
+            Shown::Gateway(gateway) => {
+                let own = parked.client.map(|client| client.port());
+                ports_to_try(own, up.random())
+                    .map(|port| SocketAddr::new(gateway, port))
+                    .find(|&at| !tcp.has_flow(guest, at))
+            }
+        });
+        let opened = at.is_some_and(|at| {
+            let Station { mac, port } = station;
+            tcp.open_to_guest(parked.socket, (guest, mac, port), at, now, up)
+                .is_ok()
+        });
+        if !opened {
+            self.give_up(id, up);
+            return;
+        }
+        self.own.remove(id);
+        self.parked_count -= usize::from(parked.queued);
+        if let Some(active) = self.forwards.get_mut(&parked.forward) {
+            active.counters.opened += 1;
+            active.counters.waiting -= usize::from(parked.queued);
+        }
+    }
+
+    fn park(&mut self, id: FlowId, now: Instant) {
+        let Some(Own::Parked(parked)) = self.own.get_mut(id) else {
+            return;
+        };
+        parked.queued = true;
+        if let Some(active) = self.forwards.get_mut(&parked.forward) {
+            active.counters.waiting += 1;
+        }
+        self.parked_count += 1;
+        self.parked.push_back((now + PARKED_TIME, id));
+        self.retry_at.get_or_insert(now + RETRY);
+    }
+
+    /// Resets a connection.
+    fn give_up<U: Uplink + ?Sized>(&mut self, id: FlowId, up: &mut U) {
+        let Some(Own::Parked(parked)) = self.own.remove(id) else {
+            return;
+        };
+        up.tcp_abort_on_close(parked.socket);
+        up.close(parked.socket);
+        self.parked_count -= usize::from(parked.queued);
+        if let Some(active) = self.forwards.get_mut(&parked.forward) {
+            active.counters.refused += 1;
+            active.counters.waiting -= usize::from(parked.queued);
+        }
+    }
+
+    /// Which address the guest of a forward has, and where that is.
+    fn locate<O: Outbox + ?Sized>(
+        &mut self,
+        forward: ForwardId,
+        family: Family,
+        now: Instant,
+        out: &mut O,
+    ) -> Option<(IpAddr, Reach)> {
+        let active = self.forwards.get_mut(&forward)?;
+        let (memory, neighbors) = (&mut active.memory, &self.neighbors);
+        let found = self
+            .directory
+            .find(&active.guest, family, memory, neighbors, now)?;
+        let reach = self.neighbors.look_up(found.address, found.mac, now, out);
+        Some((found.address, reach))
+    }
+
+    // ---- datagrams ----
+
+    fn receive<U: Uplink + ?Sized, O: Outbox + ?Sized>(
+        &mut self,
+        id: FlowId,
+        listener: Listener,
+        now: Instant,
+        (up, out): (&mut U, &mut O),
+        drops: &mut dyn FnMut(DropReason),
+    ) {
+        let ListenerKind::Udp(at) = listener.kind else {
+            return;
+        };
+        let place = self.locate(listener.forward, Family::of(at.ip()), now, out);
+        let mut seed = up.random();
+        up.recv_from(listener.socket, &mut |datagram| {
+            seed = seed.rotate_left(13).wrapping_add(1);
+            if let Err(reason) = self.pass_on(id, listener, place, &datagram, seed, now, out) {
+                drops(reason);
+                if let Some(active) = self.forwards.get_mut(&listener.forward) {
+                    active.counters.refused += 1;
+                }
+            }
+        });
+    }
+
+    /// Gives a datagram to its guest, or keeps it until the guest is found.
+    #[allow(clippy::too_many_arguments)] // what is known of the batch, and of the datagram
+    fn pass_on<O: Outbox + ?Sized>(
+        &mut self,
+        id: FlowId,
+        listener: Listener,
+        place: Option<(IpAddr, Reach)>,
+        datagram: &Datagram<'_>,
+        seed: u64,
+        now: Instant,
+        out: &mut O,
+    ) -> Result<(), DropReason> {
+        let socket = listener.socket;
+        let station = match place {
+            Some((_, Reach::Known(station))) => station,
+            // A session goes on while its guest is asked whether it is still there.
+            Some((address, Reach::Stale(station)))
+                if self.sessions.has(
+                    socket,
+                    datagram.source,
+                    SocketAddr::new(address, listener.guest_port),
+                ) =>
+            {
+                station
+            }
+            _ => return self.hold(id, datagram, now),
+        };
+        let Some((address, _)) = place else {
+            return Err(DropReason::NoFlow);
+        };
+        let active = self.forwards.get_mut(&listener.forward);
+        let active = active.ok_or(DropReason::NoFlow)?;
+        let shown = shown_address(&self.lan, active.shown, Some(datagram.source), address);
+        let way = Way {
+            guest: SocketAddr::new(address, listener.guest_port),
+            station,
+            shown: match shown.ok_or(DropReason::NoFlow)? {
+                Shown::Client(client) => client,
+                Shown::Gateway(gateway) => SocketAddr::new(gateway, 0),
+            },
+        };
+        let entrance = Entrance {
+            forward: listener.forward,
+            socket,
+        };
+        let before = self.sessions.counters.opened;
+        let sent = self
+            .sessions
+            .deliver(entrance, way, datagram, seed, now, out);
+        active.counters.opened += self.sessions.counters.opened - before;
+        sent
+    }
+
+    fn hold(
+        &mut self,
+        listener: FlowId,
+        datagram: &Datagram<'_>,
+        now: Instant,
+    ) -> Result<(), DropReason> {
+        if self.held.len() >= HELD_MAX {
+            return Err(DropReason::Limit);
+        }
+        self.held.push_back(Waiting {
+            until: now + PARKED_TIME,
+            listener,
+            client: datagram.source,
+            destination: datagram.destination,
+            payload: datagram.payload.to_vec(),
+            segment: datagram.segment,
+        });
+        self.retry_at.get_or_insert(now + RETRY);
+        Ok(())
+    }
+
+    // ---- what waits ----
+
+    /// Ends a turn: passes on what waited for a guest that has been found.
+    pub fn flush<U: Uplink + ?Sized, O: Outbox + ?Sized>(
+        &mut self,
+        tcp: &mut TcpNat,
+        now: Instant,
+        (up, out): (&mut U, &mut O),
+    ) {
+        if self.neighbors.take_news() {
+            self.try_again(tcp, now, (up, out));
+        }
+    }
+
+    fn try_again<U: Uplink + ?Sized, O: Outbox + ?Sized>(
+        &mut self,
+        tcp: &mut TcpNat,
+        now: Instant,
+        (up, out): (&mut U, &mut O),
+    ) {
+        let waiting: Vec<_> = self.parked.iter().map(|&(_, id)| id).collect();
+        for id in waiting {
+            self.move_on(id, tcp, now, (up, out));
+        }
+        let own = &mut self.own;
+        self.parked
+            .retain(|&(_, id)| matches!(own.get_mut(id), Some(Own::Parked(_))));
+        for waiting in std::mem::take(&mut self.held) {
+            let Some(&mut Own::Listener(listener)) = self.own.get_mut(waiting.listener) else {
+                continue;
+            };
+            let family = Family::of(waiting.client.ip());
+            let place = self.locate(listener.forward, family, now, out);
+            if !matches!(place, Some((_, Reach::Known(_)))) {
+                self.held.push_back(waiting);
+                continue;
+            }
+            let datagram = Datagram {
+                source: waiting.client,
+                payload: &waiting.payload,
+                segment: waiting.segment,
+                ttl: 0,
+                tos: 0,
+                destination: waiting.destination,
+            };
+            // It was taken in when it came; what goes wrong from here on is a loss like any other.
+            let seed = up.random();
+            let _ = self.pass_on(waiting.listener, listener, place, &datagram, seed, now, out);
+        }
+    }
+
+    /// When [`ActiveForwards::handle_timeout`] next has something to do.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        [
+            self.retry_at,
+            self.resting.front().map(|&(at, _)| at),
+            self.neighbors.poll_timeout(),
+            self.sessions.poll_timeout(),
+        ]
+        .into_iter()
+        .flatten()
+        .min()
+    }
+
+    /// Runs the timers that are due.
+    pub fn handle_timeout<U: Uplink + ?Sized, O: Outbox + ?Sized>(
+        &mut self,
+        tcp: &mut TcpNat,
+        now: Instant,
+        (up, out): (&mut U, &mut O),
+    ) {
+        self.neighbors.handle_timeout(now, out);
+        self.sessions.handle_timeout(now);
+        while let Some(&(at, id)) = self.resting.front()
+            && at <= now
+        {
+            self.resting.pop_front();
+            if let Some(Own::Listener(listener)) = self.own.get_mut(id) {
+                up.listen_for(listener.socket, true);
+            }
+        }
+        if self.retry_at.is_none_or(|at| now < at) {
+            return;
+        }
+        self.retry_at = None;
+        self.try_again(tcp, now, (up, out));
+        while let Some(&(until, id)) = self.parked.front()
+            && until <= now
+        {
+            self.parked.pop_front();
+            self.give_up(id, up);
+        }
+        let before = self.held.len();
+        self.held.retain(|waiting| now < waiting.until);
+        if before != 0 || !self.parked.is_empty() {
+            self.retry_at = Some(now + RETRY);
+        }
+    }
+
+    /// Forgets the guests behind a port that is gone.
+    pub fn forget_port(&mut self, port: PortId) {
+        self.neighbors.forget_port(port);
+        self.directory.forget_port(port);
+        self.sessions.forget_port(port);
+    }
+
+    /// UDP sessions now.
+    pub fn session_count(&self) -> usize {
+        self.sessions.len()
+    }
+
+    /// What each forward has done.
+    pub fn forwards(&self) -> impl Iterator<Item = (ForwardId, ForwardCounters)> + '_ {
+        self.forwards
+            .iter()
+            .map(|(&id, active)| (id, active.counters))
+    }
+
+    /// Counters by the names that `lanlet status` shows.
+    pub fn counters(&self) -> impl Iterator<Item = (&'static str, u64)> + use<> {
+        let sessions = self.sessions.counters;
+        let own = [
+            ("forward_sessions_opened", sessions.opened),
+            ("forward_sessions_evicted", sessions.evicted),
+        ];
+        own.into_iter().chain(self.neighbors.counters())
+    }
+}
+
+/// Whom a guest sees.
+enum Shown {
+    /// The client itself.
+    Client(SocketAddr),
+    /// The gateway, by this address, at a port to be chosen.
+    Gateway(IpAddr),
+}
+
+/// Whom the guest at `guest` sees of a client, `None`: the network has no address for it.
+fn shown_address(
+    lan: &LanConfig,
+    shown: ShownSource,
+    client: Option<SocketAddr>,
+    guest: IpAddr,
+) -> Option<Shown> {
+    let answerable = |client: &SocketAddr| {
+        shown == ShownSource::Client
+            && Family::of(client.ip()) == Family::of(guest)
+            && !is_never_outside(client.ip())
+            && !lan.holds(client.ip())
+    };
+    if let Some(client) = client.filter(answerable) {
+        // The scope of an address means nothing to a guest.
+        return Some(Shown::Client(SocketAddr::new(client.ip(), client.port())));
+    }
+    let gateway = match (guest, lan.v6) {
+        (IpAddr::V4(_), _) => lan.address.into(),
+        (IpAddr::V6(guest), Some(lan6)) if guest.is_unicast_link_local() => lan6.link_local.into(),
+        (IpAddr::V6(_), Some(lan6)) => lan6.address.into(),
+        (IpAddr::V6(_), None) => return None,
+    };
+    Some(Shown::Gateway(gateway))
+}
+
+#[cfg(test)]
+mod tests;

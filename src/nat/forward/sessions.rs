@@ -1,0 +1,461 @@
+//! UDP through forwards: who of the outside talks to which guest.
+//!
+//! # Path
+//! A client's datagram comes in by a forward's socket and goes to the guest from the address that the
+//! guest is to see; what the guest answers there leaves by the same socket, from the host's address
+//! that the client wrote to. Trains stay trains both ways; what the LAN can't carry is cut.
+//!
+//! # State
+//! A session per socket and client, which ends with its forward. It is found by either end, so both
+//! pairs are unique: at the gateway's address each session of one guest endpoint has a port of its own.
+//!
+//! # Timers
+//! Datagrams of both directions refresh (RFC 4787 REQ-6: of a forward the operator says who may).
+//! [`TIMEOUTS`]: five minutes once the guest has answered, two before (REQ-5), and less for DNS servers,
+//! as REQ-5 a) has it for well-known ports. Never early, late by as much at most.
+//!
+//! # Limits
+//! [`SESSIONS_MAX`]: then the one that is unused longest gives way, those without an answer first.
+//!
+//! # Hostile clients
+//! can forge sources and make a session with every datagram. They push out each other and idle
+//! sessions; whoever talked to the guest a moment ago stays.
+
+use std::collections::VecDeque;
+use std::net::{IpAddr, SocketAddr};
+
+use hashbrown::HashMap;
+
+use super::ForwardId;
+use crate::frame::{Duration, Instant, PortId, Station};
+use crate::gateway::fragment::cut;
+use crate::gateway::{LanConfig, Outbox};
+use crate::nat::flow_table::FlowTable;
+use crate::nat::icmp::ttl_to_guest;
+use crate::nat::{Datagram, FlowId, HostError, Io, SendOptions, SockId, Uplink};
+use crate::offload::{Csum, Gso, Offload};
+use crate::stats::DropReason;
+use crate::wire::{self, Ip, IpFields, PROTO_UDP, Packet, UDP_HEADER_LEN, Udp, checksum};
+
+/// Sessions of all forwards: as many as guests have mappings of their own. One takes 300 bytes and no
+/// open file.
+pub const SESSIONS_MAX: usize = 8_192;
+/// First of the ports that the gateway is seen with where the client's own is not free (RFC 6335 6).
+const DYNAMIC_PORT_FIRST: u16 = 49_152;
+/// Ports below are the gateway's own services'.
+const PRESERVED_PORT_MIN: u16 = 1_024;
+/// Ports that are tried. With a quarter of the dynamic ones taken, one in 10^19 clients finds none.
+const PORT_TRIES: u32 = 32;
+/// Port of DNS servers.
+const DNS_PORT: u16 = 53;
+
+const DNS: usize = 0;
+const ONE_WAY: usize = 1;
+const TWO_WAY: usize = 2;
+/// By class: what is asked of a DNS server is answered within seconds.
+pub const TIMEOUTS: [Duration; 3] = [
+    Duration::from_secs(30),
+    Duration::from_secs(120),
+    Duration::from_secs(300),
+];
+
+/// The ports to try at the gateway for a client: its own, then random ones.
+pub(super) fn ports_to_try(own: Option<u16>, mut seed: u64) -> impl Iterator<Item = u16> {
+    let own = own.filter(|&port| port >= PRESERVED_PORT_MIN);
+    let random = (0..PORT_TRIES).map(move |_| {
+        // Knuth's MMIX generator; the high bits are the good ones.
+        seed = seed
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        DYNAMIC_PORT_FIRST + (seed >> 50) as u16
+    });
+    own.into_iter().chain(random)
+}
+
+/// A forward's UDP socket.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Entrance {
+    pub forward: ForwardId,
+    pub socket: SockId,
+}
+
+/// Where a session goes, and as whom.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Way {
+    pub guest: SocketAddr,
+    pub station: Station,
+    /// Whom the guest sees; port 0: the gateway, with a port to be chosen.
+    pub shown: SocketAddr,
+}
+
+#[derive(Debug)]
+struct Session {
+    forward: ForwardId,
+    socket: SockId,
+    client: SocketAddr,
+    /// The host's address that the client wrote to.
+    local: Option<IpAddr>,
+    guest: SocketAddr,
+    station: Station,
+    shown: SocketAddr,
+    class: usize,
+    used: Instant,
+}
+
+/// What the sessions came to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct SessionCounters {
+    /// Sessions begun.
+    pub opened: u64,
+    /// Sessions that gave way to others.
+    pub evicted: u64,
+}
+
+/// The sessions of all forwards.
+pub(super) struct Sessions {
+    lan: LanConfig,
+    table: FlowTable<Session>,
+    by_client: HashMap<(SockId, SocketAddr), FlowId>,
+    by_guest: HashMap<(SocketAddr, SocketAddr), FlowId>,
+    /// By class in order of use, lazily: an entry whose session was used since, or has another class, is
+    /// put in again or left out when it comes to the front. A session has one entry for each class it
+    /// was in, two at most.
+    queues: [VecDeque<(Instant, FlowId)>; TIMEOUTS.len()],
+    fragment_id: u32,
+    pub counters: SessionCounters,
+}
+
+impl Sessions {
+    pub fn new(lan: LanConfig) -> Self {
+        Self {
+            lan,
+            table: FlowTable::new(SESSIONS_MAX),
+            by_client: HashMap::new(),
+            by_guest: HashMap::new(),
+            queues: Default::default(),
+            fragment_id: 0,
+            counters: SessionCounters::default(),
+        }
+    }
+
+    pub fn len(&self) -> usize {
+        self.table.len()
+    }
+
+    /// Whether `client` has a session with this guest by this socket.
+    pub fn has(&mut self, socket: SockId, client: SocketAddr, guest: SocketAddr) -> bool {
+        let session = self.by_client.get(&(socket, client));
+        session
+            .and_then(|&id| self.table.get_mut(id))
+            .is_some_and(|session| session.guest == guest)
+    }
+
+    /// Gives a client's datagram or train to the guest. `seed` is a random number.
+    pub fn deliver<O: Outbox + ?Sized>(
+        &mut self,
+        entrance: Entrance,
+        way: Way,
+        datagram: &Datagram<'_>,
+        seed: u64,
+        now: Instant,
+        out: &mut O,
+    ) -> Result<(), DropReason> {
+        let ttl = ttl_to_guest(datagram.ttl)?;
+        let id = self.session(entrance, way, datagram.source, seed, now)?;
+        let session = self.table.get_mut(id).ok_or(DropReason::NoFlow)?;
+        session.station = way.station;
+        session.local = datagram.destination;
+        session.used = now;
+        let (from, to) = (session.shown, session.guest);
+        let headers = Headers {
+            from,
+            to,
+            station: way.station,
+            ttl,
+            tos: datagram.tos,
+        };
+        self.send(&headers, datagram.payload, datagram.segment, out)
+    }
+
+    fn session(
+        &mut self,
+        entrance: Entrance,
+        way: Way,
+        client: SocketAddr,
+        seed: u64,
+        now: Instant,
+    ) -> Result<FlowId, DropReason> {
+        if let Some(&id) = self.by_client.get(&(entrance.socket, client)) {
+            let same = |session: &mut Session| session.guest == way.guest;
+            if self.table.get_mut(id).is_some_and(same) {
+                return Ok(id);
+            }
+            // The forward's guest has another address.
+            self.remove(id);
+        }
+        let free = |at: SocketAddr| !self.by_guest.contains_key(&(way.guest, at));
+        let shown = if way.shown.port() == 0 {
+            ports_to_try(Some(client.port()), seed)
+                .map(|port| SocketAddr::new(way.shown.ip(), port))
+                .find(|&at| free(at))
+        } else {
+            Some(way.shown).filter(|&at| free(at))
+        };
+        let shown = shown.ok_or(DropReason::Limit)?;
+        if self.table.len() >= SESSIONS_MAX && self.evict() {
+            self.counters.evicted += 1;
+        }
+        let class = match way.guest.port() {
+            DNS_PORT => DNS,
+            _ => ONE_WAY,
+        };
+        let session = Session {
+            forward: entrance.forward,
+            socket: entrance.socket,
+            client,
+            local: None,
+            guest: way.guest,
+            station: way.station,
+            shown,
+            class,
+            used: now,
+        };
+        let id = self.table.insert_with(DropReason::Limit, |_| Ok(session))?;
+        self.by_client.insert((entrance.socket, client), id);
+        self.by_guest.insert((way.guest, shown), id);
+        self.queues[class].push_back((now, id));
+        self.counters.opened += 1;
+        Ok(id)
+    }
+
+    /// The session that a guest's datagram belongs to.
+    pub fn find(&self, guest: SocketAddr, to: SocketAddr) -> Option<FlowId> {
+        if self.by_guest.is_empty() {
+            return None;
+        }
+        self.by_guest.get(&(guest, to)).copied()
+    }
+
+    /// Sends a guest's datagram or train to the client of its session.
+    pub fn answer<U: Uplink + ?Sized>(
+        &mut self,
+        id: FlowId,
+        packet: &Packet<'_>,
+        (ip, udp): (&Ip<'_>, &Udp<'_>),
+        now: Instant,
+        up: &mut U,
+    ) -> Result<(), DropReason> {
+        let session = self.table.get_mut(id).ok_or(DropReason::NoFlow)?;
+        session.used = now;
+        session.station = Station {
+            mac: packet.source,
+            port: packet.ingress,
+        };
+        if session.class == ONE_WAY {
+            session.class = TWO_WAY;
+            self.queues[TWO_WAY].push_back((now, id));
+        }
+        let segment = match packet.offload.gso {
+            Gso::Udp(size) if usize::from(size) < udp.payload.len() => Some(size),
+            _ => None,
+        };
+        let options = SendOptions {
+            tos: ip.tos,
+            segment,
+            ..SendOptions::default()
+        };
+        let (socket, client) = (session.socket, session.client);
+        let sent = match session.local {
+            Some(local) => up.send_from(socket, local, client, udp.payload, options),
+            None => up.send_to(socket, client, udp.payload, options),
+        };
+        match sent {
+            Io::Done(len) if len >= udp.payload.len() => Ok(()),
+            Io::Done(_) | Io::Blocked | Io::Eof | Io::Failed(HostError::Exhausted) => {
+                Err(DropReason::HostFull)
+            }
+            Io::Failed(HostError::TooBig) => Err(DropReason::TooBig),
+            Io::Failed(_) => Err(DropReason::HostRefused),
+        }
+    }
+
+    fn send<O: Outbox + ?Sized>(
+        &mut self,
+        headers: &Headers,
+        payload: &[u8],
+        segment: Option<u16>,
+        out: &mut O,
+    ) -> Result<(), DropReason> {
+        let guest = headers.to.ip();
+        let payload_max = wire::ip_payload_max(guest) - UDP_HEADER_LEN;
+        let segment = segment
+            .map(usize::from)
+            .filter(|size| (1..payload.len()).contains(size));
+        let longest = segment.unwrap_or(payload.len());
+        if longest > payload_max {
+            return Err(DropReason::TooBig);
+        }
+        let mtu = self.lan.mtu;
+        if wire::ip_header_len(guest) + UDP_HEADER_LEN + longest > usize::from(mtu) {
+            for datagram in payload.chunks(longest) {
+                let (_, len) = headers.write(&self.lan, out.buffer(), datagram, true);
+                self.fragment_id = self.fragment_id.wrapping_add(1);
+                cut(out, len, mtu, self.fragment_id);
+            }
+            return Ok(());
+        }
+        // An empty datagram is one, too.
+        let train_len = segment.map_or(longest.max(1), |size| payload_max / size * size);
+        let empty = payload.is_empty().then_some(payload);
+        for train in payload.chunks(train_len).chain(empty) {
+            let gso = segment.filter(|&size| train.len() > size);
+            let (at, len) = headers.write(&self.lan, out.buffer(), train, false);
+            let offload = Offload {
+                csum: Csum::Partial {
+                    start: at as u16,
+                    offset: 6,
+                },
+                gso: gso.map_or(Gso::None, |size| Gso::Udp(size as u16)),
+                ecn: false,
+            };
+            out.send(len, offload);
+        }
+        Ok(())
+    }
+
+    /// Ends the session that is unused longest, those of a low class first.
+    fn evict(&mut self) -> bool {
+        for class in 0..TIMEOUTS.len() {
+            if let Some(id) = self.oldest(class) {
+                self.remove(id);
+                return true;
+            }
+        }
+        false
+    }
+
+    /// The session of a class that is unused longest, brought to the front of its queue. An entry moves
+    /// once for a use of its session, so the work is that of the packets that came.
+    fn oldest(&mut self, class: usize) -> Option<FlowId> {
+        while let Some(&(stamp, id)) = self.queues[class].front() {
+            match self.table.get_mut(id) {
+                Some(session) if session.class == class && session.used == stamp => {
+                    return Some(id);
+                }
+                Some(session) if session.class == class => {
+                    let used = session.used;
+                    self.queues[class].pop_front();
+                    self.queues[class].push_back((used, id));
+                }
+                _ => {
+                    self.queues[class].pop_front();
+                }
+            }
+        }
+        None
+    }
+
+    fn remove(&mut self, id: FlowId) {
+        if let Some(session) = self.table.remove(id) {
+            self.by_client.remove(&(session.socket, session.client));
+            self.by_guest.remove(&(session.guest, session.shown));
+        }
+    }
+
+    fn remove_where(&mut self, mut wanted: impl FnMut(&Session) -> bool) {
+        let ids: Vec<_> = self.table.ids().collect();
+        for id in ids {
+            if self
+                .table
+                .get_mut(id)
+                .is_some_and(|session| wanted(session))
+            {
+                self.remove(id);
+            }
+        }
+    }
+
+    /// Ends the sessions of a forward that is gone.
+    pub fn remove_forward(&mut self, forward: ForwardId) {
+        self.remove_where(|session| session.forward == forward);
+    }
+
+    /// Ends the sessions of the guests behind a port that is gone.
+    pub fn forget_port(&mut self, port: PortId) {
+        self.remove_where(|session| session.station.port == port);
+    }
+
+    /// When [`Sessions::handle_timeout`] next has something to do.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        let fronts = self.queues.iter().zip(TIMEOUTS);
+        fronts
+            .filter_map(|(queue, timeout)| Some(queue.front()?.0 + timeout))
+            .min()
+    }
+
+    /// Ends the sessions whose time is over.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        for (class, timeout) in TIMEOUTS.into_iter().enumerate() {
+            while self.queues[class]
+                .front()
+                .is_some_and(|&(stamp, _)| stamp + timeout <= now)
+            {
+                let Some(id) = self.oldest(class) else {
+                    break;
+                };
+                let session = self.table.get_mut(id);
+                if session.is_some_and(|session| session.used + timeout <= now) {
+                    self.remove(id);
+                }
+            }
+        }
+    }
+}
+
+/// The headers of what goes to a guest.
+struct Headers {
+    from: SocketAddr,
+    to: SocketAddr,
+    station: Station,
+    ttl: u8,
+    tos: u8,
+}
+
+impl Headers {
+    /// Writes a frame with `payload`; returns where UDP begins and where the frame ends. The checksum is
+    /// complete, or the sum of the pseudo-header for who completes it: with the length of the whole
+    /// train, as the kernel's segmentation expects it (net/ipv4/udp_offload.c, __udp_gso_segment).
+    fn write(
+        &self,
+        lan: &LanConfig,
+        frame: &mut [u8],
+        payload: &[u8],
+        complete: bool,
+    ) -> (usize, usize) {
+        let udp_len = UDP_HEADER_LEN + payload.len();
+        let (source, destination) = (self.from.ip(), self.to.ip());
+        let fields = IpFields {
+            source,
+            destination,
+            protocol: PROTO_UDP,
+            ttl: self.ttl,
+            tos: self.tos,
+        };
+        let at = wire::write_ip(frame, (self.station.mac, lan.mac), fields, udp_len);
+        let sum = checksum::pseudo_header(source, destination, PROTO_UDP, udp_len);
+        let udp = &mut frame[at..][..udp_len];
+        udp[..2].copy_from_slice(&self.from.port().to_be_bytes());
+        udp[2..4].copy_from_slice(&self.to.port().to_be_bytes());
+        udp[4..6].copy_from_slice(&(udp_len as u16).to_be_bytes());
+        udp[6..8].copy_from_slice(&checksum::fold(sum).to_be_bytes());
+        udp[UDP_HEADER_LEN..].copy_from_slice(payload);
+        if complete {
+            let sum = match !checksum::fold(checksum::sum(udp)) {
+                0 => 0xffff,
+                sum => sum,
+            };
+            udp[6..8].copy_from_slice(&sum.to_be_bytes());
+        }
+        (at, at + udp_len)
+    }
+}

@@ -1,0 +1,70 @@
+//! The egress policy of a network: put in force while it runs, and asked by the resolver about DNS over
+//! TCP, which does not pass the worker.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crossbeam_channel::RecvTimeoutError;
+use tokio::sync::oneshot;
+
+use super::{Network, NetworkError, lock};
+use crate::control::resolver::NamePolicy;
+use crate::frame::PortId;
+use crate::gateway::dns::message::Name;
+use crate::nat::policy::Policy;
+use crate::worker::{Command, WorkerHandle};
+
+/// How long the worker may take to review all flows. It takes milliseconds, unless there are both a great
+/// many rules and guests out to make it long (`nat/policy.rs`); less than a client waits for a reply.
+const REVIEW_TIMEOUT: Duration = Duration::from_secs(5);
+
+impl Network {
+    /// Puts another egress policy in force, or none. Once this returns, what it denies has ended.
+    ///
+    /// # Errors
+    /// The data path has ended, or did not answer in time (the policy is in force when it does).
+    pub fn set_policy(&self, policy: Option<Policy>) -> Result<(), NetworkError> {
+        let policy = policy.map(Arc::new);
+        let (done, is_done) = crossbeam_channel::bounded(1);
+        // Held until it is sent, so that of two the one that is shown is in force.
+        let mut current = lock(&self.shared.policy);
+        current.clone_from(&policy);
+        self.shared.worker.send(Command::SetPolicy { policy, done });
+        drop(current);
+        match is_done.recv_timeout(REVIEW_TIMEOUT) {
+            Ok(()) => Ok(()),
+            Err(RecvTimeoutError::Timeout) => Err(NetworkError::Busy),
+            Err(RecvTimeoutError::Disconnected) => Err(NetworkError::Ended(
+                lock(&self.shared.end).clone().flatten(),
+            )),
+        }
+    }
+
+    /// The egress policy in force.
+    pub fn policy(&self) -> Option<Arc<Policy>> {
+        lock(&self.shared.policy).clone()
+    }
+}
+
+/// Asks the worker, which has the policy.
+pub(super) struct AskWorker(pub WorkerHandle);
+
+impl NamePolicy for AskWorker {
+    fn allows(&self, port: PortId, name: &Name) -> Option<oneshot::Receiver<bool>> {
+        let (reply, decided) = oneshot::channel();
+        let name = Box::new(*name);
+        self.0.send(Command::DecideName { port, name, reply });
+        Some(decided)
+    }
+
+    fn on_answer(&self, port: PortId, answer: &[u8]) -> Option<oneshot::Receiver<()>> {
+        let (done, is_done) = oneshot::channel();
+        let message = answer.into();
+        self.0.send(Command::Pin {
+            port,
+            message,
+            done,
+        });
+        Some(is_done)
+    }
+}

@@ -77,6 +77,12 @@ fn bad_input_is_refused_with_the_option_named() {
             &["--subnet", "192.168.122.0/24"][..],
         ),
         (&["up", "--subnet", "10.0.0.0/30"], &["--subnet", "/29"]),
+        (&["up", "--subnet6", "fd12::/48"], &["--subnet6", "/64"]),
+        (&["up", "--subnet6", "fe80::/64"], &["--subnet6", "fd12"]),
+        (
+            &["up", "--subnet6", "fd12::/64", "--mtu", "1279"],
+            &["subnet6", "1280"],
+        ),
         (
             &["up", "--subnet", "10.0.0.1/24"],
             &["--subnet", "10.0.0.0/24"],

@@ -217,7 +217,7 @@ fn what_the_machine_lacks_is_said_with_the_remedy() {
         say good=$?
         for flows in 16384 100; do
             ( ulimit -n 12000; lanlet exec --max-flows $flows -- true 2>files.err )
-            say files_$flows=$?,$(grep -c 'may need 17408 open files, and the limit is 12000' files.err)
+            say files_$flows=$?,$(grep -c 'may need 17920 open files, and the limit is 12000' files.err)
             grep -q warning files.err; say files_warned_$flows=$?
         done
         # A user namespace below which there may be none, and in it somebody without capabilities.

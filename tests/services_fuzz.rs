@@ -2,18 +2,19 @@
 //! messages that real clients send. Nothing panics, what is claimed is answered or dropped with a
 //! reason, every answer is well-formed, and no table passes its limit.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::{Arc, Mutex};
 
 use lanlet::dhcp::DhcpConfig;
 use lanlet::dhcp::lease::{LEASES_MAX, LeaseTable};
 use lanlet::frame::{Duration, FRAME_BUFFER_LEN, Frame, Instant, Mac, PortId};
 use lanlet::gateway::dns::{DnsAnswer, QUERIES_MAX};
-use lanlet::gateway::{Gateway, LanConfig, Outbox};
+use lanlet::gateway::{Gateway, Lan6, LanConfig, Outbox};
 use lanlet::offload::{Gso, Offload};
+use lanlet::wire::ipv6::{self, Ipv6Fields, write_ipv6};
 use lanlet::wire::{
-    Body, Ipv4Fields, PROTO_ICMP, Packet, UDP4_PAYLOAD_AT, checksum, write_ethernet, write_ipv4,
-    write_udp4,
+    Body, Ipv4Fields, PROTO_ICMP, PROTO_ICMPV6, Packet, UDP4_PAYLOAD_AT, checksum, write_ethernet,
+    write_ipv4, write_udp4,
 };
 
 /// Cases per parser. `LANLET_FUZZ_CASES` sets another number.
@@ -90,11 +91,17 @@ impl Random {
 }
 
 fn lan() -> LanConfig {
+    let mac = Mac([0x52, 0x55, 0, 0, 0, 1]);
     LanConfig {
-        mac: Mac([0x52, 0x55, 0, 0, 0, 1]),
+        mac,
         address: Ipv4Addr::new(192, 168, 122, 1),
         prefix: 24,
         mtu: 1500,
+        v6: Some(Lan6 {
+            link_local: ipv6::link_local(mac),
+            address: Ipv6Addr::new(0xfd12, 0x3456, 0x789a, 1, 0, 0, 0, 1),
+            prefix: 64,
+        }),
     }
 }
 
@@ -119,6 +126,13 @@ impl Outbox for Checked {
             assert_eq!(ip.source, lan().address);
             assert_ne!(ip.destination, lan().address);
             assert!(!ip.destination.is_unspecified());
+        }
+        if let Body::Ipv6(ip) = packet.body {
+            let lan = lan();
+            assert!(lan.is_gateway(IpAddr::V6(ip.source)));
+            assert!(!lan.is_gateway(IpAddr::V6(ip.destination)));
+            let all_nodes = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
+            assert!(ip.destination == all_nodes || lan.is_guest_any(IpAddr::V6(ip.destination)));
         }
         self.sent += 1;
     }
@@ -176,7 +190,9 @@ impl Lab {
         let handled = self.gateway.handle(&packet, self.now, &mut self.out);
         let sent = self.out.sent - before;
         if offload.gso == Gso::None {
-            assert!(sent <= 1, "one answer to one message");
+            // In pieces if it came in pieces; one of IPv6 holds 1,448 bytes of payload.
+            let pieces = frame.len().div_ceil(1_448);
+            assert!(sent <= pieces, "one answer to one message");
         }
         match handled {
             None => assert_eq!(sent, 0),
@@ -466,6 +482,80 @@ fn echo() {
         lab.handle(&frame, Offload::default());
     }
     lab.end("echo", cases());
+}
+
+#[test]
+fn ndp() {
+    let mut lab = Lab::new(0x6d9);
+    let v6 = lan().v6.expect("IPv6");
+    let with_target = |kind: u8, flags: u8, target: Ipv6Addr, option: u8| {
+        let mut message = vec![kind, 0, 0, 0, flags, 0, 0, 0];
+        message.extend_from_slice(&target.octets());
+        if option != 0 {
+            message.extend_from_slice(&[option, 1, 0x52, 0x54, 0, 0, 0, 1]);
+        }
+        message
+    };
+    let seeds = [
+        vec![133, 0, 0, 0, 0, 0, 0, 0],
+        vec![133, 0, 0, 0, 0, 0, 0, 0, 1, 1, 0x52, 0x54, 0, 0, 0, 1],
+        with_target(135, 0, v6.address, 1),
+        with_target(135, 0, v6.link_local, 0),
+        with_target(136, 0x20, v6.address, 2),
+        vec![134; 32],
+        with_target(137, 0, v6.link_local, 0),
+        vec![128, 0, 0, 0, 1, 2, 3, 4, 5, 6],
+    ];
+    let groups = ["ff02::1", "ff02::2", "ff02::1:ff00:1"].map(|group| group.parse().unwrap());
+    let mut payload = Vec::new();
+    for _ in 0..cases() {
+        lab.random.mutate(&seeds, &mut payload);
+        let guest = lab.guest();
+        let source = match lab.random.below(10) {
+            0 | 1 => Ipv6Addr::UNSPECIFIED,
+            2 => v6.address,
+            3 => "2001:db8::9".parse().unwrap(),
+            4 | 5 => ipv6::with_interface_id(v6.address, guest),
+            _ => ipv6::link_local(guest),
+        };
+        let destination = match lab.random.below(5) {
+            n @ 0..3 => groups[n],
+            3 => v6.link_local,
+            _ => v6.address,
+        };
+        let mac = match destination.is_multicast() {
+            true => ipv6::group_mac(destination),
+            false => lan().mac,
+        };
+        if payload.len() >= 4 && !lab.random.one_in(10) {
+            payload[2..4].fill(0);
+            let addresses = (source.into(), destination.into());
+            let sum = checksum::transport(addresses.0, addresses.1, PROTO_ICMPV6, &payload);
+            payload[2..4].copy_from_slice(&(!sum).to_be_bytes());
+        }
+        let fields = Ipv6Fields {
+            source,
+            destination,
+            protocol: PROTO_ICMPV6,
+            hop_limit: if lab.random.one_in(20) { 64 } else { 255 },
+            traffic_class: 0,
+        };
+        let mut frame = vec![0; 54 + payload.len()];
+        write_ethernet(&mut frame, mac, guest, 0x86dd);
+        write_ipv6(&mut frame, fields, payload.len());
+        frame[54..].copy_from_slice(&payload);
+        lab.handle(&frame, Offload::default());
+        if lab.random.one_in(100) {
+            let has_default = lab.random.one_in(2);
+            lab.gateway.ndp.port_added(lab.now);
+            lab.gateway.ndp.set_default_route(has_default, lab.now);
+            let due = lab.gateway.ndp.poll_timeout().expect("a port hears");
+            lab.now = lab.now.max(due);
+            lab.gateway.ndp.handle_timeout(lab.now, &mut lab.out);
+            assert!(lab.gateway.ndp.poll_timeout() > Some(lab.now));
+        }
+    }
+    lab.end("ndp", cases());
 }
 
 /// Whole frames: whatever survives the header checks meets all services.

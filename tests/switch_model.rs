@@ -3,9 +3,9 @@
 
 use std::sync::Barrier;
 
-use lanlet::frame::{Duration, Instant, Mac, PortId};
+use lanlet::frame::{Duration, Instant, Mac, PortId, Station};
 use lanlet::stats::DropReason;
-use lanlet::switch::{Station, Switch, SwitchConfig, Verdict};
+use lanlet::switch::{Switch, SwitchConfig, Verdict};
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 

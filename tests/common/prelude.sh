@@ -61,12 +61,13 @@ network() {
 
 # A QEMU guest in the background that runs SCRIPT (a file); its console is NAME.console, its process
 # $GUEST, and tell NAME WORD writes to it: guest NAME SCRIPT [OPTION of lanlet qemu...]
+# With GUEST_INITRD=initrd-tools.gz it has curl, dig, nmap and the like.
 guest() {
     local name=$1 script=$2
     shift 2
     mkfifo "$name.in"
     "$LAB/as-user" "$LANLET" qemu "$@" -- -accel tcg -cpu max -m 256 -nographic -no-reboot \
-        -kernel "$LAB/out/vmlinuz" -initrd "$LAB/out/initrd.gz" \
+        -kernel "$LAB/out/vmlinuz" -initrd "$LAB/out/${GUEST_INITRD:-initrd.gz}" \
         -append "$("$LAB/guest-image/append" lanlet.host="$name" ${GUEST_APPEND:-})" \
         -fw_cfg name=opt/lanlet/script,file="$script" -global virtio-net-pci.romfile= \
         <>"$name.in" >"$name.console" 2>&1 &

@@ -82,6 +82,8 @@ fn the_kernels_drops_are_told() {
         lanlet exec --name default -- sh -c 'ping -c 1 -W 2 192.168.122.1 >/dev/null; ip -4 neighbour' |
             awk '/^192.168.122.1 / {print $5}' >gateway
         "$LAB/as-user" "$LANLET" exec --name default -- sh -c '
+            # Its kernel says nothing of its own: no listener reports, no router solicitations.
+            echo 1 >/proc/sys/net/ipv6/conf/eth0/disable_ipv6
             ip neighbour replace 192.168.122.1 lladdr $(cat gateway) dev eth0 &&
             echo ready; until [ -e go ]; do sleep 0.02; done
             python3 -c "

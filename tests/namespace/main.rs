@@ -9,16 +9,28 @@ mod common;
 
 mod access;
 mod bulk;
+mod crowd;
 mod dhcp;
+mod discovery;
 mod endings;
 mod errors;
 mod exec;
+mod faults;
+mod flood;
+mod forwards;
 mod half_close;
+mod host;
 mod killed;
 mod lan;
+mod machine;
 mod many_flows;
+mod paths;
+mod policy;
+mod reach;
 mod refusals;
+mod streams;
 mod udp;
+mod v6_lan;
 
 use common::{Outcome, World};
 

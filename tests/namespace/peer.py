@@ -21,23 +21,26 @@ ETH_P_IP, ETH_P_ALL = 0x0800, 0x0003
 
 
 def say(**words):
-    print("@@LANLET", *(f"{key}={value}" for key, value in words.items()), flush=True)
+    # In one piece: others write there too.
+    sys.stdout.write(" ".join(["@@LANLET", *(f"{key}={value}" for key, value in words.items())]) + "\n")
+    sys.stdout.flush()
 
 
 def name(error):
     return "timeout" if isinstance(error, TimeoutError) else errno.errorcode.get(error.errno, error.errno)
 
 
+def family(host):
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
 def listen(port, backlog=4096):
-    server = socket.socket()
-    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    server.bind(("0.0.0.0", port))
-    server.listen(backlog)
-    return server
+    """For both families."""
+    return socket.create_server(("::", port), family=socket.AF_INET6, backlog=backlog, dualstack_ipv6=True)
 
 
 def connect(host, port, timeout=15.0, receive_buffer=0):
-    client = socket.socket()
+    client = socket.socket(family(host))
     client.settimeout(timeout)
     if receive_buffer:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
@@ -209,9 +212,10 @@ def serve_udp_echo(*ports):
     poll = select.epoll()
     sockets = {}
     for port in ports:
-        server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        server = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+        server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
-        server.bind(("0.0.0.0", int(port)))
+        server.bind(("::", int(port)))
         server.setblocking(False)
         sockets[server.fileno()] = server
         poll.register(server, select.EPOLLIN)
@@ -228,7 +232,7 @@ def serve_udp_echo(*ports):
 
 def udp_sizes(host, port, *sizes):
     """One datagram of each size from one socket; the sizes that came back unharmed."""
-    client = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    client = socket.socket(family(host), socket.SOCK_DGRAM)
     client.settimeout(3)
     client.connect((host, int(port)))
     unharmed = []
@@ -248,14 +252,14 @@ def udp_peers(host, first, count, sockets):
     from the server and to the socket that it belongs to."""
     first, count = int(first), int(count)
     right = wrong = 0
-    clients = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(int(sockets))]
+    clients = [socket.socket(family(host), socket.SOCK_DGRAM) for _ in range(int(sockets))]
     for index, client in enumerate(clients):
         client.settimeout(3)
         for port in range(first, first + count):
             client.sendto(struct.pack(">HH", index, port), (host, port))
         try:
             for _ in range(count):
-                data, (address, port) = client.recvfrom(64)
+                data, (address, port, *_) = client.recvfrom(64)
                 belongs = address == host and struct.unpack(">HH", data) == (index, port)
                 right, wrong = right + belongs, wrong + (not belongs)
         except TimeoutError:
@@ -265,7 +269,7 @@ def udp_peers(host, first, count, sockets):
 
 def udp_refused(host, port):
     """A datagram to a closed port: what the socket hears of it."""
-    client = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    client = socket.socket(family(host), socket.SOCK_DGRAM)
     client.settimeout(3)
     client.connect((host, int(port)))
     client.send(b"x")
@@ -347,7 +351,7 @@ def open_flows(host, port, count, at_once=200):
     poll = select.epoll()
     pending, opened = {}, []
     for index in range(count):
-        flow = socket.socket()
+        flow = socket.socket(family(host))
         flow.setblocking(False)
         flow.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         flow.connect_ex((host, port))

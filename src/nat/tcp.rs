@@ -77,11 +77,12 @@ pub const PORT_SHARE: (usize, usize) = (3, 4);
 pub const EVICTABLE_IDLE: Duration = Duration::from_secs(300);
 /// Between two walks in vain, each of which takes 100 microseconds with 10,000 flows.
 const EVICT_RETRY: Duration = Duration::from_millis(100);
-/// New flows of one port per second. A connect costs the worker some 20 microseconds: a guest that
-/// floods with SYNs takes a fifth of it at most. Beyond, SYNs are dropped like lost ones and come
-/// again after a second.
+/// Handshakes per second that one port may begin and not complete. A connect costs the worker some 20
+/// microseconds: a guest that floods with SYNs takes a fifth of it at most. Beyond, SYNs are dropped
+/// like lost ones and come again after a second. Completed handshakes are not limited by rate: they
+/// cost the guest as much as the worker.
 pub const OPENS_PER_SEC: u64 = 10_000;
-/// New flows of one port at once: as many as may be connecting.
+/// The same at once: as many as may be connecting.
 pub const OPENS_BURST: u64 = CONNECTING_MAX as u64;
 /// Packets on their way to one port at most, over all its flows: half of the queue of 16,384 entries
 /// that its tap has, each of which holds one packet for a guest without TSO.
@@ -183,7 +184,7 @@ struct PortLoad {
     connecting: usize,
     /// Those with data on its way to the guest.
     busy: usize,
-    /// Flows that the port may still open, and when that was last brought up to date.
+    /// Handshakes that the port may still begin, and when that was last brought up to date.
     opens: u64,
     filled_at: Instant,
 }
@@ -316,10 +317,16 @@ impl TcpNat {
                     up.tcp_watch(flow.host);
                 }
                 let peer = &flow.peer;
+                let began_here = !flow.from_outside && engine.phase() == Phase::Handshake;
                 let handled = guarded(|| engine.handle_segment(ip, tcp, now, peer, out));
                 if handled.is_none() {
                     self.fault(id, up);
                     return Err(DropReason::FlowFault);
+                }
+                if began_here && engine.phase() == Phase::Open {
+                    // Its token comes back.
+                    let load = self.load(packet.ingress);
+                    load.opens = (load.opens + 1).min(OPENS_BURST);
                 }
                 self.mark_dirty(id);
             }
@@ -772,7 +779,7 @@ impl TcpNat {
         up.close(flow.host);
     }
 
-    /// Takes a token of the port's rate of new flows.
+    /// Takes a token of the port's rate of handshakes; who completes one gives it back.
     fn may_open(&mut self, port: PortId, now: Instant) -> bool {
         let load = self.load(port);
         let passed = (now - load.filled_at)

@@ -860,6 +860,27 @@ fn a_flood_of_syns_is_held_to_a_rate() {
 }
 
 #[test]
+fn connections_that_the_guest_completes_have_no_rate() {
+    let mut lab = Lab::new();
+    let start = lab.now;
+    let rounds = OPENS_BURST + 2 * OPENS_PER_SEC;
+    for n in 0..rounds {
+        let handle = lab.connect((n % 60_000) as u16 + 1);
+        lab.settle();
+        lab.socket(handle).abort();
+        lab.settle();
+        lab.sockets.remove(handle);
+    }
+    assert!(
+        lab.now < start + Duration::from_secs(1),
+        "{}",
+        lab.now - start
+    );
+    assert_eq!(lab.nat.counters().opened, rounds);
+    assert_eq!((lab.nat.len(), lab.nat.counters().limited), (0, 0));
+}
+
+#[test]
 fn a_guests_keep_alives_are_answered_and_asked_of_the_outside() {
     let mut lab = Lab::new();
     let handle = lab.connect(1000);

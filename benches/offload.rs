@@ -1,12 +1,12 @@
 //! What a frame costs between ports: admit, fit and encode it whole; complete its checksum; cut
-//! 64 KB into segments.
+//! 64 KB into segments; join a batch of segments.
 
 use std::hint::black_box;
 use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use lanlet::frame::{FRAME_LEN_MAX, Frame};
-use lanlet::offload::{Caps, VNET_HEADER_LEN, admit, encode, fit};
+use lanlet::frame::{BATCH_FRAMES_MAX, Batch, FRAME_LEN_MAX, Frame};
+use lanlet::offload::{Caps, VNET_HEADER_LEN, admit, coalesce, encode, fit};
 
 const ALL: Caps = Caps {
     csum: true,
@@ -76,9 +76,53 @@ fn offload(c: &mut Criterion) {
     case("segment_64k", &tcp4(SUPER_PAYLOAD, 1460), NONE, 45);
 }
 
+/// A UDP over IPv4 frame with its checksum left to do.
+fn udp4(payload_len: usize) -> Vec<u8> {
+    let mut raw = tcp4(payload_len, 0);
+    raw.drain(VNET_HEADER_LEN + 42..VNET_HEADER_LEN + TCP_HEADERS_LEN);
+    raw[8..10].copy_from_slice(&6u16.to_ne_bytes());
+    let frame = &mut raw[VNET_HEADER_LEN..];
+    frame[16..18].copy_from_slice(&((28 + payload_len) as u16).to_be_bytes());
+    frame[23] = 17;
+    frame[38..40].copy_from_slice(&((8 + payload_len) as u16).to_be_bytes());
+    let sum = !lanlet::wire::checksum::fold(lanlet::wire::checksum::sum(&frame[14..34]));
+    frame[24..26].copy_from_slice(&sum.to_be_bytes());
+    raw
+}
+
+/// A full batch: read (copied) and joined, beside read alone.
+fn join(c: &mut Criterion) {
+    let mut batch = Batch::new();
+    for payload_len in [64, 1460] {
+        let raw = udp4(payload_len);
+        let offload = admit(&raw).unwrap();
+        for (what, caps, left) in [("read", NONE, BATCH_FRAMES_MAX), ("read_and_join", ALL, 1)] {
+            // A super-frame holds 44 datagrams of 1460 bytes.
+            let left = if payload_len == 1460 && left == 1 {
+                2
+            } else {
+                left
+            };
+            let mut group = c.benchmark_group("offload");
+            group.throughput(Throughput::Elements(BATCH_FRAMES_MAX as u64));
+            group.bench_function(format!("{what}_64_udp_{payload_len}"), |b| {
+                b.iter(|| {
+                    batch.clear();
+                    for _ in 0..BATCH_FRAMES_MAX {
+                        batch.next_buffer().unwrap()[..raw.len()].copy_from_slice(&raw);
+                        batch.commit(VNET_HEADER_LEN..raw.len(), offload);
+                    }
+                    coalesce(&mut batch, |_| caps);
+                    assert_eq!(batch.len(), left);
+                });
+            });
+        }
+    }
+}
+
 criterion_group! {
     name = benches;
     config = Criterion::default().warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(2));
-    targets = offload
+    targets = offload, join
 }
 criterion_main!(benches);

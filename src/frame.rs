@@ -174,6 +174,11 @@ impl Batch {
             .push((start + range.start..start + range.end, offload));
     }
 
+    /// Buffer and frames, for who joins them.
+    pub(crate) fn parts_mut(&mut self) -> (&mut [u8], &mut Vec<(Range<usize>, Offload)>) {
+        (&mut self.buffer, &mut self.frames)
+    }
+
     /// Number of frames.
     pub fn len(&self) -> usize {
         self.frames.len()

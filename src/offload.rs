@@ -1,13 +1,12 @@
 //! Offload metadata: what a frame's sender left for the device to do.
 //!
 //! ```text
-//!  port rx -> admit -> Frame { bytes, offload } -> switch, gateway, NAT -> fit -> encode -> port tx
+//!  port rx -> admit -> coalesce -> Frame { bytes, offload } -> switch, gateway, NAT -> fit -> encode -> port tx
 //! ```
 //!
 //! It travels beside the bytes from [`admit`], the one place where a guest's virtio-net header is
-//! believed or refused, to [`fit`], the one place where it is adapted to the egress port. Nothing
-//! here holds state; a stage that merges frames (GRO) would sit between the switch and [`fit`] and
-//! yield the same [`Offload`] that [`admit`] does.
+//! believed or refused, to [`fit`], the one place where it is adapted to the egress port. Between, what
+//! came as single segments is joined by [`coalesce`]. Nothing here holds state.
 //!
 //! What a hostile guest can try: a checksum position inside a MAC, a VLAN tag, an IP address or a
 //! port number, so that completing the sum rewrites a header after the switch decided on it; a
@@ -15,11 +14,13 @@
 //! [`DropReason::BadOffload`](crate::stats::DropReason::BadOffload). A malformed IP packet in a
 //! frame without claims is none of a switch's business and passes.
 
+mod coalesce;
 mod fit;
 mod layout;
 mod segment;
 mod vnet;
 
+pub use coalesce::coalesce;
 pub use fit::fit;
 pub use vnet::{SEGMENTS_MAX, VNET_HEADER_LEN, admit, admit_plain, encode};
 

@@ -98,6 +98,8 @@ pub struct PortCounters {
     pub rx_frames: AtomicU64,
     /// Bytes received from the port.
     pub rx_bytes: AtomicU64,
+    /// Frames received that went on as part of the one before them ([`crate::offload::coalesce`]).
+    pub rx_joined: AtomicU64,
     /// Frames sent to the port (a super-frame counts once).
     pub tx_frames: AtomicU64,
     /// Bytes sent to the port.
@@ -111,6 +113,7 @@ impl Default for PortCounters {
         Self {
             rx_frames: AtomicU64::new(0),
             rx_bytes: AtomicU64::new(0),
+            rx_joined: AtomicU64::new(0),
             tx_frames: AtomicU64::new(0),
             tx_bytes: AtomicU64::new(0),
             drops: [const { AtomicU64::new(0) }; DROP_REASONS],
@@ -128,6 +131,13 @@ impl PortCounters {
     pub fn rx(&self, bytes: usize) {
         self.rx_frames.fetch_add(1, Relaxed);
         self.rx_bytes.fetch_add(bytes as u64, Relaxed);
+    }
+
+    /// Counts frames that were joined to others.
+    pub fn join(&self, frames: usize) {
+        if frames > 0 {
+            self.rx_joined.fetch_add(frames as u64, Relaxed);
+        }
     }
 
     /// Counts one frame sent.

@@ -126,6 +126,19 @@ impl Switch {
         self.forward(ingress, destination)
     }
 
+    /// Where frames to this station go, as far as is known; learns nothing.
+    #[inline]
+    pub fn find(&self, destination: Mac) -> Option<PortId> {
+        self.find_port(destination.to_u64())
+    }
+
+    fn find_port(&self, destination: u64) -> Option<PortId> {
+        match destination == self.gateway {
+            true => Some(PortId::GATEWAY),
+            false => self.table.find_port(destination),
+        }
+    }
+
     fn refuse_source(&self, source: u64) -> Option<DropReason> {
         if is_group(source) {
             Some(DropReason::GroupSource)
@@ -147,12 +160,7 @@ impl Switch {
                 Verdict::Flood { to_gateway }
             };
         }
-        let egress = if destination == self.gateway {
-            Some(PortId::GATEWAY)
-        } else {
-            self.table.find_port(destination)
-        };
-        match egress {
+        match self.find_port(destination) {
             Some(egress) if egress == ingress => Verdict::Drop(DropReason::SamePort),
             Some(egress) => Verdict::Unicast(egress),
             // The gateway's address is known, so an unknown one is not the gateway's.

@@ -673,7 +673,9 @@ impl Uplink for HostUplink {
             debug_assert!(false, "{socket:?} is not open");
             return false;
         };
-        let received = self.batch.recv(socket.fd.as_fd(), |received| {
+        // Each ICMP message has its own header.
+        let join = !matches!(owner(socket.token), Some(SockOwner::Ping(_)));
+        let received = self.batch.recv(socket.fd.as_fd(), join, |received| {
             sink(Datagram {
                 source: received.source,
                 payload: received.payload,

@@ -34,7 +34,7 @@ use crate::nat::forward::{ForwardCounters, ForwardId, ForwardSpec, ListenerKind}
 use crate::nat::policy::Policy;
 use crate::nat::policy::ledger::PolicyView;
 use crate::nat::{HostError, Nat, NatConfig};
-use crate::offload::{self, Offload};
+use crate::offload::{self, Caps, Offload};
 use crate::port::{More, PortRx, PortTx};
 use crate::stats::{DropReason, PortCounters};
 use crate::switch::{Switch, Verdict};
@@ -370,6 +370,8 @@ impl Worker {
         for _ in 0..BATCHES_PER_TURN {
             self.batch.clear();
             let more = rx.recv(&mut self.batch, &counters);
+            let lan = &self.path.lan;
+            counters.join(offload::coalesce(&mut self.batch, |frame| lan.takes(frame)));
             for frame in self.batch.frames() {
                 if let Err(reason) = self.path.handle_frame(id, frame) {
                     counters.count_drop(reason);
@@ -718,7 +720,26 @@ impl Path {
     }
 }
 
+/// What the gateway takes undone: its sockets do the rest.
+const GATEWAY_CAPS: Caps = Caps {
+    csum: true,
+    tso: true,
+    uso: true,
+};
+
 impl Lan {
+    /// What the receiver of a frame takes undone; nothing if there are several, or none is known.
+    fn takes(&self, frame: &Frame<'_>) -> Caps {
+        match self.switch.find(frame.destination()) {
+            Some(PortId::GATEWAY) => GATEWAY_CAPS,
+            Some(port) => match self.ports.get(usize::from(port.0)) {
+                Some(Some(egress)) => egress.tx.caps(),
+                _ => Caps::default(),
+            },
+            None => Caps::default(),
+        }
+    }
+
     /// Decides about a frame and sends it to the ports it is for. Returns whether the gateway is
     /// among its receivers.
     fn forward(&mut self, ingress: PortId, frame: Frame<'_>) -> Result<bool, DropReason> {

@@ -5,8 +5,8 @@
 use std::collections::BTreeMap;
 
 use etherparse::{NetSlice, SlicedPacket, TransportSlice};
-use lanlet::frame::{FRAME_LEN_MAX, Frame, PortId};
-use lanlet::offload::{Caps, Csum, Gso, Offload, VNET_HEADER_LEN, admit, encode, fit};
+use lanlet::frame::{BATCH_FRAMES_MAX, Batch, FRAME_LEN_MAX, Frame, PortId};
+use lanlet::offload::{Caps, Csum, Gso, Offload, VNET_HEADER_LEN, admit, coalesce, encode, fit};
 use lanlet::stats::DropReason;
 use lanlet::wire::Packet;
 use proptest::prelude::*;
@@ -371,6 +371,118 @@ proptest! {
                 prop_assert_eq!(segments.len(), 1);
                 assert_right(&segments[0].0);
             }
+        }
+    }
+}
+
+/// Neighbours are joined, and segmentation gives the very frames that went in: whatever else is among them,
+/// and however they are damaged (each has its checksum, so none that is damaged is joined).
+fn joined(trains: &[Train], damage: &[(usize, usize)], caps: Caps) -> (usize, usize) {
+    let mut frames = Vec::new();
+    for train in trains {
+        let built = train.build();
+        let admitted = admit(&received(&built.frame, built.offload)).unwrap();
+        let segments = fitted(&built.frame, admitted, Caps::default()).unwrap();
+        frames.extend(segments.into_iter().map(|(frame, _)| frame));
+    }
+    frames.truncate(BATCH_FRAMES_MAX);
+    for &(frame, byte) in damage {
+        let frame = &mut frames[frame % BATCH_FRAMES_MAX.min(trains.len())];
+        let at = byte % frame.len();
+        frame[at] ^= 0x10;
+    }
+    let mut batch = Batch::new();
+    let mut sent = 0;
+    for frame in &frames {
+        let Some(buffer) = batch.next_buffer() else {
+            break;
+        };
+        buffer[VNET_HEADER_LEN..][..frame.len()].copy_from_slice(frame);
+        batch.commit(
+            VNET_HEADER_LEN..VNET_HEADER_LEN + frame.len(),
+            Offload::default(),
+        );
+        sent += 1;
+    }
+    let fewer = coalesce(&mut batch, |_| caps);
+    assert_eq!(batch.len() + fewer, sent);
+    let mut again = Vec::new();
+    for frame in batch.frames() {
+        // What we make, we would let in.
+        let admitted = admit(&received(frame.bytes, frame.offload));
+        assert_eq!(admitted, Ok(frame.offload));
+        assert!(frame.offload == Offload::default() || caps.take(frame.offload));
+        for (segment, _) in fitted(frame.bytes, frame.offload, Caps::default()).unwrap() {
+            again.push(segment);
+        }
+    }
+    assert!(again == frames[..sent]);
+    (sent, fewer)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 500, rng_seed: RngSeed::Fixed(3), failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn joined_frames_are_cut_to_what_they_were(
+        trains in prop::collection::vec(train(), 1..5),
+        damage in prop::collection::vec((any::<usize>(), any::<usize>()), 0..3),
+        caps in prop::sample::select(vec![
+            Caps { csum: true, tso: true, uso: true },
+            Caps { csum: true, tso: true, uso: false },
+            Caps { csum: true, tso: false, uso: true },
+            Caps { csum: false, tso: true, uso: true },
+        ]),
+    ) {
+        let (_, fewer) = joined(&trains, &damage, caps);
+        prop_assert!(caps.csum || fewer == 0);
+    }
+}
+
+#[test]
+fn a_run_of_one_flow_becomes_one_frame() {
+    let all = Caps {
+        csum: true,
+        tso: true,
+        uso: true,
+    };
+    for kind in 0..4 {
+        let train = Train {
+            tags: vec![[0x81, 0, 0, 7]; kind & 1],
+            v6: kind & 1 != 0,
+            udp: kind & 2 != 0,
+            ip_extra: 0,
+            tcp_options: 3,
+            id: 0xfffe,
+            sequence: u32::MAX - 700,
+            flags: ACK | PSH,
+            payload: vec![kind as u8; 20 * 1_400 + 300],
+            size: 1_400,
+        };
+        assert_eq!(joined(std::slice::from_ref(&train), &[], all), (21, 20));
+        // Another of the same endpoints, behind a shorter segment: a datagram of any size may follow, a
+        // stream has a hole.
+        let twice = [train.clone(), train.clone()];
+        assert_eq!(joined(&twice, &[], all), (42, 40));
+        // The sixth has a wrong sum: what is before is one frame, it is alone, what is after is one.
+        let byte = 14 + 4 * (kind & 1) + 100;
+        let mut long = twice.to_vec();
+        long.resize(10, train);
+        assert_eq!(joined(&long, &[(5, byte)], all).1, 64 - 4 - 2);
+        // IP options, extension headers and CWR stay as they are.
+        for odd in [
+            Train {
+                ip_extra: 1,
+                ..twice[0].clone()
+            },
+            Train {
+                flags: ACK | CWR,
+                udp: false,
+                payload: vec![0; 2_800],
+                ..twice[0].clone()
+            },
+        ] {
+            assert_eq!(joined(&[odd], &[], all).1, 0);
         }
     }
 }

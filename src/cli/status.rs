@@ -225,6 +225,7 @@ mod tests {
             name: name.to_owned(),
             kind: "vmm".to_owned(),
             rx_frames: 12,
+            rx_joined: 0,
             rx_bytes: 2048,
             tx_frames: 3,
             tx_bytes: 999,

@@ -79,6 +79,9 @@ pub struct PortStatus {
     pub kind: String,
     /// Frames and bytes from the guest.
     pub rx_frames: u64,
+    /// Of the frames from the guest, those that went on as part of the one before them.
+    #[serde(default)]
+    pub rx_joined: u64,
     /// Bytes from the guest.
     pub rx_bytes: u64,
     /// Frames to the guest.
@@ -236,6 +239,7 @@ impl Port {
             name: self.name.clone(),
             kind: self.kind.to_owned(),
             rx_frames: self.counters.rx_frames.load(Relaxed),
+            rx_joined: self.counters.rx_joined.load(Relaxed),
             rx_bytes: self.counters.rx_bytes.load(Relaxed),
             tx_frames: self.counters.tx_frames.load(Relaxed),
             tx_bytes: self.counters.tx_bytes.load(Relaxed),

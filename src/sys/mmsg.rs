@@ -55,9 +55,9 @@ const _: () = assert!(align_of::<libc::cmsghdr>() <= align_of::<Control>());
 pub struct Received<'a> {
     /// Sender; of an ICMP socket the port is 0.
     pub source: SocketAddr,
-    /// One datagram, or a train of `segment`-sized ones.
+    /// One datagram, or a train of `segment`-sized ones (the last may be shorter).
     pub payload: &'a [u8],
-    /// Set if the kernel coalesced.
+    /// Set for a train.
     pub segment: Option<u16>,
     /// IP TTL or hop limit; 0 where the kernel did not tell.
     pub ttl: u8,
@@ -83,13 +83,15 @@ impl RecvBatch {
     }
 
     /// Receives what waits on a datagram socket of either IP version, at most [`RECV_BATCH`] messages, and hands
-    /// each to `sink`. Returns their number.
+    /// each to `sink`; with `join`, those of one sender and size that follow each other as one. Returns
+    /// their number.
     ///
     /// # Errors
     /// EAGAIN where nothing waits; a pending error of the socket, which the call clears.
     pub fn recv(
         &mut self,
         fd: BorrowedFd<'_>,
+        join: bool,
         mut sink: impl FnMut(Received<'_>),
     ) -> io::Result<usize> {
         let mut names = [Name::EMPTY; RECV_BATCH];
@@ -123,6 +125,7 @@ impl RecvBatch {
             )
         };
         let count = usize::try_from(count).map_err(|_| io::Error::last_os_error())?;
+        let mut train: Option<Train> = None;
         for n in 0..count {
             let Told {
                 segment,
@@ -138,16 +141,70 @@ impl RecvBatch {
             let Some(source) = names[n].get() else {
                 continue;
             };
-            sink(Received {
-                source,
-                payload: &self.bytes[n * RECV_STRIDE..][..len],
-                segment: segment.filter(|&segment| usize::from(segment) < len),
-                ttl,
-                tos,
-                destination,
+            let from = (source, destination, ttl, tos);
+            let at = n * RECV_STRIDE;
+            let segment = segment.filter(|&segment| usize::from(segment) < len);
+            if let Some(train) = &mut train
+                && join
+                && segment.is_none()
+                && train.admits(from, len)
+            {
+                self.bytes.copy_within(at..at + len, train.at + train.len);
+                train.len += len;
+                continue;
+            }
+            if let Some(train) = train.take() {
+                sink(train.received(&self.bytes));
+            }
+            let size = segment.map_or(len, usize::from);
+            train = Some(Train {
+                from,
+                at,
+                len,
+                size,
             });
         }
+        if let Some(train) = train {
+            sink(train.received(&self.bytes));
+        }
         Ok(count)
+    }
+}
+
+/// Source, destination, TTL and TOS of a datagram.
+type From = (SocketAddr, Option<IpAddr>, u8, u8);
+
+/// A datagram, or several of one sender that came one by one and go on together: most devices' drivers
+/// leave what UDP_GRO could do undone.
+struct Train {
+    from: From,
+    at: usize,
+    len: usize,
+    /// Length of each datagram but the last.
+    size: usize,
+}
+
+impl Train {
+    /// Whether a datagram of `len` bytes may be the next. A shorter one is the last.
+    fn admits(&self, from: From, len: usize) -> bool {
+        let whole = self.size > 0 && self.len.is_multiple_of(self.size);
+        whole
+            && (1..=self.size).contains(&len)
+            && self.len + len <= SEND_TRAIN_MAX
+            && self.from == from
+    }
+
+    fn received<'a>(&self, bytes: &'a [u8]) -> Received<'a> {
+        let (source, destination, ttl, tos) = self.from;
+        Received {
+            source,
+            payload: &bytes[self.at..][..self.len],
+            // Below the length, so at most 65,507.
+            segment: (self.size < self.len).then_some(self.size as u16),
+            ttl,
+            tos,
+            destination,
+        }
     }
 }
 

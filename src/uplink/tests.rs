@@ -376,12 +376,62 @@ fn ping_loopback_or_be_told_it_is_forbidden() {
     let to = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0);
     let sent = up.send_to(socket, to, &request, SendOptions::default());
     assert_eq!(sent, Io::Done(request.len()));
+    up.send_to(socket, to, &request, SendOptions::default());
     assert_eq!(wait(&up, 1000)[0].0, PING);
     let got = receive(&mut up, socket);
-    assert_eq!(got.len(), 1);
-    let (source, message, ..) = &got[0];
-    assert_eq!(source.ip(), Ipv4Addr::LOCALHOST);
-    assert_eq!((message[0], &message[6..]), (0, &request[6..]));
+    // Alike, but never a train.
+    assert_eq!(got.len(), 2);
+    for (source, message, segment, _) in &got {
+        assert_eq!((source.ip(), *segment), (Ipv4Addr::LOCALHOST.into(), None));
+        assert_eq!((message[0], &message[6..]), (0, &request[6..]));
+    }
+}
+
+#[test]
+fn datagrams_of_one_sender_and_size_come_as_a_train() {
+    let mut up = uplink();
+    let ((one, at_one), (other, at_other)) = (server(), server());
+    let (socket, port) = up.udp_open(Family::V4, 0, UDP).unwrap();
+    let to = ("127.0.0.1", port);
+    for (from, len) in [
+        (&one, 1000),
+        (&one, 1000),
+        (&one, 500),
+        (&one, 500),
+        (&one, 0),
+        (&one, 0),
+        (&other, 700),
+        (&one, 700),
+        (&one, 701),
+        (&other, 40_000),
+        (&other, 40_000),
+    ] {
+        from.send_to(&vec![len as u8; len], to).unwrap();
+    }
+    one.set_ttl(9).unwrap();
+    one.send_to(&[1; 30], to).unwrap();
+    one.set_ttl(10).unwrap();
+    one.send_to(&[2; 30], to).unwrap();
+    let got = receive(&mut up, socket);
+    let shapes: Vec<_> = got
+        .iter()
+        .map(|(from, payload, segment, ttl)| (*from, payload.len(), *segment, *ttl))
+        .collect();
+    let expected = [
+        (at_one, 2500, Some(1000), 64),
+        (at_one, 500, None, 64),
+        (at_one, 0, None, 64),
+        (at_one, 0, None, 64),
+        (at_other, 700, None, 64),
+        (at_one, 700, None, 64),
+        (at_one, 701, None, 64),
+        (at_other, 40_000, None, 64),
+        (at_other, 40_000, None, 64),
+        (at_one, 30, None, 9),
+        (at_one, 30, None, 10),
+    ];
+    assert_eq!(shapes, expected);
+    assert!(got[0].1[..2000] == [1000_u16 as u8; 2000] && got[0].1[2000..] == [500_u16 as u8; 500]);
 }
 
 #[test]

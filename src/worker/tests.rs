@@ -8,7 +8,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use super::*;
 use crate::frame::Mac;
 use crate::gateway::LanConfig;
-use crate::nat::testing::{GATEWAY_MAC, GUEST, guest_ipv4, lan};
+use crate::nat::testing::{GATEWAY_MAC, GUEST, guest_ipv4, guest_udp, lan};
 use crate::offload::Caps;
 use crate::switch::SwitchConfig;
 use crate::wire::{self, checksum, ipv6};
@@ -96,6 +96,11 @@ impl Lab {
     /// Sends a frame from a guest and waits until the worker is through with it.
     fn send(&self, guest: usize, frame: &[u8]) {
         rustix::io::write(&self.guests[guest].1, frame).unwrap();
+        self.settle();
+    }
+
+    /// Waits until the worker is through with what was sent.
+    fn settle(&self) {
         // Two snapshots: the first may be answered in the turn before the frame's.
         for _ in 0..2 {
             let (reply, answer) = crossbeam_channel::bounded(1);
@@ -204,6 +209,29 @@ fn frames_in_are_frames_out_and_drops() {
     assert_eq!(drops, 5);
     assert_eq!(rx + copies, tx + drops);
     assert_eq!(lab.guests[0].2.rx_frames.load(Relaxed), 8);
+}
+
+#[test]
+fn what_is_joined_is_counted() {
+    let lab = Lab::new(1);
+    let guest = std::net::SocketAddr::new(GUEST.into(), 4000);
+    let mut frame = guest_udp(guest, "127.0.0.1:9".parse().unwrap(), 64, &[7; 100]);
+    frame[6..12].copy_from_slice(&lab.guests[0].0.0);
+    // Until one batch holds several of them.
+    let joined = || lab.guests[0].2.rx_joined.load(Relaxed);
+    let mut sent = 0;
+    while joined() == 0 {
+        assert!(sent < 100_000);
+        for _ in 0..20 {
+            rustix::io::write(&lab.guests[0].1, &frame).unwrap();
+        }
+        sent += 20;
+        lab.settle();
+    }
+    let answers = received(&lab.guests[0].1).len() as u64;
+    let (rx, tx, drops) = lab.sums();
+    assert_eq!((rx, drops), (sent + answers, sent - joined()));
+    assert_eq!(rx, tx + drops + joined());
 }
 
 /// An echo request from the first guest's address to `destination`.

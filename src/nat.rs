@@ -2,8 +2,8 @@
 //!
 //! # A packet's path
 //! The gateway hands over every packet that none of its services claims. [`Nat::handle_packet`]
-//! checks where it comes from and whether guests may go there, then gives it to [`tcp`], [`udp`] or
-//! [`icmp`]. Host sockets answer through [`Nat::handle_ready`]; what the guests get leaves through the
+//! checks where it comes from. What answers a client of a [`forward`] goes back there; of all else it
+//! checks whether guests may go there, then gives it to [`tcp`], [`udp`] or [`icmp`]. Host sockets answer through [`Nat::handle_ready`]; what the guests get leaves through the
 //! [`Outbox`]. At the end of each batch [`Nat::flush`] moves TCP's bytes.
 //!
 //! # What guests may not reach
@@ -13,8 +13,8 @@
 //! under [`DropReason::ForbiddenDestination`]. What is left, the egress [`policy`] decides.
 //!
 //! # Seams
-//! [`Uplink`] is all that the NAT knows of the host, so it runs in tests against a scripted one. The
-//! types name IPv4 addresses; IPv6 comes in as a second address family of the same three protocols.
+//! [`Uplink`] is all that the NAT knows of the host, so it runs in tests against a scripted one. Both
+//! address families take the same path; what differs is in [`crate::wire`].
 
 pub mod egress;
 pub mod flow_table;
@@ -27,6 +27,7 @@ pub mod tcp;
 pub mod testing;
 pub mod udp;
 
+use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
@@ -383,8 +384,9 @@ impl Nat {
         self.forwards.remove(id, &mut self.egress, up);
         // Guests that were admitted because the forward listened are asked again.
         if !gone.is_empty() {
-            self.udp.review(up, |_, _, peer| {
-                !gone.iter().any(|at| at.covers(Protocol::Udp, peer))
+            self.udp.review(up, |up, _, _, peer| {
+                let listened = gone.iter().any(|at| at.covers(Protocol::Udp, peer));
+                !(listened && up.is_host_address(peer.ip()))
             });
         }
     }
@@ -420,14 +422,7 @@ impl Nat {
                     None => return None,
                 };
                 let to = (up, out);
-                Some(handle_tcp(
-                    &mut self.tcp,
-                    packet,
-                    (ip, tcp),
-                    target,
-                    now,
-                    to,
-                ))
+                Some(self.tcp.handle_packet(packet, (ip, tcp), target, now, to))
             }
             Transport::Udp(udp) => {
                 let session = self.forwards.session(ip, udp)?;
@@ -448,16 +443,22 @@ impl Nat {
         now: Instant,
         (up, out): (&mut U, &mut O),
     ) -> Result<(), DropReason> {
-        let Some(ip) = &packet.ip() else {
+        let Some(ip) = packet.ip() else {
             return Err(DropReason::Unclaimed);
         };
+        let mut room = Vec::new();
+        let ip = &for_engine(ip, &mut room);
         if packet.destination.is_group() {
             return Err(DropReason::Unclaimed);
         }
         if !self.lan.is_guest_any(ip.source) {
             return Err(DropReason::ForeignSource);
         }
-        if let Some(handled) = self.handle_forwarded(packet, ip, now, (&mut *up, &mut *out)) {
+        // An answer to a forward's client is for the gateway where that is whom the guest sees.
+        let last_hop = ip.ttl <= 1 && !self.lan.is_gateway(ip.destination);
+        if !last_hop
+            && let Some(handled) = self.handle_forwarded(packet, ip, now, (&mut *up, &mut *out))
+        {
             return handled;
         }
         if self.lan.is_gateway(ip.destination)
@@ -481,7 +482,7 @@ impl Nat {
             Transport::Tcp(tcp) => {
                 let (segment, io) = ((ip, tcp), (&mut *up, &mut *out));
                 let target = Target::Outside(&mut self.egress);
-                let handled = handle_tcp(&mut self.tcp, packet, segment, target, now, io);
+                let handled = self.tcp.handle_packet(packet, segment, target, now, io);
                 match handled {
                     Err(DropReason::OutOfFiles) => self.make_file(packet, segment, now, (up, out)),
                     handled => handled,
@@ -509,7 +510,12 @@ impl Nat {
             Err(DropReason::Limit | DropReason::OutOfFiles) if datagram => {
                 icmp::ErrorKind::Prohibited
             }
-            Err(DropReason::Protocol) => icmp::ErrorKind::ProtocolUnreachable,
+            // RFC 8200 4.7: what has no next header is nothing to complain about.
+            Err(DropReason::Protocol)
+                if !matches!(ip.transport, Transport::Other(wire::ipv6::NO_NEXT_HEADER)) =>
+            {
+                icmp::ErrorKind::ProtocolUnreachable
+            }
             handled => return handled,
         };
         self.errors.send(&self.lan, kind, packet, now, out);
@@ -531,7 +537,7 @@ impl Nat {
             true => {
                 let target = Target::Outside(&mut self.egress);
                 let io = (&mut *up, &mut *out);
-                handle_tcp(&mut self.tcp, packet, (ip, tcp), target, now, io)
+                self.tcp.handle_packet(packet, (ip, tcp), target, now, io)
             }
             false => Err(DropReason::OutOfFiles),
         };
@@ -552,7 +558,8 @@ impl Nat {
         match &ip.transport {
             Transport::Tcp(tcp) if tcp.destination_port == DNS_PORT => {
                 let target = Target::Service(Service::Dns);
-                handle_tcp(&mut self.tcp, packet, (ip, tcp), target, now, (up, out))
+                self.tcp
+                    .handle_packet(packet, (ip, tcp), target, now, (up, out))
             }
             Transport::Tcp(tcp) => {
                 self.tcp.refuse(packet, ip, tcp, now, out);
@@ -672,6 +679,25 @@ impl Nat {
         self.tcp.address_gone(address, now, up, out);
     }
 
+    /// The host has got an address (`None`: maybe any): guests that wrote to it as to one of the outside
+    /// are asked again. Connections need no review: the kernel resets what came from elsewhere.
+    pub fn address_gained<U: Uplink + ?Sized>(&mut self, address: Option<IpAddr>, up: &mut U) {
+        let mut known = HashMap::new();
+        let mut is_host = |up: &mut U, peer: IpAddr| match address {
+            Some(address) => peer == address,
+            None => *known
+                .entry(peer)
+                .or_insert_with(|| up.is_host_address(peer)),
+        };
+        let egress = &self.egress;
+        self.udp.review_host(up, |up, peer| {
+            !is_host(up, peer.ip()) || egress.opens_own(Protocol::Udp, peer)
+        });
+        self.icmp.review(up, |up, _, _, peer| {
+            !is_host(up, peer.ip()) || egress.opens_own(Protocol::Echo, peer)
+        });
+    }
+
     /// Puts another policy in force, or none, and ends what it no longer allows: connections with RST
     /// on both sides, UDP and echo mappings without a word. A flow of an allowed name goes on after its
     /// TTL.
@@ -683,11 +709,13 @@ impl Nat {
     ) {
         self.egress.policy().set_policy(policy);
         let egress = &self.egress;
-        self.tcp.review(now, (&mut *up, out), |port, to| {
-            egress.allows((port, Protocol::Tcp), to)
+        self.tcp.review(now, (&mut *up, out), |up, port, to| {
+            egress.allows((port, Protocol::Tcp), to, up)
         });
         let review = |protocol| {
-            move |port, _: SocketAddr, peer| egress.allows((port, protocol), egress.shown(peer))
+            move |up: &mut U, port, _: SocketAddr, peer| {
+                egress.allows((port, protocol), egress.shown(peer), up)
+            }
         };
         self.udp.review(up, review(Protocol::Udp));
         self.icmp.review(up, review(Protocol::Echo));
@@ -729,25 +757,18 @@ impl Nat {
 }
 
 /// TCP's engine reads plain headers: extension headers, which hardly any sender puts before TCP, are
-/// left out on the way.
-fn handle_tcp<U: Uplink + ?Sized, O: Outbox + ?Sized>(
-    nat: &mut tcp::TcpNat,
-    packet: &Packet<'_>,
-    (ip, tcp): (&Ip<'_>, &Tcp<'_>),
-    target: Target<'_>,
-    now: Instant,
-    (up, out): (&mut U, &mut O),
-) -> Result<(), DropReason> {
-    if ip.source.is_ipv4() || ip.header_len == IPV6_HEADER_LEN {
-        return nat.handle_packet(packet, (ip, tcp), target, now, (up, out));
+/// left out in a copy.
+fn for_engine<'a>(ip: Ip<'a>, room: &'a mut Vec<u8>) -> Ip<'a> {
+    let is_tcp = matches!(ip.transport, Transport::Tcp(_));
+    if !is_tcp || ip.source.is_ipv4() || ip.header_len == IPV6_HEADER_LEN {
+        return ip;
     }
-    let plain = without_extensions(ip.packet, ip.header_len);
-    let ip = Ip {
-        packet: &plain,
+    *room = without_extensions(ip.packet, ip.header_len);
+    Ip {
+        packet: room,
         header_len: IPV6_HEADER_LEN,
-        ..*ip
-    };
-    nat.handle_packet(packet, (&ip, tcp), target, now, (up, out))
+        ..ip
+    }
 }
 
 fn is_dns(ip: &Ip<'_>) -> bool {
@@ -766,3 +787,6 @@ fn without_extensions(packet: &[u8], transport_at: usize) -> Vec<u8> {
     plain[6] = wire::PROTO_TCP;
     plain
 }
+
+#[cfg(test)]
+mod tests;

@@ -48,7 +48,7 @@ use crate::nat::{
 };
 use crate::sys::{error_queue, mmsg, socket};
 use crate::wire::Family;
-use addresses::AddressWatch;
+use addresses::{AddressWatch, Change};
 use outbound::Outbound;
 use route::RouteTable;
 
@@ -223,9 +223,9 @@ impl HostUplink {
         })
     }
 
-    /// Tells `sink` of each address that the host has lost, after an event with [`TOKEN_ADDRESSES`].
-    /// `false`: notices were lost, so any address may be gone.
-    pub fn poll_addresses(&self, sink: &mut dyn FnMut(IpAddr)) -> bool {
+    /// Tells `sink` how the host's addresses changed, after an event with [`TOKEN_ADDRESSES`]. `false`:
+    /// notices were lost, so any address may have come or gone.
+    pub fn poll_addresses(&self, sink: &mut dyn FnMut(Change)) -> bool {
         self.addresses.poll(sink)
     }
 

@@ -38,6 +38,7 @@ use crate::offload::{self, Caps, Offload};
 use crate::port::{More, PortRx, PortTx};
 use crate::stats::{DropReason, PortCounters};
 use crate::switch::{Switch, Verdict};
+use crate::uplink::addresses::Change;
 use crate::uplink::outbound::Outbound;
 use crate::uplink::{self, HostUplink, ServiceStream};
 use crate::wire::Packet;
@@ -579,12 +580,16 @@ impl Path {
 
     /// The host's addresses have changed.
     fn readdress(&mut self) {
-        let mut gone = Vec::new();
-        let all_heard = self
-            .uplink
-            .poll_addresses(&mut |address| gone.push(Some(address)));
+        let (mut gone, mut gained) = (Vec::new(), Vec::new());
+        let all_heard = self.uplink.poll_addresses(&mut |change| match change {
+            Change::Lost(address) => gone.push(Some(address)),
+            Change::Gained(address) => gained.push(Some(address)),
+        });
         if !all_heard {
-            gone = vec![None];
+            (gone, gained) = (vec![None], vec![None]);
+        }
+        for address in gained {
+            self.nat.address_gained(address, &mut self.uplink);
         }
         let mut out = GatewayOut {
             lan: &mut self.lan,

@@ -102,6 +102,9 @@ impl HostSettings {
     }
 }
 
+/// Bits of the host's part of an address in a /64.
+const HOST_BITS6: u32 = 64;
+
 /// Checks the keys about the host against each other and the LAN.
 pub(super) fn validate(config: &NetworkConfig) -> Result<(), ConfigError> {
     let access = &config.host;
@@ -115,15 +118,22 @@ pub(super) fn validate(config: &NetworkConfig) -> Result<(), ConfigError> {
         {
             return error(format!("{address} is the second address of its family"));
         }
-        let gateway = address == IpAddr::V4(config.gateway);
-        let in_lan = match address {
-            IpAddr::V4(address) => (subnet.network..=subnet.broadcast()).contains(&address),
-            IpAddr::V6(_) => false,
+        let (gateway, in_lan) = match address {
+            IpAddr::V4(address) => (
+                address == config.gateway,
+                (subnet.network..=subnet.broadcast()).contains(&address),
+            ),
+            IpAddr::V6(address) => (
+                Some(address) == config.gateway6(),
+                config.prefix6().is_some_and(|prefix| {
+                    address.to_bits() >> HOST_BITS6 == prefix.to_bits() >> HOST_BITS6
+                }),
+            ),
         };
         if in_lan && !gateway {
             return error(format!(
-                "{address} is of the LAN {subnet}, where a guest may have it: take the gateway's or \
-                 one of another network"
+                "{address} is of the LAN, where a guest may have it: take the gateway's or one of \
+                 another network"
             ));
         }
         if is_never_outside(address) {
@@ -161,6 +171,22 @@ mod tests {
             loopback: addresses.iter().map(|text| text.parse().unwrap()).collect(),
             ..HostSettings::default()
         }
+    }
+
+    #[test]
+    fn an_address_of_the_lan_stands_for_nothing_but_the_gateway() {
+        let with = |address| {
+            let settings = Settings {
+                subnet6: Some("fd12:3456:789a:1::/64".parse().unwrap()),
+                host: loopback(&[address]),
+                ..Settings::default()
+            };
+            settings.resolve("test").map(|_| ())
+        };
+        assert!(with("fd12:3456:789a:1::1").is_ok());
+        assert!(with("fd12:3456:789a:2::5").is_ok());
+        let refused = with("fd12:3456:789a:1::5").unwrap_err().to_string();
+        assert!(refused.contains("map-host-loopback"), "{refused}");
     }
 
     #[test]

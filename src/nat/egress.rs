@@ -16,12 +16,13 @@
 //!
 //! # Hostile guests
 //! IPv4 addresses inside IPv6 ones are refused as a whole: a socket would take `::ffff:127.0.0.1` for
-//! loopback. The host's routing table says what its own addresses are, so a new one is covered at once.
+//! loopback. The host's routing table says what its own addresses are, so a new one is covered for new
+//! peers at once, and for those that guests write to already when [`super::Nat`] hears of it.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::RangeInclusive;
 
-use super::policy::address::Cidr;
+use super::policy::address::{Cidr, is_metadata};
 use super::policy::{self, Peer, PolicyState, Verdict};
 use super::{Instant, Uplink};
 use crate::frame::PortId;
@@ -197,26 +198,27 @@ impl Egress {
         now: Instant,
         up: &mut U,
     ) -> Result<SocketAddr, Refusal> {
-        let real = self.locate(protocol, to, mapped, up)?;
-        match self.policy.decide(port, peer(protocol, to), now) {
+        let (real, of_host) = self.locate(protocol, to, mapped, up)?;
+        match self.policy.decide(port, peer(protocol, to, of_host), now) {
             Verdict::Allow => Ok(real),
             Verdict::Deny { silent } => Err(Refusal { silent }),
         }
     }
 
-    /// Where on the host that is, by the rules about the host and the LAN.
+    /// Where on the host that is, by the rules about the host and the LAN, and whether the address is the
+    /// host's own.
     fn locate<U: Uplink + ?Sized>(
         &self,
         protocol: Protocol,
         to: SocketAddr,
         mapped: bool,
         up: &mut U,
-    ) -> Result<SocketAddr, Refusal> {
+    ) -> Result<(SocketAddr, bool), Refusal> {
         const REFUSED: Refusal = Refusal { silent: false };
         let address = to.ip();
         if self.host.is_loopback(address) {
             return match self.host.opens(protocol, to.port()) {
-                true => Ok(self.real(to)),
+                true => Ok((self.real(to), true)),
                 false => Err(REFUSED),
             };
         }
@@ -229,13 +231,17 @@ impl Egress {
         {
             return Err(REFUSED);
         }
-        if up.is_host_address(address) {
-            let open = self.host.own_addresses && self.host.opens(protocol, to.port());
-            if !open && !mapped && !self.published.iter().any(|at| at.covers(protocol, to)) {
-                return Err(REFUSED);
-            }
+        let of_host = up.is_host_address(address);
+        if of_host && !mapped && !self.opens_own(protocol, to) {
+            return Err(REFUSED);
         }
-        Ok(to)
+        Ok((to, of_host))
+    }
+
+    /// Whether guests may write to `to`, an address of the host.
+    pub fn opens_own(&self, protocol: Protocol, to: SocketAddr) -> bool {
+        let open = self.host.own_addresses && self.host.opens(protocol, to.port());
+        open || self.published.iter().any(|at| at.covers(protocol, to))
     }
 
     /// The policy, with the names of the guests behind each port.
@@ -245,14 +251,26 @@ impl Egress {
 
     /// Whether the policy lets a flow that was admitted go on. Not counted. `to` is where the guest
     /// wrote to.
-    pub fn allows(&self, (port, protocol): (PortId, Protocol), to: SocketAddr) -> bool {
-        self.policy.review(port, peer(protocol, to)) == Verdict::Allow
+    pub fn allows<U: Uplink + ?Sized>(
+        &self,
+        (port, protocol): (PortId, Protocol),
+        to: SocketAddr,
+        up: &mut U,
+    ) -> bool {
+        let allows = |of_host| {
+            let peer = peer(protocol, to, of_host);
+            self.policy.review(port, peer) == Verdict::Allow
+        };
+        // The host is asked where that can make a difference.
+        allows(false)
+            && (!self.policy.has_names(port) || !up.is_host_address(to.ip()) || allows(true))
     }
 
     /// Whether the policy lets a datagram from the host's `source` in that the guest behind `port` did
     /// not write to: what the guest may not send to may not send to it.
     pub fn allows_from(&self, port: PortId, source: SocketAddr) -> bool {
-        self.allows((port, Protocol::Udp), self.shown(source))
+        let peer = peer(Protocol::Udp, self.shown(source), false);
+        self.policy.review(port, peer) == Verdict::Allow
     }
 
     /// The endpoint that a guest knows an outside `source` by.
@@ -273,7 +291,7 @@ impl Egress {
     }
 }
 
-fn peer(protocol: Protocol, to: SocketAddr) -> Peer {
+fn peer(protocol: Protocol, to: SocketAddr, of_host: bool) -> Peer {
     let (protocol, port) = match protocol {
         Protocol::Tcp => (policy::Protocol::Tcp, Some(to.port())),
         Protocol::Udp => (policy::Protocol::Udp, Some(to.port())),
@@ -283,6 +301,7 @@ fn peer(protocol: Protocol, to: SocketAddr) -> Peer {
         protocol,
         address: to.ip(),
         port,
+        of_host,
     }
 }
 
@@ -300,7 +319,8 @@ fn behind_nat64(address: Ipv6Addr) -> Option<Ipv4Addr> {
 }
 
 /// Addresses that no packet of a guest may leave for (RFC 6890): this network, loopback, link-local
-/// (cloud metadata lives there), multicast, reserved and limited broadcast.
+/// (cloud metadata lives there), multicast, reserved and limited broadcast; of IPv6 also the unique local
+/// addresses that clouds have for metadata. (IPv4's few outside link-local are DNS servers as well.)
 pub fn is_never_outside(address: IpAddr) -> bool {
     match address {
         IpAddr::V4(address) => {
@@ -313,7 +333,10 @@ pub fn is_never_outside(address: IpAddr) -> bool {
                 return is_never_outside(inside.into());
             }
             let first = address.segments()[0];
-            first >> 8 == 0 || address.is_multicast() || first & 0xff80 == 0xfe80
+            first >> 8 == 0
+                || address.is_multicast()
+                || first & 0xff80 == 0xfe80
+                || is_metadata(address.into())
         }
     }
 }
@@ -364,6 +387,7 @@ mod tests {
             "[64:ff9b::169.254.169.254]:1",
             "[64:ff9b::198.51.100.1]:1",
             "[ff02::1]:1",
+            "[fd00:ec2::254]:80",
             "[fd00:6c61:6e:1::5]:1",
             "[2001:db8::1]:22",
         ] {

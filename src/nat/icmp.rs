@@ -173,7 +173,13 @@ impl PingNat {
             mac: packet.source,
             port: packet.ingress,
         };
-        let id = self.mapping((guest, station), to, egress, now, up)?;
+        let mapping = self.mapping((guest, station), to, egress, now, up);
+        let id = mapping.inspect_err(|&reason| {
+            // RFC 5508 REQ-8: the host gives no socket.
+            if reason == DropReason::HostRefused {
+                errors.send(&self.lan, ErrorKind::Prohibited, packet, now, out);
+            }
+        })?;
         let to = egress.real(to);
         self.table.touch(id, WAITING, now);
         let mapping = self.table.get_mut(id).ok_or(DropReason::NoFlow)?;
@@ -258,7 +264,7 @@ impl PingNat {
     pub fn review<U: Uplink + ?Sized>(
         &mut self,
         up: &mut U,
-        allowed: impl FnMut(PortId, SocketAddr, SocketAddr) -> bool,
+        allowed: impl FnMut(&mut U, PortId, SocketAddr, SocketAddr) -> bool,
     ) {
         self.table.review(up, allowed);
     }

@@ -11,7 +11,8 @@
 //! At its own limit a guest loses its least recently used mapping, at the total the least recently
 //! used of all goes, classes of low value first. A mapping in use ([`IN_USE`]) is never taken: then
 //! the newcomer is refused. So a guest that opens ports without end mostly hurts itself. A host that
-//! gives no more sockets is treated as if the total were reached, and warned of once.
+//! gives no more sockets is treated as if the total were reached, and warned of once; then the guest with
+//! the most mappings gives way first.
 //!
 //! # Hostile guests
 //! Every packet with a fresh source port makes a mapping and so a host socket: hence the limits.
@@ -22,7 +23,7 @@ pub mod table;
 
 use std::net::SocketAddr;
 
-use hashbrown::HashMap;
+use hashbrown::{HashMap, HashSet};
 
 pub use peers::{Dependence, PEERS_MAX, Peers};
 pub use table::{Class, GRANULARITY, IN_USE, Limits, Room};
@@ -135,6 +136,11 @@ impl<S, const N: usize> MappingTable<S, N> {
         Some((guest, self.table.get_mut(id)?))
     }
 
+    /// The ports of the host that mappings' sockets have.
+    pub fn externals(&self) -> HashSet<(Family, u16)> {
+        self.externals.keys().copied().collect()
+    }
+
     /// The mapping whose socket has this port of the host.
     pub fn at_external(&self, family: Family, port: u16) -> Option<FlowId> {
         self.externals.get(&(family, port)).copied()
@@ -160,15 +166,15 @@ impl<S, const N: usize> MappingTable<S, N> {
         up: &mut U,
         mut open: impl FnMut(&mut U, FlowId) -> Result<(SockId, u16), HostError>,
     ) -> Result<FlowId, DropReason> {
-        let room = self.table.room(key.guest.ip(), now);
-        self.make_room(room, up).ok_or(DropReason::Limit)?;
         let of_port = self.per_port.get(&station.port).copied().unwrap_or(0);
         if of_port >= self.port_max {
             return Err(DropReason::Limit);
         }
+        let room = self.table.room(key.guest.ip(), now);
+        self.make_room(room, up).ok_or(DropReason::Limit)?;
         let mut opened = open(up, self.table.next_id());
         if opened == Err(HostError::Exhausted) {
-            let room = self.table.oldest(now);
+            let room = self.table.spare(now);
             self.make_room(room, up).ok_or(DropReason::OutOfFiles)?;
             opened = open(up, self.table.next_id());
         }
@@ -197,7 +203,7 @@ impl<S, const N: usize> MappingTable<S, N> {
     /// Ends the mapping that is missed least, for when the host has no socket left. Whether there was one
     /// that is not in use.
     pub fn give_up<U: Uplink + ?Sized>(&mut self, now: Instant, up: &mut U) -> bool {
-        let room = self.table.oldest(now);
+        let room = self.table.spare(now);
         self.make_room(room, up).is_some()
     }
 
@@ -245,14 +251,14 @@ impl<S, const N: usize> MappingTable<S, N> {
     pub fn review<U: Uplink + ?Sized>(
         &mut self,
         up: &mut U,
-        mut allowed: impl FnMut(PortId, SocketAddr, SocketAddr) -> bool,
+        mut allowed: impl FnMut(&mut U, PortId, SocketAddr, SocketAddr) -> bool,
     ) {
         for id in self.table.ids_where(|_| true) {
             let Some((guest, mapping)) = self.get_with_guest(id) else {
                 continue;
             };
             let port = mapping.station.port;
-            if mapping.peers.retain(|&peer| allowed(port, guest, peer)) {
+            if mapping.peers.retain(|&peer| allowed(up, port, guest, peer)) {
                 self.close(id, up);
             }
         }

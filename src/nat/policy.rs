@@ -31,8 +31,8 @@
 //! Names are those of DNS answers that the gateway itself gave to the guest: [`PolicyState::pin`] takes
 //! each answer and pins the addresses that its question's own chain of aliases leads to, for their TTL
 //! ([`pins`]). An allowing rule matches by the name asked for, a denying one by its aliases too. A name
-//! that leads inside (`private`, `metadata`, loopback, this LAN, ...) allows nothing, so that no outside
-//! name server can open an inside address; an address rule can.
+//! that leads inside (`private`, `metadata`, loopback, this LAN, the host itself, ...) allows nothing, so
+//! that no outside name server can open an inside address; an address rule can.
 //!
 //! A guest that any rule with a name is about is held to names:
 //! - `any`, `internet`, a missing `to` and `default allow` mean what has a name: a literal address is
@@ -107,6 +107,8 @@ pub struct Peer {
     pub address: IpAddr,
     /// Port, where the protocol has them.
     pub port: Option<u16>,
+    /// The address is the host's own: no name leads there.
+    pub of_host: bool,
 }
 
 /// What is to be done with a flow.
@@ -221,7 +223,7 @@ impl PolicyState {
         };
         let to = Judged::new(peer.address);
         let named = if guest.rules.has_names {
-            let counts = self.is_outside(&to);
+            let counts = !peer.of_host && self.is_outside(&to);
             self.pins.named(port, to.address(), counts, at)
         } else {
             rule::Named::default()

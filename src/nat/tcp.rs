@@ -705,13 +705,13 @@ impl TcpNat {
         &mut self,
         now: Instant,
         (up, out): (&mut U, &mut O),
-        allowed: impl Fn(PortId, SocketAddr) -> bool,
+        allowed: impl Fn(&mut U, PortId, SocketAddr) -> bool,
     ) {
         let ids: Vec<_> = self.flows.ids().collect();
         for id in ids {
             if let Some(flow) = self.flows.get_mut(id)
                 && flow.is_judged
-                && !allowed(flow.port, flow.key.outside)
+                && !allowed(up, flow.port, flow.key.outside)
             {
                 self.counters.revoked += 1;
                 self.abort(id, now, up, out);

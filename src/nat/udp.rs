@@ -40,7 +40,7 @@ use std::net::SocketAddr;
 
 use super::egress::{Egress, Protocol};
 use super::icmp::reported::{self, Way};
-use super::icmp::{ErrorSender, explain, send_again};
+use super::icmp::{ErrorKind, ErrorSender, explain, send_again};
 use super::mapping::{Class, Dependence, Endpoint, Limits, Mapping, MappingCounters, MappingTable};
 use super::{Duration, FlowId, HostError, Instant, Ready, SendOptions, SockId, SockOwner, Uplink};
 use crate::frame::{PortId, Station};
@@ -258,7 +258,13 @@ impl UdpNat {
             mac: packet.source,
             port: packet.ingress,
         };
-        let (id, hairpin) = self.mapping((guest, station), to, egress, now, up)?;
+        let mapping = self.mapping((guest, station), to, egress, now, up);
+        let (id, hairpin) = mapping.inspect_err(|&reason| {
+            // RFC 5508 REQ-8: the host gives no socket.
+            if reason == DropReason::HostRefused {
+                errors.send(&self.lan, ErrorKind::Prohibited, packet, now, out);
+            }
+        })?;
         let to = egress.real(to);
         let mapping = self.table.get_mut(id).ok_or(DropReason::NoFlow)?;
         mapping.state.dns_only &= to.port() == DNS_PORT;
@@ -385,9 +391,22 @@ impl UdpNat {
     pub fn review<U: Uplink + ?Sized>(
         &mut self,
         up: &mut U,
-        allowed: impl FnMut(PortId, SocketAddr, SocketAddr) -> bool,
+        allowed: impl FnMut(&mut U, PortId, SocketAddr, SocketAddr) -> bool,
     ) {
         self.table.review(up, allowed);
+    }
+
+    /// As [`UdpNat::review`] for when the host's addresses change, but peers that are mappings of this NAT
+    /// stay.
+    pub fn review_host<U: Uplink + ?Sized>(
+        &mut self,
+        up: &mut U,
+        mut allowed: impl FnMut(&mut U, SocketAddr) -> bool,
+    ) {
+        let externals = self.table.externals();
+        self.review(up, |up, _, _, peer| {
+            externals.contains(&(Family::of(peer.ip()), peer.port())) || allowed(up, peer)
+        });
     }
 
     /// Gives what waits on a mapping's socket to its guest, errors first, one batch at most; the

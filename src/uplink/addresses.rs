@@ -1,4 +1,5 @@
-//! Hears when the host loses an address: connections from it can't live on.
+//! Hears when the host loses an address (connections from it can't live on) or gets one (guests that
+//! wrote there wrote to the outside before).
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
@@ -8,11 +9,21 @@ use crate::sys::netlink::{RouteSocket, attributes};
 use crate::wire::ipv6::address_at;
 
 /// linux/rtnetlink.h.
+const RTM_NEWADDR: u16 = 20;
 const RTM_DELADDR: u16 = 21;
 /// linux/if_addr.h: ifaddrmsg, IFA_ADDRESS, IFA_LOCAL.
 const IFADDRMSG_LEN: usize = 8;
 const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
+
+/// What happened to an address of the host's.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Change {
+    /// It is there, or its lifetime changed.
+    Gained(IpAddr),
+    /// It is gone.
+    Lost(IpAddr),
+}
 
 /// A subscription to the host's address changes.
 #[derive(Debug)]
@@ -28,15 +39,14 @@ impl AddressWatch {
         RouteSocket::open(groups as u32).map(Self)
     }
 
-    /// Tells `sink` of each address that is gone. `false`: notices were lost, any may be.
-    pub fn poll(&self, sink: &mut dyn FnMut(IpAddr)) -> bool {
+    /// Tells `sink` of each change. `false`: notices were lost, any address may have come or gone.
+    pub fn poll(&self, sink: &mut dyn FnMut(Change)) -> bool {
         loop {
             match self.0.notification() {
-                Ok(messages) => {
-                    let gone = messages.iter().filter(|(kind, _)| *kind == RTM_DELADDR);
-                    gone.filter_map(|(_, body)| address(body))
-                        .for_each(&mut *sink);
-                }
+                Ok(messages) => messages
+                    .iter()
+                    .filter_map(|(kind, body)| change(*kind, body))
+                    .for_each(&mut *sink),
                 Err(error) => return error.kind() == io::ErrorKind::WouldBlock,
             }
         }
@@ -46,6 +56,14 @@ impl AddressWatch {
 impl AsFd for AddressWatch {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
+    }
+}
+
+fn change(kind: u16, body: &[u8]) -> Option<Change> {
+    match kind {
+        RTM_NEWADDR => address(body).map(Change::Gained),
+        RTM_DELADDR => address(body).map(Change::Lost),
+        _ => None,
     }
 }
 
@@ -85,6 +103,6 @@ mod tests {
     #[test]
     fn nothing_is_told_while_nothing_changes() {
         let watch = AddressWatch::open().unwrap();
-        assert!(watch.poll(&mut |address| panic!("{address}")));
+        assert!(watch.poll(&mut |change| panic!("{change:?}")));
     }
 }

@@ -88,7 +88,7 @@ impl RouteTable {
         for _ in 0..REPLIES_MAX {
             let (len, _) = recv(&self.socket, &mut reply, RecvFlags::DONTWAIT)?;
             if let Some(kind) = route_kind(&reply[..len], self.sequence) {
-                return Ok(kind);
+                return kind;
             }
         }
         Err(io::ErrorKind::InvalidData.into())
@@ -116,15 +116,22 @@ fn query(address: IpAddr, sequence: u32) -> ([u8; QUERY_LEN_MAX], usize) {
 }
 
 /// The route's kind, if `reply` is the one to `sequence`.
-fn route_kind(reply: &[u8], sequence: u32) -> Option<Option<u8>> {
+fn route_kind(reply: &[u8], sequence: u32) -> Option<io::Result<Option<u8>>> {
     let kind = u16::from_ne_bytes(reply.get(4..6)?.try_into().ok()?);
     if reply.get(8..12)? != sequence.to_ne_bytes() {
         return None;
     }
     match kind {
-        RTM_NEWROUTE => Some(Some(*reply.get(TYPE_AT)?)),
-        // Unreachable, prohibited, blackholed: wherever packets go, it is not the host.
-        NLMSG_ERROR => Some(None),
+        RTM_NEWROUTE => Some(Ok(Some(*reply.get(TYPE_AT)?))),
+        NLMSG_ERROR => {
+            let errno = i32::from_ne_bytes(reply.get(16..20)?.try_into().ok()?);
+            Some(match -errno {
+                // No route, or one that is unreachable, prohibited, a blackhole (net/ipv4/fib_semantics.c,
+                // fib_props): wherever packets go, it is not the host.
+                libc::ENETUNREACH | libc::EHOSTUNREACH | libc::EACCES | libc::EINVAL => Ok(None),
+                other => Err(io::Error::from_raw_os_error(other)),
+            })
+        }
         _ => None,
     }
 }
@@ -176,12 +183,24 @@ mod tests {
         for address in [IpAddr::V6(Ipv6Addr::LOCALHOST), [127, 0, 0, 1].into()] {
             let (mut reply, _) = query(address, 7);
             reply[4..6].copy_from_slice(&RTM_NEWROUTE.to_ne_bytes());
-            assert_eq!(route_kind(&reply, 7), Some(Some(0)));
+            let kind = |reply: &[u8], sequence| route_kind(reply, sequence).map(Result::ok);
+            assert_eq!(kind(&reply, 7), Some(Some(Some(0))));
             reply[TYPE_AT] = RTN_LOCAL;
-            assert_eq!(route_kind(&reply, 7), Some(Some(RTN_LOCAL)));
-            assert_eq!(route_kind(&reply, 8), None);
+            assert_eq!(kind(&reply, 7), Some(Some(Some(RTN_LOCAL))));
+            assert_eq!(kind(&reply, 8), None);
             for len in 0..TYPE_AT {
-                assert_eq!(route_kind(&reply[..len], 7), None);
+                assert_eq!(kind(&reply[..len], 7), None);
+            }
+            // An error that says nothing of the route is no answer.
+            reply[4..6].copy_from_slice(&NLMSG_ERROR.to_ne_bytes());
+            for (errno, expected) in [
+                (libc::ENETUNREACH, Some(Some(None))),
+                (libc::EINVAL, Some(Some(None))),
+                (libc::ENOBUFS, Some(None)),
+                (libc::EPERM, Some(None)),
+            ] {
+                reply[16..20].copy_from_slice(&(-errno).to_ne_bytes());
+                assert_eq!(kind(&reply, 7), expected, "{errno}");
             }
         }
     }

@@ -16,6 +16,8 @@ pub const IPV6_HEADER_LEN: usize = 40;
 pub const MTU_MIN: u16 = 1280;
 /// Fragment header (RFC 8200 4.5).
 pub const FRAGMENT: u8 = 44;
+/// Nothing follows (RFC 8200 4.7).
+pub const NO_NEXT_HEADER: u8 = 59;
 /// Bytes of a fragment header.
 pub const FRAGMENT_HEADER_LEN: usize = 8;
 

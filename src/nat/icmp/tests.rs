@@ -493,6 +493,11 @@ fn rfc5508_req8_no_room_and_no_right_are_answered_with_prohibited() {
             let from = SocketAddr::new(guest_for(to), port);
             guest_udp(from, SocketAddr::new(to, 9), 64, b"x")
         };
+        // No right to sockets of this kind (net.ipv4.ping_group_range).
+        up.ping_error = Some(HostError::Prohibited);
+        let no_right = send(&echo(to, 1, 64, b""), &mut up);
+        assert_eq!(no_right, (Err(DropReason::HostRefused), Some(prohibited)));
+        up.ping_error = None;
         for identifier in 0..LIMITS.per_guest as u16 {
             let sent = send(&echo(to, identifier, 64, b""), &mut up);
             assert_eq!(sent, (Ok(()), None));

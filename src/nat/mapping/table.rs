@@ -191,9 +191,14 @@ impl<V, const N: usize> Table<V, N> {
         Room::Free
     }
 
-    /// The mapping to give up when the host has no socket left, as if the total were reached.
-    pub fn oldest(&self, now: Instant) -> Room {
-        self.victim(&self.lists, now)
+    /// The mapping to give up when the host has no socket left: one of the guest that has the most, or any
+    /// if all of those are in use. Walks the guests.
+    pub fn spare(&self, now: Instant) -> Room {
+        let largest = self.guests.values().max_by_key(|guest| guest.count);
+        match largest.map(|guest| self.victim(&guest.lists, now)) {
+            Some(Room::Evict(id)) => Room::Evict(id),
+            _ => self.victim(&self.lists, now),
+        }
     }
 
     fn victim(&self, lists: &[List; N], now: Instant) -> Room {
@@ -471,7 +476,11 @@ mod tests {
         assert_eq!(table.room(guest(2, 0).ip(), at(8)), Room::Evict(new));
         table.touch(old, 0, at(9));
         assert_eq!(table.room(guest(2, 0).ip(), at(9)), Room::Evict(old));
-        assert_eq!(table.oldest(at(9)), Room::Evict(foreign));
+        // The host has no socket left: who has most loses one, unless all of them are in use.
+        assert_eq!(table.spare(at(9)), Room::Evict(old));
+        table.touch(old, 1, at(11));
+        table.touch(new, 1, at(11));
+        assert_eq!(table.spare(at(12)), Room::Evict(foreign));
     }
 
     #[test]

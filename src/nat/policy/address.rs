@@ -71,6 +71,11 @@ pub const METADATA: &[Cidr] = &[
     v4(168, 63, 129, 16, 32),       // Azure's wire server, an address of the Internet
 ];
 
+/// Whether `address` is one of [`METADATA`].
+pub fn is_metadata(address: IpAddr) -> bool {
+    any_contains(METADATA, address)
+}
+
 /// Not of the Internet for other reasons (RFC 6890): no address of a peer, or the host itself.
 const SPECIAL4: &[Cidr] = &[
     v4(0, 0, 0, 0, 8),

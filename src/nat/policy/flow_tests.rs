@@ -278,7 +278,7 @@ fn protocols_are_told_apart() {
     assert_eq!(bench.syn(OURS, 4000, "203.0.113.1:80"), Ok(()));
     assert_eq!(bench.syn(OURS, 4001, "203.0.113.1:81"), FORBIDDEN);
     assert_eq!(bench.udp(OURS, "203.0.113.1:80"), FORBIDDEN);
-    let egress = &bench.nat.egress;
-    assert!(egress.allows((OURS, Protocol::Echo), at("192.0.2.1:0")));
-    assert!(!egress.allows((OURS, Protocol::Udp), at("192.0.2.1:80")));
+    let (egress, up) = (&bench.nat.egress, &mut bench.up);
+    assert!(egress.allows((OURS, Protocol::Echo), at("192.0.2.1:0"), up));
+    assert!(!egress.allows((OURS, Protocol::Udp), at("192.0.2.1:80"), up));
 }

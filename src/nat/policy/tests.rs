@@ -42,6 +42,7 @@ fn peer(text: &str) -> Peer {
         },
         address: words[1].parse().unwrap(),
         port: words.get(2).map(|port| port.parse().unwrap()),
+        of_host: false,
     }
 }
 

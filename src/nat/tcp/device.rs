@@ -130,11 +130,24 @@ impl<O: Outbox + ?Sized> phy::TxToken for TxToken<'_, O> {
     fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, len: usize, f: F) -> R {
         let frame = &mut self.out.buffer()[..ETH_HEADER_LEN + len];
         let result = f(&mut frame[ETH_HEADER_LEN..]);
+        // The engine answers what it finds wrong with IP by ICMP, too.
+        if !is_tcp(&frame[ETH_HEADER_LEN..]) {
+            return result;
+        }
         let (offload, shown) = finish(frame, self.peer, self.window_shift);
         *self.shown = shown;
         self.out.send(ETH_HEADER_LEN + len, offload);
         result
     }
+}
+
+/// Whether a packet of the engine's, which writes no options and no extension headers, is TCP.
+fn is_tcp(packet: &[u8]) -> bool {
+    let protocol_at = match family_of(packet) {
+        Family::V4 => 9,
+        Family::V6 => 6,
+    };
+    packet[protocol_at] == PROTO_TCP
 }
 
 /// Turns the IP packet behind a frame's Ethernet header, as smoltcp wrote it, into a frame for the

@@ -188,13 +188,13 @@ pub enum Reply {
         /// In the order they were added.
         forwards: Vec<ForwardStatus>,
     },
-    /// To [`Request::Detach`], [`Request::ForwardRemove`] and [`Request::Stop`].
     /// To [`Request::Policy`].
     Policy {
         /// Its rules; `None`: there is none.
         text: Option<String>,
     },
-    /// To [`Request::Detach`], [`Request::SetPolicy`], [`Request::ClearPolicy`] and [`Request::Stop`].
+    /// To [`Request::Detach`], [`Request::ForwardRemove`], [`Request::SetPolicy`], [`Request::ClearPolicy`]
+    /// and [`Request::Stop`].
     Done {},
     /// The request failed, or was none.
     Error {

@@ -4,8 +4,8 @@
 //! [`DnsService`] validates a query (a message that is none never reaches the host's resolver), notes
 //! who asked, and queues it. The worker takes it with [`DnsService::poll_query`], has the egress policy
 //! decide ([`DnsService::refuse`]), sends it to the control plane (`control/resolver.rs`), and gives what
-//! comes back to the policy and to [`DnsService::handle_answer`]. Nothing is cached: the host's resolver does that, and a cache
-//! shared by guests is something to poison. DNS over TCP to the gateway is a flow of the NAT's that ends
+//! comes back to the policy and to [`DnsService::handle_answer`]. Nothing is cached: the host's resolver
+//! does that, and a cache shared by guests is something to poison. DNS over TCP to the gateway is a flow of the NAT's that ends
 //! in the control plane (`control/resolver/stream.rs`).
 //!
 //! Guests ask any of the gateway's addresses, IPv4, IPv6 or link-local; the answer comes from the one

@@ -14,8 +14,8 @@
 //! | anything else | nothing |
 //!
 //! # State
-//! No neighbor cache: an answer goes back to the station that asked, and the NAT takes a guest's MAC
-//! from the guest's own frames, so there is nothing to poison, to fill or to probe for reachability.
+//! No neighbor cache here: an answer goes back to the station that asked, and the NAT takes a guest's MAC
+//! from the guest's own frames. Only forwards look for guests that have not spoken ([`super::neighbor`]).
 //! The gateway does no duplicate address detection of its own: when it starts, the LAN has no other
 //! station, and later it was there first. What is kept is whether the host has IPv6, when which
 //! advertisement is due, and whether anybody is there to hear it.

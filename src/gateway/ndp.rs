@@ -32,7 +32,7 @@
 //! the asking frame's MAC, and to addresses of this LAN only. Pose as router: the gateway believes
 //! none; that the other guests do not either takes a guard in the switch, which there is none yet.
 
-mod message;
+pub(super) mod message;
 mod ra;
 
 use std::net::Ipv6Addr;

@@ -5,7 +5,8 @@
 //!
 //! # Path
 //! [`Neighbors::observe`] sees every packet for the gateway and learns from ARP and from neighbour
-//! solicitations and advertisements, nothing else: other packets cost one comparison.
+//! solicitations and advertisements that [`message::parse`] finds valid, nothing else: other packets
+//! cost one comparison.
 //! [`Neighbors::look_up`] answers at once, or asks the LAN (ARP request, neighbour solicitation) and
 //! lets the caller wait until [`Neighbors::take_news`] says that an answer came.
 //!
@@ -27,15 +28,12 @@ use std::net::{IpAddr, Ipv6Addr};
 
 use hashbrown::HashMap;
 
+use super::ndp::message::{self, Message};
 use super::{LanConfig, Outbox, arp, service_counters};
-use crate::frame::{Duration, ETH_HEADER_LEN, Instant, Mac, PortId, Station};
+use crate::frame::{Duration, Instant, Mac, PortId, Station};
 use crate::offload::Offload;
-use crate::wire::ipv6::{
-    IPV6_HEADER_LEN, Ipv6Fields, address_at, group_mac, solicited_node, write_ipv6,
-};
-use crate::wire::{
-    Body, ETHERTYPE_IPV6, Ipv6, PROTO_ICMPV6, Packet, Transport, checksum, write_ethernet,
-};
+use crate::wire::ipv6::solicited_node;
+use crate::wire::{Body, Ipv6, Packet, Transport};
 
 /// How long an address is believed (RFC 4861 10, REACHABLE_TIME).
 pub const REACHABLE: Duration = Duration::from_secs(30);
@@ -47,16 +45,6 @@ pub const PROBE_INTERVAL: Duration = Duration::from_secs(1);
 pub const PORT_ADDRESSES_MAX: usize = 64;
 /// Addresses asked for at a time: as many forwards as a network can have.
 pub const PROBING_MAX: usize = 1_024;
-
-/// Neighbour solicitation and advertisement (RFC 4861 4.3, 4.4).
-const SOLICITATION: u8 = 135;
-const ADVERTISEMENT: u8 = 136;
-/// ICMPv6 header, reserved word and target.
-const SOLICITATION_LEN: usize = 24;
-/// With the option "source link-layer address" (RFC 4861 4.6.1).
-const SOLICITATION_WITH_MAC_LEN: usize = SOLICITATION_LEN + 8;
-/// What no router lets through (RFC 4861 7.1.1).
-const HOP_LIMIT: u8 = 255;
 
 service_counters! {
     /// What the search for guests came to.
@@ -281,14 +269,13 @@ impl Neighbors {
 
 /// The address that a neighbour message's sender says it has.
 fn spoken_for(ip: &Ipv6<'_>, message: &[u8]) -> Option<Ipv6Addr> {
-    if ip.ttl != HOP_LIMIT || message.len() < SOLICITATION_LEN || message[1] != 0 {
-        return None;
-    }
-    match message[0] {
+    match message::parse(ip, message).ok()? {
         // Unspecified while it looks for duplicates: then it has none.
-        SOLICITATION => Some(ip.source).filter(|source| !source.is_unspecified()),
-        ADVERTISEMENT => Some(address_at(message, 8)),
-        _ => None,
+        Message::NeighborSolicitation { .. } => {
+            Some(ip.source).filter(|source| !source.is_unspecified())
+        }
+        Message::NeighborAdvertisement { target } => Some(target),
+        Message::RouterSolicitation | Message::FromRouter => None,
     }
 }
 
@@ -303,35 +290,24 @@ fn question<O: Outbox + ?Sized>(lan: &LanConfig, address: IpAddr, out: &mut O) {
 
 /// A multicast neighbour solicitation (RFC 4861 7.2.2).
 fn solicit<O: Outbox + ?Sized>(mac: Mac, source: Ipv6Addr, target: Ipv6Addr, out: &mut O) {
-    const MESSAGE_AT: usize = ETH_HEADER_LEN + IPV6_HEADER_LEN;
-    let group = solicited_node(target);
-    let frame = out.buffer();
-    write_ethernet(frame, group_mac(group), mac, ETHERTYPE_IPV6);
-    let fields = Ipv6Fields {
-        source,
-        destination: group,
-        protocol: PROTO_ICMPV6,
-        hop_limit: HOP_LIMIT,
-        traffic_class: 0,
-    };
-    write_ipv6(frame, fields, SOLICITATION_WITH_MAC_LEN);
-    let message = &mut frame[MESSAGE_AT..][..SOLICITATION_WITH_MAC_LEN];
-    message[..8].copy_from_slice(&[SOLICITATION, 0, 0, 0, 0, 0, 0, 0]);
-    message[8..24].copy_from_slice(&target.octets());
-    // Source link-layer address, one unit of eight bytes.
-    message[24..26].copy_from_slice(&[1, 1]);
-    message[26..32].copy_from_slice(&mac.0);
-    let sum = !checksum::transport(source.into(), group.into(), PROTO_ICMPV6, message);
-    message[2..4].copy_from_slice(&sum.to_be_bytes());
-    out.send(MESSAGE_AT + SOLICITATION_WITH_MAC_LEN, Offload::default());
+    let buffer = out.buffer();
+    let len = message::write_solicitation(buffer, target, mac);
+    let group = (Mac::BROADCAST, solicited_node(target));
+    let len = message::finish(buffer, (mac, source), group, len);
+    out.send(len, Offload::default());
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::Lan6;
+    use super::super::ndp::message::{
+        ALL_NODES, MESSAGE_AT, NEIGHBOR_ADVERTISEMENT, NEIGHBOR_SOLICITATION, finish,
+    };
     use super::super::testing::{GUEST, GUEST_ADDRESS, Kept, PORT, lan, parse};
     use super::*;
-    use crate::wire::{ETHERTYPE_ARP, ipv6};
+    use crate::frame::ETH_HEADER_LEN;
+    use crate::wire::ipv6::{self, address_at};
+    use crate::wire::{ETHERTYPE_ARP, write_ethernet};
     use std::net::Ipv4Addr;
 
     const OTHER: Mac = Mac([0x52, 0x54, 0, 0, 0, 8]);
@@ -362,23 +338,29 @@ mod tests {
         }
     }
 
+    /// A neighbour message about `target`, from it; its first word but the checksum is `head`.
+    fn discovery(
+        mac: Mac,
+        to: Ipv6Addr,
+        head: [u8; 3],
+        target: Ipv6Addr,
+        options: &[u8],
+    ) -> Vec<u8> {
+        let [kind, code, flags] = head;
+        let mut frame = vec![0; MESSAGE_AT];
+        frame.extend_from_slice(&[kind, code, 0, 0, flags, 0, 0, 0]);
+        frame.extend_from_slice(&target.octets());
+        frame.extend_from_slice(options);
+        let len = frame.len() - MESSAGE_AT;
+        finish(&mut frame, (mac, target), (lan().mac, to), len);
+        frame
+    }
+
     fn advertisement(mac: Mac, target: Ipv6Addr, hop_limit: u8) -> Vec<u8> {
         let to = lan6().v6.unwrap().link_local;
-        let mut message = vec![ADVERTISEMENT, 0, 0, 0, 0x60, 0, 0, 0];
-        message.extend_from_slice(&target.octets());
-        let sum = !checksum::transport(target.into(), to.into(), PROTO_ICMPV6, &message);
-        message[2..4].copy_from_slice(&sum.to_be_bytes());
-        let mut frame = vec![0; ETH_HEADER_LEN + IPV6_HEADER_LEN];
-        write_ethernet(&mut frame, lan().mac, mac, ETHERTYPE_IPV6);
-        let fields = Ipv6Fields {
-            source: target,
-            destination: to,
-            protocol: PROTO_ICMPV6,
-            hop_limit,
-            traffic_class: 0,
-        };
-        write_ipv6(&mut frame, fields, message.len());
-        frame.extend_from_slice(&message);
+        let head = [NEIGHBOR_ADVERTISEMENT, 0, 0x60];
+        let mut frame = discovery(mac, to, head, target, &[]);
+        frame[ETH_HEADER_LEN + 7] = hop_limit;
         frame
     }
 
@@ -504,8 +486,9 @@ mod tests {
         let Transport::Icmp(message) = ip.transport else {
             panic!("{ip:?}: its checksum is right");
         };
-        assert_eq!(message[0], SOLICITATION);
+        assert_eq!(message[..2], [NEIGHBOR_SOLICITATION, 0]);
         assert_eq!(address_at(message, 8), GUEST6);
+        assert_eq!((&message[24..26], message.len()), (&[1, 1][..], 32));
         assert_eq!(Mac::at(message, 26), lan().mac);
 
         neighbors.observe(&parse(&advertisement(GUEST, GUEST6, 64)), now);
@@ -514,6 +497,40 @@ mod tests {
         assert!(neighbors.take_news());
         let found = neighbors.look_up(address, None, now, &mut out);
         assert_eq!(found, Reach::Known(station(GUEST)));
+    }
+
+    #[test]
+    fn what_rfc_4861_has_discarded_is_not_learned() {
+        const ASKS: [u8; 3] = [NEIGHBOR_SOLICITATION, 0, 0];
+        const ANSWERS: [u8; 3] = [NEIGHBOR_ADVERTISEMENT, 0, 0x60];
+        const UNASKED: [u8; 3] = [NEIGHBOR_ADVERTISEMENT, 0, 0x20];
+        const MAC: [u8; 8] = [1, 1, 0x52, 0x54, 0, 0, 0, 7];
+        let gateway = lan6().v6.unwrap().link_local;
+        for (head, to, options, learned) in [
+            (ASKS, gateway, &MAC[..], true),
+            (ASKS, gateway, &[1, 0, 0, 0, 0, 0, 0, 0], false),
+            (ASKS, gateway, &MAC[..7], false),
+            (ANSWERS, gateway, &[], true),
+            (ANSWERS, gateway, &[2, 2, 0, 0, 0, 0, 0, 0], false),
+            (ANSWERS, gateway, &[2], false),
+            (UNASKED, ALL_NODES, &[], true),
+            (ANSWERS, ALL_NODES, &[], false),
+        ] {
+            let mut neighbors = Neighbors::new(lan6());
+            let frame = discovery(GUEST, to, head, GUEST6, options);
+            neighbors.observe(&parse(&frame), Instant::from_secs(100));
+            let known = neighbors.known.contains_key(&IpAddr::V6(GUEST6));
+            assert_eq!(known, learned, "{head:?} to {to} with {options:?}");
+        }
+        // An owner of a group's address.
+        let mut frame = discovery(GUEST, gateway, ANSWERS, ALL_NODES, &[]);
+        let len = frame.len() - MESSAGE_AT;
+        finish(&mut frame, (GUEST, GUEST6), (lan().mac, gateway), len);
+        let packet = parse(&frame);
+        let Body::Ipv6(ip) = &packet.body else {
+            panic!("{packet:?}");
+        };
+        assert_eq!(spoken_for(ip, &frame[MESSAGE_AT..]), None);
     }
 
     #[test]

@@ -35,6 +35,7 @@
 //! can't reach what [`Egress`] refuses; that is asked once per peer.
 
 mod to_guest;
+pub(super) mod train;
 
 use std::net::SocketAddr;
 

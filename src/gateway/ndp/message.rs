@@ -145,6 +145,17 @@ pub fn write_advertisement(
     LEN
 }
 
+/// Writes a neighbor solicitation of `target` by `mac` to [`MESSAGE_AT`]. Returns the message's length.
+pub fn write_solicitation(buffer: &mut [u8], target: Ipv6Addr, mac: Mac) -> usize {
+    const LEN: usize = NEIGHBOR_LEN + LINK_LAYER_LEN;
+    let message = &mut buffer[MESSAGE_AT..][..LEN];
+    message.fill(0);
+    message[0] = NEIGHBOR_SOLICITATION;
+    message[8..24].copy_from_slice(&target.octets());
+    message[24..].copy_from_slice(&link_layer(SOURCE_LINK_LAYER, mac));
+    LEN
+}
+
 /// A link-layer address option (RFC 4861 4.6.1).
 pub fn link_layer(kind: u8, mac: Mac) -> [u8; LINK_LAYER_LEN] {
     let [a, b, c, d, e, f] = mac.0;

@@ -28,14 +28,14 @@ use hashbrown::HashMap;
 
 use super::ForwardId;
 use crate::frame::{Duration, Instant, PortId, Station};
-use crate::gateway::fragment::cut;
 use crate::gateway::{LanConfig, Outbox};
 use crate::nat::flow_table::FlowTable;
 use crate::nat::icmp::ttl_to_guest;
+use crate::nat::udp::train::Train;
 use crate::nat::{Datagram, FlowId, HostError, Io, SendOptions, SockId, Uplink};
-use crate::offload::{Csum, Gso, Offload};
+use crate::offload::Gso;
 use crate::stats::DropReason;
-use crate::wire::{self, Ip, IpFields, PROTO_UDP, Packet, UDP_HEADER_LEN, Udp, checksum};
+use crate::wire::{Ip, Packet, Udp};
 
 /// Sessions of all forwards: as many as guests have mappings of their own. One takes 300 bytes and no
 /// open file.
@@ -121,6 +121,7 @@ pub(super) struct Sessions {
     /// put in again or left out when it comes to the front. A session has one entry for each class it
     /// was in, two at most.
     queues: [VecDeque<(Instant, FlowId)>; TIMEOUTS.len()],
+    /// Identification of the packet that was cut last.
     fragment_id: u32,
     pub counters: SessionCounters,
 }
@@ -166,15 +167,17 @@ impl Sessions {
         session.station = way.station;
         session.local = datagram.destination;
         session.used = now;
-        let (from, to) = (session.shown, session.guest);
-        let headers = Headers {
-            from,
-            to,
-            station: way.station,
+        let train = Train {
+            lan: &self.lan,
+            from: session.shown,
+            to: session.guest,
+            mac: way.station.mac,
             ttl,
             tos: datagram.tos,
+            payload: datagram.payload,
+            segment: datagram.segment,
         };
-        self.send(&headers, datagram.payload, datagram.segment, out)
+        train.send(&mut self.fragment_id, out)
     }
 
     fn session(
@@ -279,50 +282,6 @@ impl Sessions {
         }
     }
 
-    fn send<O: Outbox + ?Sized>(
-        &mut self,
-        headers: &Headers,
-        payload: &[u8],
-        segment: Option<u16>,
-        out: &mut O,
-    ) -> Result<(), DropReason> {
-        let guest = headers.to.ip();
-        let payload_max = wire::ip_payload_max(guest) - UDP_HEADER_LEN;
-        let segment = segment
-            .map(usize::from)
-            .filter(|size| (1..payload.len()).contains(size));
-        let longest = segment.unwrap_or(payload.len());
-        if longest > payload_max {
-            return Err(DropReason::TooBig);
-        }
-        let mtu = self.lan.mtu;
-        if wire::ip_header_len(guest) + UDP_HEADER_LEN + longest > usize::from(mtu) {
-            for datagram in payload.chunks(longest) {
-                let (_, len) = headers.write(&self.lan, out.buffer(), datagram, true);
-                self.fragment_id = self.fragment_id.wrapping_add(1);
-                cut(out, len, mtu, self.fragment_id);
-            }
-            return Ok(());
-        }
-        // An empty datagram is one, too.
-        let train_len = segment.map_or(longest.max(1), |size| payload_max / size * size);
-        let empty = payload.is_empty().then_some(payload);
-        for train in payload.chunks(train_len).chain(empty) {
-            let gso = segment.filter(|&size| train.len() > size);
-            let (at, len) = headers.write(&self.lan, out.buffer(), train, false);
-            let offload = Offload {
-                csum: Csum::Partial {
-                    start: at as u16,
-                    offset: 6,
-                },
-                gso: gso.map_or(Gso::None, |size| Gso::Udp(size as u16)),
-                ecn: false,
-            };
-            out.send(len, offload);
-        }
-        Ok(())
-    }
-
     /// Ends the session that is unused longest, those of a low class first.
     fn evict(&mut self) -> bool {
         for class in 0..TIMEOUTS.len() {
@@ -409,53 +368,5 @@ impl Sessions {
                 }
             }
         }
-    }
-}
-
-/// The headers of what goes to a guest.
-struct Headers {
-    from: SocketAddr,
-    to: SocketAddr,
-    station: Station,
-    ttl: u8,
-    tos: u8,
-}
-
-impl Headers {
-    /// Writes a frame with `payload`; returns where UDP begins and where the frame ends. The checksum is
-    /// complete, or the sum of the pseudo-header for who completes it: with the length of the whole
-    /// train, as the kernel's segmentation expects it (net/ipv4/udp_offload.c, __udp_gso_segment).
-    fn write(
-        &self,
-        lan: &LanConfig,
-        frame: &mut [u8],
-        payload: &[u8],
-        complete: bool,
-    ) -> (usize, usize) {
-        let udp_len = UDP_HEADER_LEN + payload.len();
-        let (source, destination) = (self.from.ip(), self.to.ip());
-        let fields = IpFields {
-            source,
-            destination,
-            protocol: PROTO_UDP,
-            ttl: self.ttl,
-            tos: self.tos,
-        };
-        let at = wire::write_ip(frame, (self.station.mac, lan.mac), fields, udp_len);
-        let sum = checksum::pseudo_header(source, destination, PROTO_UDP, udp_len);
-        let udp = &mut frame[at..][..udp_len];
-        udp[..2].copy_from_slice(&self.from.port().to_be_bytes());
-        udp[2..4].copy_from_slice(&self.to.port().to_be_bytes());
-        udp[4..6].copy_from_slice(&(udp_len as u16).to_be_bytes());
-        udp[6..8].copy_from_slice(&checksum::fold(sum).to_be_bytes());
-        udp[UDP_HEADER_LEN..].copy_from_slice(payload);
-        if complete {
-            let sum = match !checksum::fold(checksum::sum(udp)) {
-                0 => 0xffff,
-                sum => sum,
-            };
-            udp[6..8].copy_from_slice(&sum.to_be_bytes());
-        }
-        (at, at + udp_len)
     }
 }

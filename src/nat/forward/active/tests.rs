@@ -6,7 +6,7 @@ use std::net::Ipv4Addr;
 use super::*;
 use crate::dhcp::DhcpConfig;
 use crate::nat::testing::{
-    FakeUplink, FrameLog, GATEWAY_MAC, GUEST, GUEST_MAC, GUEST6, guest_tcp, guest_udp,
+    FakeUplink, FrameLog, GATEWAY_MAC, GUEST, GUEST_MAC, GUEST6, guest_ipv6, guest_tcp, guest_udp,
     guest_udp_train, lan, parse,
 };
 use crate::nat::{Nat, NatConfig};
@@ -133,6 +133,17 @@ impl Lab {
         frame[14..22].copy_from_slice(&[0, 1, 8, 0, 6, 4, 0, 2]);
         frame[22..28].copy_from_slice(&mac.0);
         frame[28..32].copy_from_slice(&address.octets());
+        let _ = self.guest_sends(&frame, Offload::default());
+    }
+
+    /// The guest says that it has its IPv6 address.
+    fn answer_ndp(&mut self) {
+        let to = lan().v6.unwrap().link_local;
+        let mut message = vec![136, 0, 0, 0, 0x60, 0, 0, 0];
+        message.extend_from_slice(&GUEST6.octets());
+        let sum = !wire::checksum::transport(GUEST6.into(), to.into(), 58, &message);
+        message[2..4].copy_from_slice(&sum.to_be_bytes());
+        let frame = guest_ipv6(GUEST6, to, 58, 255, &message);
         let _ = self.guest_sends(&frame, Offload::default());
     }
 
@@ -366,13 +377,7 @@ fn an_ipv6_guest_is_reached_from_the_gateways_ipv6_address() {
             .any(|(frame, _)| frame[..2] == [0x33, 0x33])
     );
     lab.log.frames.clear();
-    let to = lan().v6.unwrap().link_local;
-    let mut message = vec![136, 0, 0, 0, 0x60, 0, 0, 0];
-    message.extend_from_slice(&GUEST6.octets());
-    let sum = !wire::checksum::transport(GUEST6.into(), to.into(), 58, &message);
-    message[2..4].copy_from_slice(&sum.to_be_bytes());
-    let frame = crate::nat::testing::guest_ipv6(GUEST6, to, 58, 255, &message);
-    let _ = lab.guest_sends(&frame, Offload::default());
+    lab.answer_ndp();
     assert_eq!(
         lab.next_syn(),
         (
@@ -510,6 +515,33 @@ fn udp_sessions_end_by_class_and_trains_pass() {
     assert!(payload.is_empty());
     lab.wait(Duration::from_secs(121));
     assert_eq!(lab.nat.flows().1, 0);
+}
+
+#[test]
+fn the_short_end_of_a_train_too_long_for_the_lan_comes_whole() {
+    let mut lab = Lab::new();
+    lab.answer_arp(GUEST_MAC, GUEST);
+    lab.answer_ndp();
+    for (listen, guest) in [
+        ("127.0.0.1:5000", SocketAddr::new(GUEST.into(), 5_000)),
+        ("[::1]:5000", SocketAddr::new(GUEST6.into(), 5_000)),
+    ] {
+        let client = SocketAddr::new(at(listen).ip(), 41_000);
+        let (_, socket) = lab.add_udp(&format!("{listen}:{guest}/udp"), listen);
+        lab.up.deliver(socket, client, &[3; 4_100], Some(2_000));
+        lab.settle();
+        // Two fragments for each long datagram. The end as a fragment on its own would be an atomic one
+        // (RFC 8021), which no sender has a reason for.
+        for _ in 0..4 {
+            let (from, ..) = lab.next().expect("a fragment");
+            assert_eq!(from.port(), 0, "{guest}: it was cut");
+        }
+        let (from, to, mac, payload, offload) = lab.next().expect("the end");
+        assert_eq!((from.port(), to, mac), (41_000, guest, GUEST_MAC));
+        assert_eq!((&*payload, offload), (&[3; 100][..], Offload::default()));
+        assert!(lab.is_silent());
+    }
+    assert!(lab.dropped.is_empty());
 }
 
 #[test]

@@ -154,7 +154,10 @@ impl From<ControlError> for Failure {
 
 impl From<NetworkError> for Failure {
     fn from(error: NetworkError) -> Self {
-        Failure::Runtime(error.into())
+        match error {
+            NetworkError::Config(error) => error.into(),
+            error => Failure::Runtime(error.into()),
+        }
     }
 }
 

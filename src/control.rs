@@ -7,7 +7,7 @@
 //!
 //! Trust: the directory belongs to the user and nobody else writes to it, the socket has mode 0600,
 //! and both ends check the other's uid ([`peer_is_trusted`]). Guests have no path to it: it is no IP
-//! socket.
+//! socket, and what `lanlet exec` runs is refused.
 
 pub mod api;
 pub mod client;

@@ -22,6 +22,7 @@
 pub mod addresses;
 pub mod listen;
 pub mod outbound;
+pub mod overlap;
 pub mod port_owner;
 pub mod route;
 

@@ -97,6 +97,8 @@ fn roff_sections(text: &str) -> String {
 
 pub(super) fn man(args: &ManArgs) -> Result<ExitCode, Failure> {
     if let Some(dir) = &args.dir {
+        std::fs::create_dir_all(dir)
+            .map_err(Failure::io(format!("cannot make {}", dir.display())))?;
         for (name, page) in pages() {
             let path = dir.join(format!("{name}.1"));
             std::fs::write(&path, render(page)?)

@@ -24,6 +24,7 @@ use crate::nat::policy::PolicyError;
 use crate::network::{
     ForwardStatus, GuestAddress, GuestTap, Network, PortOptions, Status, VmmPort,
 };
+use crate::sys::socket;
 
 /// Threads that wait for the kernel on behalf of clients. Attaching takes milliseconds.
 const BLOCKING_THREADS: usize = 2;
@@ -249,11 +250,33 @@ impl Drop for Owned {
     }
 }
 
+/// Whether a client's socket is of another network namespace, one that we have power over: that of a guest
+/// of `lanlet exec`. It has its user's files, this socket among them, and must not lift the rules that it is
+/// under.
+fn is_guests(stream: &UnixStream) -> bool {
+    // The kernel makes the accepted socket in the namespace of the one that connected (net/unix/af_unix.c,
+    // unix_stream_connect). Without a right over that, it is no guest's.
+    let Ok(theirs) = socket::network_namespace(stream.as_fd()) else {
+        return false;
+    };
+    let id = |stat: rustix::fs::Stat| (stat.st_dev, stat.st_ino);
+    let ours = rustix::fs::stat("/proc/self/ns/net").map(id);
+    ours.is_ok_and(|ours| rustix::fs::fstat(theirs).map(id) != Ok(ours))
+}
+
 async fn serve(stream: &UnixStream, shared: &Shared) -> io::Result<()> {
     let uid = stream.peer_cred()?.uid();
     if !peer_is_trusted(uid) {
         log::warn!("uid {uid} was refused at the control socket");
         return Ok(());
+    }
+    if is_guests(stream) {
+        log::warn!("a guest was refused at the control socket");
+        let message = "the control socket is closed to guests";
+        let reply = Reply::Error {
+            message: message.to_owned(),
+        };
+        return write(stream, &to_line(&reply)?, None).await;
     }
     let Ok(_seat) = shared.seats.try_acquire() else {
         let message = format!("the network has {CLIENTS_MAX} clients already");

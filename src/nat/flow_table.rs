@@ -100,6 +100,9 @@ pub const TICK: Duration = Duration::from_millis(64);
 /// Slots: 64 ms x 512 = 33 s. Later deadlines wait in the farthest slot and are put in again.
 const WHEEL_SLOTS: usize = 512;
 
+/// Entries that a slot keeps room for: of 512 slots 128 KiB.
+const SLOT_KEPT: usize = 32;
+
 /// Deadlines of flows, lazily: an entry that comes due before its flow's real deadline is simply put
 /// in again by its owner. Arming is O(1), expiry O(entries due).
 pub struct TimerWheel {
@@ -157,6 +160,8 @@ impl TimerWheel {
             let slot = &mut self.slots[tick as usize % WHEEL_SLOTS];
             self.len -= slot.len();
             due.append(slot);
+            // What a flood of flows made it grow to.
+            slot.shrink_to(SLOT_KEPT);
         }
         self.tick = self.tick.max(end);
         self.soonest = (self.tick..self.tick + WHEEL_SLOTS as u64)
@@ -224,5 +229,13 @@ mod tests {
         due.clear();
         wheel.expire(at(500_100), &mut due);
         assert_eq!(due, [id(4)]);
+        // What a flood took is given back.
+        for slot in 0..10_000 {
+            wheel.arm(id(slot), at(500_200));
+        }
+        due.clear();
+        wheel.expire(at(600_000), &mut due);
+        assert_eq!(due.len(), 10_000);
+        assert!(wheel.slots.iter().all(|slot| slot.capacity() <= SLOT_KEPT));
     }
 }

@@ -9,6 +9,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::{Network, NetworkError, Shared, lock};
+use crate::nat::HostError;
 use crate::nat::forward::{
     Direction, ForwardCounters, ForwardError, ForwardId, ForwardSet, ForwardSpec, ListenerKind,
 };
@@ -162,6 +163,10 @@ impl Shared {
         });
         let refused = match answer.recv_timeout(WORKER_TIME_MAX) {
             Ok(Ok(())) => None,
+            Ok(Err(HostError::Exhausted)) => Some(
+                "no open file is left: raise the limit (ulimit -n), or forward fewer ports"
+                    .to_owned(),
+            ),
             Ok(Err(error)) => Some(format!("{error:?}")),
             Err(error) => Some(error.to_string()),
         };

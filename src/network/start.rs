@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::hash::{BuildHasher, RandomState};
+use std::net::IpAddr;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Instant;
@@ -23,7 +24,7 @@ use crate::gateway::{Lan6, LanConfig};
 use crate::nat::{NatConfig, Service};
 use crate::stats::PortCounters;
 use crate::switch::{Switch, SwitchConfig};
-use crate::uplink::ServiceStream;
+use crate::uplink::{ServiceStream, overlap};
 use crate::wire::ipv6;
 use crate::worker::{Command, Event, Worker, WorkerConfig};
 
@@ -52,6 +53,25 @@ fn check_open_files(flows_max: usize) {
     }
 }
 
+/// Networks of the host that guests will not reach, as theirs has the same addresses.
+fn check_overlap(config: &NetworkConfig) {
+    let subnet = config.subnet();
+    let networks = [
+        Some(("subnet", IpAddr::V4(subnet.network), subnet.prefix)),
+        config
+            .prefix6()
+            .map(|prefix| ("subnet6", prefix.into(), PREFIX6_LEN)),
+    ];
+    for (option, network, prefix) in networks.into_iter().flatten() {
+        if let Some(interface) = overlap::interface_of(network, prefix) {
+            log::warn!(
+                "the LAN {network}/{prefix} has addresses of the host's network on {interface}, which \
+                 guests will not reach: choose another one with --{option}"
+            );
+        }
+    }
+}
+
 impl Network {
     /// Starts a network: its worker and its control thread.
     ///
@@ -64,6 +84,7 @@ impl Network {
             .check()
             .map_err(|(key, reason)| ConfigError::new(key, reason))?;
         check_open_files(config.flows_max);
+        check_overlap(&config);
         let mac = gateway_mac(&config);
         let lan = LanConfig {
             mac,

@@ -4,7 +4,7 @@
 
 use std::ffi::CStr;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use super::option;
 
@@ -184,4 +184,20 @@ pub fn peer(fd: BorrowedFd<'_>) -> io::Result<(Option<u32>, u32)> {
     let peer: libc::ucred = option::get(fd, libc::SOL_SOCKET, libc::SO_PEERCRED)?;
     let pid = u32::try_from(peer.pid).ok().filter(|&pid| pid != 0);
     Ok((pid, peer.uid))
+}
+
+/// The network namespace that a socket is of.
+///
+/// # Errors
+/// EPERM without CAP_NET_ADMIN there.
+pub fn network_namespace(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    /// linux/sockios.h.
+    const SIOCGSKNS: libc::c_ulong = 0x894c;
+    // SAFETY: SIOCGSKNS takes no argument. Another kind of fd than a socket's refuses the number.
+    let namespace = unsafe { libc::ioctl(fd.as_raw_fd(), SIOCGSKNS as _) };
+    if namespace < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call gave a fresh fd that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(namespace) })
 }

@@ -17,7 +17,8 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use rustix::mount::{MountPropagationFlags, mount_bind, mount_change};
+use rustix::io::Errno;
+use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_bind, mount_change};
 use rustix::process::{getegid, geteuid};
 
 use super::{TX_QUEUE_LEN, TapError};
@@ -176,16 +177,20 @@ impl Guest {
         let GuestConfig6 {
             address, prefix, ..
         } = *config;
-        self.route
-            .address_add6(index, address, prefix)
+        // A router advertisement may have been first: then the kernel has set the same.
+        let set = |result: Result<(), NetlinkError>| match result {
+            Err(error) if error.errno == Errno::EXIST => Ok(()),
+            result => result,
+        };
+        set(self.route.address_add6(index, address, prefix))
             .map_err(step(format!("address {address}/{prefix}")))?;
-        match config.gateway {
-            Some(gateway) => self
-                .route
-                .default_route_add6(index, gateway, ROUTE6_METRIC, ROUTE6_SECS)
-                .map_err(step(format!("default route by {gateway}"))),
-            None => Ok(()),
-        }
+        let Some(gateway) = config.gateway else {
+            return Ok(());
+        };
+        let route = self
+            .route
+            .default_route_add6(index, gateway, ROUTE6_METRIC, ROUTE6_SECS);
+        set(route).map_err(step(format!("default route by {gateway}")))
     }
 
     /// Replaces the contents of /etc/resolv.conf for this process and its children, by a mount that
@@ -241,6 +246,12 @@ fn enter_namespaces() -> io::Result<()> {
         "/",
         MountPropagationFlags::PRIVATE | MountPropagationFlags::REC,
     )?;
+    // Of sysfs, /sys/class/net shows the network namespace that it was mounted in. The kernel refuses a
+    // fresh one where parts of the old are covered (a container): then programs see the host's links there.
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    if let Err(error) = mount("sysfs", "/sys", "sysfs", flags, None) {
+        log::debug!("/sys stays the host's: {error}");
+    }
     Ok(())
 }
 

@@ -5,6 +5,8 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
 
+use super::route::RouteTable;
+use crate::nat::egress::is_never_outside;
 use crate::sys::socket;
 use crate::wire::Family;
 
@@ -57,20 +59,38 @@ impl Outbound {
             socket(domain, SocketType::DGRAM, None)
         };
         if let Some(name) = &self.interface {
+            let name_shown = name.to_string_lossy();
             let reason = |error: io::Error| {
-                (
-                    "outbound-interface",
-                    format!("{}: {error}", name.to_string_lossy()),
-                )
+                let remedy = match error.raw_os_error() {
+                    Some(libc::ENODEV) => " (see `ip link`)",
+                    Some(libc::EPERM) => " (a kernel before 5.7 lets root alone choose)",
+                    _ => "",
+                };
+                let key = "outbound-interface";
+                (key, format!("{name_shown}: {error}{remedy}"))
             };
+            if name.as_bytes() == b"lo" {
+                let text = "lo leads nowhere but to the host: see --map-host-loopback";
+                return Err(("outbound-interface", text.to_owned()));
+            }
             let fd = open(Family::V4).map_err(|error| reason(error.into()))?;
             self.tie(&fd).map_err(reason)?;
         }
         let sources: [Option<IpAddr>; 2] =
             [self.source4.map(Into::into), self.source6.map(Into::into)];
         for source in sources.into_iter().flatten() {
+            if is_never_outside(source) {
+                let reason = format!("{source} is no address that packets can leave the host from");
+                return Err(("outbound-address", reason));
+            }
+            // A socket may be bound to a broadcast address, and sends from another one then.
+            let is_own = RouteTable::open().is_ok_and(|mut routes| routes.is_local(source));
             let bound =
                 open(Family::of(source)).and_then(|fd| bind(&fd, &SocketAddr::new(source, 0)));
+            let bound = match is_own {
+                true => bound,
+                false => Err(rustix::io::Errno::ADDRNOTAVAIL),
+            };
             if let Err(error) = bound {
                 let reason = match error {
                     rustix::io::Errno::ADDRNOTAVAIL => {
@@ -92,26 +112,44 @@ mod tests {
     #[test]
     fn mistakes_are_found_and_named() {
         assert_eq!(Outbound::default().check(), Ok(()));
-        let own = Outbound {
-            source4: Some(Ipv4Addr::LOCALHOST),
-            ..Outbound::default()
+        let from = |source: &str| match source.parse().unwrap() {
+            IpAddr::V4(source) => Outbound {
+                source4: Some(source),
+                ..Outbound::default()
+            },
+            IpAddr::V6(source) => Outbound {
+                source6: Some(source),
+                ..Outbound::default()
+            },
         };
-        assert_eq!(own.check(), Ok(()));
-        assert_eq!(own.local(Family::V4, 7), "127.0.0.1:7".parse().unwrap());
-        assert_eq!(own.local(Family::V6, 7), "[::]:7".parse().unwrap());
-        let foreign = Outbound {
-            source4: Some(Ipv4Addr::new(203, 0, 113, 77)),
-            ..Outbound::default()
-        };
-        let (key, reason) = foreign.check().unwrap_err();
-        assert_eq!(key, "outbound-address");
-        assert!(reason.contains("203.0.113.77"), "{reason}");
-        let missing = Outbound {
-            interface: Some(c"lanlet-none0".to_owned()),
-            ..Outbound::default()
-        };
-        let (key, reason) = missing.check().unwrap_err();
-        assert_eq!(key, "outbound-interface");
-        assert!(reason.contains("lanlet-none0"), "{reason}");
+        let four = from("198.51.100.7");
+        assert_eq!(four.local(Family::V4, 7), "198.51.100.7:7".parse().unwrap());
+        assert_eq!(four.local(Family::V6, 7), "[::]:7".parse().unwrap());
+        for wrong in [
+            "203.0.113.77",
+            "127.0.0.1",
+            "0.0.0.0",
+            "224.0.0.1",
+            "255.255.255.255",
+            "::1",
+            "::",
+            "::ffff:198.51.100.1",
+            "fe80::1",
+            "2001:db8::77",
+        ] {
+            let (key, reason) = from(wrong).check().unwrap_err();
+            assert_eq!(key, "outbound-address");
+            assert!(reason.contains(wrong), "{reason}");
+        }
+        for (wrong, remedy) in [(c"lanlet-none0", "ip link"), (c"lo", "--map-host-loopback")] {
+            let outbound = Outbound {
+                interface: Some(wrong.to_owned()),
+                ..Outbound::default()
+            };
+            let (key, reason) = outbound.check().unwrap_err();
+            assert_eq!(key, "outbound-interface");
+            assert!(reason.contains(wrong.to_str().unwrap()), "{reason}");
+            assert!(reason.contains(remedy), "{reason}");
+        }
     }
 }

@@ -17,6 +17,7 @@ fn the_command_finds_a_network() {
         say route="$(ip route show default | awk '{print $3 "@" $5}')"
         say resolver="$(tr '\n' ' ' </etc/resolv.conf | tr ' ' _)"
         say links="$(ip -o link | awk -F': ' '{print $2}' | tr '\n' ,)" uid="$(id -u)"
+        say sysfs="$(cd /sys/class/net && echo * | tr ' ' ,):$(cat /sys/class/net/eth0/mtu)"
 END
         lanlet exec -- sh look.sh
         say plain="$(cat /etc/resolv.conf | tr ' ' _)"
@@ -41,6 +42,7 @@ END
             ("route", "192.168.122.1@eth0"),
             ("resolver", "nameserver_192.168.122.1_"),
             ("links", "lo,eth0,"),
+            ("sysfs", "eth0,lo:1500"),
             ("uid", "0"),
             // The host's own file is as before.
             ("plain", "nameserver_198.51.100.2"),

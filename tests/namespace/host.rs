@@ -134,20 +134,22 @@ say() { echo "@@LANLET $*"; }
 say four=$(curl -s -m 3 http://198.51.100.2:8080/) six=$(curl -s -m 3 "http://[2001:db8:1::2]:8080/")
 END
 lanlet exec --outbound-address 198.51.100.8 --outbound-address 2001:db8:1::8 --outbound-interface up0 -- sh try.sh
-lanlet exec --outbound-interface lo -- sh try.sh | sed 's/four/lo_four/; s/six/lo_six/'
-say foreign="$(lanlet exec --outbound-address 203.0.113.77 -- true 2>&1 | grep -c 'outbound-address: 203.0.113.77 is not an address of this host')"
-say missing="$(lanlet exec --outbound-interface none0 -- true 2>&1 | grep -c 'outbound-interface: none0: No such device')"
+for wrong in --outbound-interface=lo --outbound-address=127.0.0.1 --outbound-address=198.51.100.255; do
+    lanlet exec $wrong -- true 2>refusal || say refused="$?_$(grep -c -- "${wrong%=*}: ${wrong#*=} " refusal)"
+done
+say foreign="$(lanlet exec --outbound-address 203.0.113.77 -- true 2>&1 | grep -c -- '--outbound-address: 203.0.113.77 is not an address of this host')"
+say missing="$(lanlet exec --outbound-interface none0 -- true 2>&1 | grep -c -- '--outbound-interface: none0: No such device.*ip link')"
 "#,
     ) else {
         return;
     };
+    let outcome = outcome.passed();
+    assert_eq!(outcome.markers().all("refused"), ["2_1", "2_1", "2_1"]);
     assert_said(
-        &outcome.passed(),
+        &outcome,
         &[
             ("four", "::ffff:198.51.100.8"),
             ("six", "2001:db8:1::8"),
-            ("lo_four", ""),
-            ("lo_six", ""),
             ("foreign", "1"),
             ("missing", "1"),
         ],

@@ -498,3 +498,36 @@ fn an_address_that_stands_for_loopback_takes_a_rule() {
         ],
     );
 }
+
+/// A namespace guest has its user's files, the control socket among them.
+#[test]
+fn a_guest_cannot_lift_its_policy() {
+    let script = r#"
+        cat >user.sh <<'END'
+        echo "default deny" >closed.policy
+        "$LANLET" up --name closed --policy closed.policy 2>up.log &
+        until "$LANLET" status --name closed >/dev/null 2>&1; do sleep 0.05; done
+        "$LANLET" exec --name closed -- sh -c '
+            for what in "policy clear" status down "forward add 9000:192.168.122.9:9000"; do
+                "$LANLET" $what --name closed 2>&1; echo "@@LANLET rc=$?"
+            done
+            "$LANLET" exec --name closed -- true; echo "@@LANLET rc=$?"' >guest.log 2>&1
+        cat guest.log
+        echo "@@LANLET refused=$(grep -c "closed to guests" guest.log)"
+        echo "@@LANLET policy=$("$LANLET" policy show --name closed | grep -c "default deny")"
+        echo "@@LANLET warned=$(grep -c "a guest was refused" up.log)"
+        "$LANLET" down --name closed
+        wait
+END
+        mkdir -m 777 own; cd own
+        # One user namespace for both, as an ordinary user has.
+        "$LAB/as-user" bash ../user.sh
+    "#;
+    let Some(outcome) = scenario(&World::new(), script) else {
+        return;
+    };
+    let outcome = outcome.passed();
+    assert_eq!(outcome.markers().all("rc"), ["1"; 5], "{}", outcome.text());
+    let expected = [("refused", "5"), ("policy", "1"), ("warned", "5")];
+    assert_said(&outcome, &expected);
+}

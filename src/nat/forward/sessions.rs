@@ -121,8 +121,8 @@ pub(super) struct Sessions {
     /// put in again or left out when it comes to the front. A session has one entry for each class it
     /// was in, two at most.
     queues: [VecDeque<(Instant, FlowId)>; TIMEOUTS.len()],
-    /// Identification of the packet that was cut last.
-    fragment_id: u32,
+    /// Identification of the packet that was cut last; the first is random (RFC 7739).
+    fragment_id: Option<u32>,
     pub counters: SessionCounters,
 }
 
@@ -134,7 +134,7 @@ impl Sessions {
             by_client: HashMap::new(),
             by_guest: HashMap::new(),
             queues: Default::default(),
-            fragment_id: 0,
+            fragment_id: None,
             counters: SessionCounters::default(),
         }
     }
@@ -177,7 +177,7 @@ impl Sessions {
             payload: datagram.payload,
             segment: datagram.segment,
         };
-        train.send(&mut self.fragment_id, out)
+        train.send(self.fragment_id.get_or_insert(seed as u32), out)
     }
 
     fn session(

@@ -5,7 +5,7 @@
 //! itself: between two ports there is no queue, no lock and no other thread.
 //!
 //! # One turn
-//! Wait for events, polling a while where that pays ([`patience`]); for each ready port read a batch, decide and send frame by frame, then flush the
+//! Wait for events; for each ready port read a batch, decide and send frame by frame, then flush the
 //! NAT; for each ready host socket let its flow act. Flows that exhausted their share, and ports that
 //! had more than `BATCHES_PER_TURN`, get their next turn after everybody else's.
 //!
@@ -13,8 +13,6 @@
 //! Other threads send a [`Command`] and write to the worker's eventfd. What the worker has to tell
 //! leaves as an [`Event`] through a bounded channel; if the control thread falls behind, queries are
 //! dropped and counted rather than waited for.
-
-mod patience;
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -44,7 +42,6 @@ use crate::uplink::addresses::Change;
 use crate::uplink::outbound::Outbound;
 use crate::uplink::{self, HostUplink, ServiceStream};
 use crate::wire::Packet;
-use patience::Patience;
 
 /// Batches read from one port before the others get their turn: about a millisecond of the largest
 /// frames.
@@ -220,7 +217,6 @@ pub struct Worker {
     /// Ports whose devices are gone, which nobody has been told yet.
     gone: Vec<PortId>,
     batch: Batch,
-    patience: Patience,
     path: Path,
 }
 
@@ -291,7 +287,6 @@ impl Worker {
             receivers: vec![None],
             gone: Vec::new(),
             batch: Batch::new(),
-            patience: Patience::default(),
         };
         Ok((
             worker,
@@ -309,7 +304,16 @@ impl Worker {
     pub fn run(mut self) -> io::Result<()> {
         let mut events = Vec::with_capacity(EVENTS_PER_TURN);
         loop {
-            self.wait(&mut events)?;
+            let timeout = self.sleep();
+            events.clear();
+            match epoll::wait(
+                &self.epoll,
+                rustix::buffer::spare_capacity(&mut events),
+                Some(&timeout),
+            ) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
             self.path.now = clock(self.epoch);
             // Before anything is learned: entries are stamped with the time of the last call.
             self.path.lan.switch.tick(self.path.now);
@@ -327,41 +331,6 @@ impl Worker {
             }
             self.path.end_turn();
             self.report_gone();
-        }
-    }
-
-    /// Waits for events, or until something is to be done without one.
-    fn wait(&mut self, events: &mut Vec<epoll::Event>) -> io::Result<()> {
-        const AT_ONCE: Timespec = Timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
-        let timeout = self.sleep();
-        events.clear();
-        if timeout == AT_ONCE {
-            return self.poll(events, &AT_ONCE);
-        }
-        let start = time::Instant::now();
-        if self.patience.pays() {
-            while events.is_empty() && start.elapsed() < patience::SPIN {
-                self.poll(events, &AT_ONCE)?;
-                if events.is_empty() {
-                    std::thread::yield_now();
-                }
-            }
-        }
-        if events.is_empty() {
-            self.poll(events, &timeout)?;
-        }
-        self.patience.learn(start.elapsed());
-        Ok(())
-    }
-
-    fn poll(&self, events: &mut Vec<epoll::Event>, timeout: &Timespec) -> io::Result<()> {
-        let room = rustix::buffer::spare_capacity(events);
-        match epoll::wait(&self.epoll, room, Some(timeout)) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
-            Err(error) => Err(error.into()),
         }
     }
 

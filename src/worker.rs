@@ -33,7 +33,7 @@ use crate::gateway::{Gateway, Outbox, ndp};
 use crate::nat::forward::{ForwardCounters, ForwardId, ForwardSpec, ListenerKind};
 use crate::nat::policy::Policy;
 use crate::nat::policy::ledger::PolicyView;
-use crate::nat::{HostError, Nat, NatConfig};
+use crate::nat::{HostError, Nat, NatConfig, SockOwner};
 use crate::offload::{self, Caps, Offload};
 use crate::port::{More, PortRx, PortTx};
 use crate::stats::{DropReason, PortCounters};
@@ -317,9 +317,11 @@ impl Worker {
             self.path.now = clock(self.epoch);
             // Before anything is learned: entries are stamped with the time of the last call.
             self.path.lan.switch.tick(self.path.now);
+            let mut datagrams = false;
             for event in events.drain(..) {
                 let token = event.data.u64();
                 if let Some(owner) = uplink::owner(token) {
+                    datagrams |= matches!(owner, SockOwner::Udp(_));
                     self.path.handle_socket(owner, uplink::ready(event.flags));
                 } else if token == uplink::TOKEN_ADDRESSES {
                     self.path.readdress();
@@ -331,6 +333,10 @@ impl Worker {
             }
             self.path.end_turn();
             self.report_gone();
+            if datagrams {
+                // Who sends them may be waiting for this core, and adds to the next train if it gets it first.
+                std::thread::yield_now();
+            }
         }
     }
 
@@ -557,7 +563,7 @@ impl Path {
         }
     }
 
-    fn handle_socket(&mut self, owner: crate::nat::SockOwner, ready: crate::nat::Ready) {
+    fn handle_socket(&mut self, owner: SockOwner, ready: crate::nat::Ready) {
         let counters = Arc::clone(&self.lan.gateway);
         let mut out = GatewayOut {
             lan: &mut self.lan,

@@ -59,6 +59,7 @@ Examples:
   lanlet qemu -p 2222:22 -- -m 1G disk.qcow2        the VM's port 22 is the host's 2222
   lanlet status                                     who is there, and what was dropped
   lanlet check                                      what this machine can do
+  lanlet bench --quick                              how fast it is here, beside its peers
 
 'lanlet COMMAND --help' has the details of a command.",
     after_long_help = "\
@@ -71,6 +72,7 @@ Examples:
   lanlet qemu -p 2222:22 -- -m 1G disk.qcow2        the VM's port 22 is the host's 2222
   lanlet status                                     who is there, and what was dropped
   lanlet check                                      what this machine can do
+  lanlet bench --quick                              how fast it is here, beside its peers
 
 Environment:
   LANLET_RUNTIME_DIR  where the control sockets are; else $XDG_RUNTIME_DIR/lanlet, else /run/lanlet

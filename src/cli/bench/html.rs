@@ -50,17 +50,7 @@ pub(super) fn render(results: &Results) -> String {
         );
     }
     page.push_str("</style>\n<h1>lanlet bench</h1>\n");
-    let (rounds, secs) = (results.plan.rounds, results.plan.secs);
-    let _ = writeln!(
-        page,
-        "<p>{}</p>",
-        match rounds {
-            1 => format!("One run of {secs} s each."),
-            _ => format!(
-                "Medians of {rounds} interleaved runs of {secs} s; lines and ± show the range."
-            ),
-        }
-    );
+    let _ = writeln!(page, "<p>{}</p>", escaped(&results.method()));
     page.push_str("<dl>\n");
     for (what, value) in &results.about {
         let _ = writeln!(page, "<dt>{}<dd>{}", escaped(what), escaped(value));
@@ -93,7 +83,8 @@ fn section(page: &mut String, results: &Results, direction: Direction) {
             color: color(way),
             value: match cell {
                 Cell::Figure(summary) => Ok(*summary),
-                Cell::Reason(reason) => Err(reason),
+                Cell::Reason(reason) => Err(reason.as_str()),
+                Cell::NotReached => Err("not reached"),
             },
         });
         page.push_str(&bars(&each.collect::<Vec<_>>(), row.metric.unit));
@@ -133,12 +124,12 @@ fn section(page: &mut String, results: &Results, direction: Direction) {
         let each: Vec<_> = each.filter(|curve| !curve.points.is_empty()).collect();
         page.push_str(&curves(&each, first.metric.unit, "flows"));
     }
-    figures(page, &rows, &ways, (direction, results.plan.rounds));
+    figures(page, &rows, &ways, direction);
 }
 
 /// All figures of a direction, as a table.
-fn figures(page: &mut String, rows: &[Row], ways: &[Way], (direction, rounds): (Direction, u32)) {
-    page.push_str("<h3>All figures</h3>\n<div class=\"wide\"><table>\n<tr><th><th>");
+fn figures(page: &mut String, rows: &[Row], ways: &[Way], direction: Direction) {
+    page.push_str("<h3>All figures <span class=\"soft\">grey: lanlet's divided by this one</span></h3>\n<div class=\"wide\"><table>\n<tr><th><th>");
     for way in ways {
         let _ = write!(page, "<th>{}", escaped(way.title(direction)));
     }
@@ -146,8 +137,19 @@ fn figures(page: &mut String, rows: &[Row], ways: &[Way], (direction, rounds): (
     for row in rows {
         let (name, unit) = (label(row.case.title, &row.metric), row.metric.unit);
         let _ = write!(page, "<tr><td>{}<td>{unit}", escaped(&name));
-        for each in &row.cells {
-            let _ = write!(page, "<td>{}", escaped(&cell(each, rounds)));
+        let ours = ways
+            .iter()
+            .zip(&row.cells)
+            .find(|(way, _)| **way == Way::Lanlet);
+        for (way, each) in ways.iter().zip(&row.cells) {
+            let _ = write!(page, "<td>{}", escaped(&cell(each)));
+            if let (Some((_, Cell::Figure(ours))), Cell::Figure(theirs)) = (ours, each)
+                && *way != Way::Lanlet
+                && theirs.median > 0.0
+            {
+                let ratio = ours.median / theirs.median;
+                let _ = write!(page, " <span class=\"soft\">{ratio:.2}</span>");
+            }
         }
         page.push('\n');
     }

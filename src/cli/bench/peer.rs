@@ -13,7 +13,7 @@ mod tcp;
 mod udp;
 
 use std::io::{BufRead, Write};
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::AsFd;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -35,6 +35,9 @@ const TICK: Duration = Duration::from_millis(50);
 const MARGIN: Duration = Duration::from_millis(100);
 /// How long a connection may take to open. A SYN that is dropped is sent again after 1 s.
 const CONNECT_TIME_MAX: Duration = Duration::from_secs(3);
+/// Connections that may wait to be accepted: net.core.somaxconn's default, where std has 128. Eight
+/// openers outrun a server that shares a processor with them, and a SYN too many costs a second.
+const BACKLOG: i32 = 4096;
 /// Descriptors beside those of the flows.
 const FDS_SPARE: u64 = 64;
 
@@ -199,6 +202,14 @@ fn raise_open_files() {
             maximum,
         },
     );
+}
+
+/// A listener that takes connections by the thousand.
+fn listen(at: IpAddr) -> std::io::Result<TcpListener> {
+    let listener = TcpListener::bind((at, 0))?;
+    // A second listen changes the backlog alone.
+    rustix::net::listen(&listener, BACKLOG)?;
+    Ok(listener)
 }
 
 /// Has every blocking call on a socket return after a [`TICK`].

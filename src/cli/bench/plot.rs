@@ -58,7 +58,9 @@ pub(super) fn bars(bars: &[Bar<'_>], unit: &str) -> String {
             NAMES - 8.0
         );
         match bar.value {
-            Ok(Summary { median, min, max }) => {
+            Ok(Summary {
+                median, min, max, ..
+            }) => {
                 let (width, low, high) = (median * scale, min * scale, max * scale);
                 let shown = figure(median);
                 let _ = write!(
@@ -146,12 +148,6 @@ pub(super) fn curves(curves: &[Curve<'_>], unit: &str, x_name: &str) -> String {
             figure_of_axis(x)
         );
     }
-    let _ = write!(
-        svg,
-        "<text class=\"figure\" x=\"{:.1}\" y=\"{:.1}\">{unit}</text>",
-        LEFT + 4.0,
-        TOP + 10.0
-    );
     let mut ends = Vec::new();
     for curve in curves {
         let at: Vec<_> = curve
@@ -259,6 +255,7 @@ mod tests {
             median,
             min: median * 0.9,
             max: median * 1.1,
+            count: 2,
         }
     }
 

@@ -17,6 +17,8 @@ pub(super) struct Results {
     /// Each run's figures of every round, and what failed.
     runs: BTreeMap<Run, (Vec<Vec<f64>>, Vec<String>)>,
     unmeasured: Vec<(Way, Option<Direction>, String)>,
+    /// Whether it was ended before its time.
+    pub(super) is_cut_short: bool,
 }
 
 /// What a report has at one place.
@@ -25,6 +27,8 @@ pub(super) enum Cell {
     Figure(Summary),
     /// Why there is none.
     Reason(String),
+    /// The bench was ended before.
+    NotReached,
 }
 
 /// A figure of all ways.
@@ -42,6 +46,7 @@ impl Results {
             about,
             runs: BTreeMap::new(),
             unmeasured: Vec::new(),
+            is_cut_short: false,
         }
     }
 
@@ -113,9 +118,27 @@ impl Results {
                     .runs
                     .get(&run)
                     .map_or(&[][..], |(_, failures)| failures);
-                let last = failures.last().cloned();
-                Cell::Reason(last.unwrap_or_else(|| "not reached".to_owned()))
+                failures
+                    .last()
+                    .cloned()
+                    .map_or(Cell::NotReached, Cell::Reason)
             }
+        }
+    }
+
+    /// How it was measured, as a sentence.
+    pub(super) fn method(&self) -> String {
+        let Plan { rounds, secs, .. } = self.plan;
+        let end = if self.is_cut_short {
+            ", as far as it came"
+        } else {
+            ""
+        };
+        match rounds {
+            1 => format!("One run of {secs} s each{end}."),
+            _ => format!(
+                "Medians of {rounds} interleaved runs of {secs} s{end}; ± is half of the range."
+            ),
         }
     }
 
@@ -298,7 +321,7 @@ mod tests {
             rows[0].cells[2],
             Cell::Reason("no result within 7 s".to_owned())
         );
-        assert_eq!(rows[1].cells[1], Cell::Reason("not reached".to_owned()));
+        assert_eq!(rows[1].cells[1], Cell::NotReached);
         let reasons = results.reasons();
         assert_eq!(reasons[0], "pasta, guest to guest: it serves <one> guest");
         assert_eq!(

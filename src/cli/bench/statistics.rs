@@ -9,6 +9,8 @@ pub(super) struct Summary {
     pub(super) median: f64,
     pub(super) min: f64,
     pub(super) max: f64,
+    /// How many figures these are of.
+    pub(super) count: usize,
 }
 
 impl Summary {
@@ -22,7 +24,12 @@ impl Summary {
             0 => (sorted[middle - 1] + sorted[middle]) / 2.0,
             _ => sorted[middle],
         };
-        Some(Self { median, min, max })
+        Some(Self {
+            median,
+            min,
+            max,
+            count: sorted.len(),
+        })
     }
 
     /// Half of the range, in percent of the median: 0 where the median is 0.

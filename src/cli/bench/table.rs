@@ -38,14 +38,15 @@ pub(super) fn label(title: &str, metric: &Metric) -> String {
 }
 
 /// What stands in a cell.
-pub(super) fn cell(cell: &Cell, rounds: u32) -> String {
+pub(super) fn cell(cell: &Cell) -> String {
     match cell {
-        Cell::Figure(summary) if rounds == 1 => figure(summary.median),
+        Cell::Figure(summary) if summary.count == 1 => figure(summary.median),
         Cell::Figure(summary) => {
             let spread = summary.spread_percent();
             format!("{} ±{spread:.0}%", figure(summary.median))
         }
         Cell::Reason(_) => "failed".to_owned(),
+        Cell::NotReached => "-".to_owned(),
     }
 }
 
@@ -66,23 +67,19 @@ pub(super) fn render(results: &Results) -> String {
                 label(row.case.title, &row.metric),
                 row.metric.unit.to_owned(),
             ];
-            line.extend(row.cells.iter().map(|c| cell(c, results.plan.rounds)));
+            line.extend(row.cells.iter().map(cell));
             lines.push(line);
         }
         lines[0][0] = direction.name().to_uppercase();
         text.push_str(&aligned(&lines));
         text.push('\n');
     }
-    let Results { plan, about, .. } = results;
-    let facts: Vec<_> = about.iter().map(|(_, value)| value.as_str()).collect();
-    text.push_str(&match plan.rounds {
-        1 => format!("One run of {} s each.", plan.secs),
-        rounds => format!(
-            "Medians of {rounds} interleaved runs of {} s ± half of the range.",
-            plan.secs
-        ),
-    });
-    text.push_str(&format!(" {}\n", facts.join("; ")));
+    let facts: Vec<_> = results
+        .about
+        .iter()
+        .map(|(_, value)| value.as_str())
+        .collect();
+    text.push_str(&format!("{} {}\n", results.method(), facts.join("; ")));
     let reasons = results.reasons();
     if !reasons.is_empty() {
         text.push_str("\nNot measured:\n");
@@ -150,7 +147,7 @@ mod tests {
         assert_eq!(head, expected);
         let tcp: Vec<_> = lines[1].split_whitespace().collect();
         let expected = [
-            "TCP,", "1", "stream", "Gbit/s", "10.0", "±10%", "12.5", "±0%", "failed",
+            "TCP,", "1", "stream", "Gbit/s", "10.0", "±10%", "12.5", "failed",
         ];
         assert_eq!(tcp, expected);
         assert_eq!(lines[0].chars().count(), lines[1].chars().count());

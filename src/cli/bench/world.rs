@@ -13,9 +13,13 @@
 //! first process there: when it ends, the kernel kills everything in it. It ends when its standard
 //! input, a pipe of the command, breaks. So nothing outlives the command, whatever ends it.
 
+use std::ffi::OsString;
 use std::fs;
 use std::io::Write;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 
@@ -76,13 +80,11 @@ pub(super) struct EnterArgs {
     tap: Option<String>,
     /// The command.
     #[arg(last = true, required = true)]
-    command: Vec<std::ffi::OsString>,
+    command: Vec<OsString>,
 }
 
 /// Becomes the command. Returns only if that fails.
 pub(super) fn become_command(args: &EnterArgs) -> Result<ExitCode, Failure> {
-    use std::os::fd::AsRawFd;
-    use std::os::unix::process::CommandExt;
     let mut command = args.command.clone();
     let before = fs::File::open("/proc/self/ns/net").map_err(Failure::io("/proc/self/ns/net"))?;
     if let Some(name) = &args.net {
@@ -118,7 +120,6 @@ pub(super) fn become_command(args: &EnterArgs) -> Result<ExitCode, Failure> {
 }
 
 fn enter_net(file: &fs::File) -> Result<(), Failure> {
-    use std::os::fd::AsFd;
     move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::Network))
         .map_err(|error| Failure::io("cannot enter a network namespace")(error.into()))
 }
@@ -221,7 +222,6 @@ impl World {
 
     /// A directory that only this user may enter.
     pub(super) fn private_dir(&self, name: &str) -> Result<PathBuf, String> {
-        use std::os::unix::fs::DirBuilderExt;
         let dir = self.dir.join(name);
         let made = fs::DirBuilder::new()
             .mode(0o700)
@@ -251,7 +251,7 @@ impl World {
     }
 
     /// The load generators' command line.
-    pub(super) fn agent_words(&self) -> [std::ffi::OsString; 3] {
+    pub(super) fn agent_words(&self) -> [OsString; 3] {
         [
             self.program.clone().into(),
             "bench-peer".into(),
@@ -305,5 +305,8 @@ pub(super) fn find(program: &str) -> Option<PathBuf> {
     let directories = path.split(':').chain(SBIN.split(':'));
     directories
         .map(|directory| Path::new(directory).join(program))
-        .find(|path| path.is_file())
+        .find(|path| {
+            let mode = fs::metadata(path).map(|data| data.permissions().mode());
+            path.is_file() && mode.is_ok_and(|mode| mode & 0o111 != 0)
+        })
 }

@@ -4,13 +4,13 @@
 //! don't run out of ports.
 
 use std::io::Read;
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use super::{CONNECT_TIME_MAX, Meter, Server, TICK, Task, say, tick};
+use super::{CONNECT_TIME_MAX, Meter, Server, TICK, Task, listen, say, tick};
 use crate::cli::bench::case::Measured;
 
 /// Connections at a time: enough that the path is busy while one waits for its handshake.
@@ -19,7 +19,7 @@ const PARALLEL: usize = 4;
 const END_TIME_MAX: Duration = Duration::from_secs(1);
 
 pub(super) fn serve(at: IpAddr) -> std::io::Result<Server> {
-    let listener = TcpListener::bind((at, 0))?;
+    let listener = listen(at)?;
     tick(&listener)?;
     let address = listener.local_addr()?;
     let stop = Arc::new(AtomicBool::new(false));

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{Timespec, epoll};
 
-use super::{CONNECT_TIME_MAX, Meter, Server, TICK, Task, close, is_tick, say};
+use super::{CONNECT_TIME_MAX, Meter, Server, TICK, Task, close, is_tick, listen, say};
 use crate::cli::bench::case::Measured;
 use crate::cli::bench::statistics::{PERCENTILES, percentile};
 
@@ -32,7 +32,7 @@ const EVENTS: usize = 256;
 const USER_HZ: f64 = 100.0;
 
 pub(super) fn serve(at: IpAddr) -> std::io::Result<Server> {
-    let listener = TcpListener::bind((at, 0))?;
+    let listener = listen(at)?;
     listener.set_nonblocking(true)?;
     let address = listener.local_addr()?;
     let stop = Arc::new(AtomicBool::new(false));

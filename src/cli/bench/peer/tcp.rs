@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::{CONNECT_TIME_MAX, MARGIN, Meter, Server, Task, close, is_tick, say, tick};
+use super::{CONNECT_TIME_MAX, MARGIN, Meter, Server, Task, close, is_tick, listen, say, tick};
 use crate::cli::bench::case::Measured;
 
 /// Bytes of one read or write: what iperf3 uses, and above the largest super-frame.
@@ -16,7 +16,7 @@ const BUFFER_BYTES: usize = 128 * 1024;
 const FIRST_BYTE_TIME_MAX: Duration = Duration::from_secs(2);
 
 pub(super) fn serve(task: Task, at: IpAddr) -> std::io::Result<Server> {
-    let listener = TcpListener::bind((at, 0))?;
+    let listener = listen(at)?;
     tick(&listener)?;
     let address = listener.local_addr()?;
     let stop = Arc::new(AtomicBool::new(false));

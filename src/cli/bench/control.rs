@@ -199,34 +199,33 @@ impl Bench {
             *ends = Some(run.way.start(&self.world, base)?);
         }
         let live = ends.as_mut().ok_or("it does not run")?;
-        match measure(live, run.direction, load, self.plan.secs) {
-            Ok(Ok(measured)) => {
-                let values = measured.values(load);
-                match values.first() {
-                    Some(&value) if value > 0.0 => Ok(values),
-                    _ => Err("nothing arrived".to_owned()),
-                }
-            }
-            Ok(Err(reason)) => Err(reason),
-            Err(reason) => {
-                *ends = None;
-                Err(reason)
-            }
+        let measured = measure(live, run.direction, load, self.plan.secs);
+        let values = measured.and_then(|measured| {
+            let values = measured.values(load);
+            let is_there = values.first().is_some_and(|&value| value > 0.0);
+            is_there
+                .then_some(values)
+                .ok_or_else(|| "nothing arrived".to_owned())
+        });
+        if values.is_err() {
+            // What hangs is ended, and what is left of half a case does not disturb the next.
+            *ends = None;
         }
+        values
     }
 }
 
-/// One run. An inner error is the load's own; after an outer one a process hangs or is gone.
+/// One run.
 fn measure(
     ends: &mut Ends,
     direction: Direction,
     load: Load,
     secs: f64,
-) -> Result<Result<Measured, String>, String> {
+) -> Result<Measured, String> {
     let reverse = direction == Direction::OutsideToGuest;
     let (server, at) = match (direction, &mut ends.second) {
         (Direction::GuestToGuest, Some((second, address))) => (second, *address),
-        (Direction::GuestToGuest, None) => return Ok(Err("there is no other guest".to_owned())),
+        (Direction::GuestToGuest, None) => return Err("there is no other guest".to_owned()),
         _ => (&mut ends.outside, ends.server),
     };
     let serve = Request::Serve {
@@ -237,7 +236,7 @@ fn measure(
     };
     let to = match server.ask(&serve, REPLY_TIME_MAX)? {
         Reply::Serving(to) => to,
-        Reply::Failed(reason) => return Ok(Err(reason)),
+        Reply::Failed(reason) => return Err(reason),
         other => return Err(format!("unexpected {other:?}")),
     };
     let run = Request::Run {
@@ -254,9 +253,9 @@ fn measure(
     let served = server.ask(&Request::Finish, REPLY_TIME_MAX)?;
     let is_at_server = !reverse && matches!(load, Load::Tcp { .. } | Load::Udp { .. });
     match (ran, served) {
-        (Reply::Failed(reason), _) | (_, Reply::Failed(reason)) => Ok(Err(reason)),
-        (Reply::Measured(_), Reply::Measured(served)) if is_at_server => Ok(Ok(served)),
-        (Reply::Measured(ran), Reply::Measured(_)) => Ok(Ok(ran)),
+        (Reply::Failed(reason), _) | (_, Reply::Failed(reason)) => Err(reason),
+        (Reply::Measured(_), Reply::Measured(served)) if is_at_server => Ok(served),
+        (Reply::Measured(ran), Reply::Measured(_)) => Ok(ran),
         other => Err(format!("unexpected {other:?}")),
     }
 }

@@ -105,87 +105,110 @@ pub(super) struct Curve<'a> {
     pub(super) points: Vec<(f64, Summary)>,
 }
 
-/// Curves of the medians, with logarithmic axes: x and y may span powers of ten.
-pub(super) fn curves(curves: &[Curve<'_>], unit: &str, x_name: &str) -> String {
-    let points = || curves.iter().flat_map(|curve| &curve.points);
-    let xs = points().map(|&(x, _)| x);
-    let (x_min, x_max) = xs.fold((f64::MAX, 1.0), |(a, b), x| (x.min(a), x.max(b)));
-    let ys = points().map(|&(_, y)| y.median).filter(|&y| y > 0.0);
-    let (y_min, y_max) = ys.fold((f64::MAX, 0.0), |(a, b), y| (y.min(a), y.max(b)));
-    if x_min > x_max || y_min > y_max {
-        return String::new();
+/// Logarithmic axes, and where they put a value.
+struct Axes {
+    x: (f64, f64),
+    y: (f64, f64),
+}
+
+impl Axes {
+    /// Those that all points fit into; none where there is none.
+    fn around(points: &[(f64, f64)]) -> Option<Self> {
+        let range = |values: &mut dyn Iterator<Item = f64>| {
+            values.fold(None, |range, value| match range {
+                None => Some((value, value)),
+                Some((min, max)) => Some((value.min(min), value.max(max))),
+            })
+        };
+        let (low, high) = range(&mut points.iter().map(|&(_, y)| y).filter(|&y| y > 0.0))?;
+        Some(Self {
+            x: range(&mut points.iter().map(|&(x, _)| x))?,
+            y: (tick_below(low), tick_above(high)),
+        })
     }
-    let (y_min, y_max) = (tick_below(y_min), tick_above(y_max));
-    let share = |value: f64, min: f64, max: f64| match max > min {
-        true => (value / min).ln() / (max / min).ln(),
-        false => 0.5,
-    };
-    let x_at = |x: f64| LEFT + share(x, x_min, x_max) * (WIDTH - LEFT - RIGHT);
-    let y_at = |y: f64| TOP + (1.0 - share(y.max(y_min), y_min, y_max)) * CURVES;
-    let mut svg = open(TOP + CURVES + BOTTOM, "curves");
-    for tick in ticks(y_min, y_max) {
-        let y = y_at(tick);
-        let _ = write!(
-            svg,
-            "<path class=\"grid\" d=\"M{LEFT} {y:.1}H{:.1}\"/>\
-             <text class=\"name\" x=\"{:.1}\" y=\"{:.1}\">{}</text>",
-            WIDTH - RIGHT,
-            LEFT - 8.0,
-            y + 4.0,
-            figure_of_axis(tick)
-        );
+
+    fn x_at(&self, x: f64) -> f64 {
+        LEFT + share(x, self.x) * (WIDTH - LEFT - RIGHT)
     }
-    let mut columns: Vec<_> = points().map(|&(x, _)| x).collect();
-    columns.sort_by(f64::total_cmp);
-    columns.dedup();
-    for x in columns {
-        let (at, bottom) = (x_at(x), TOP + CURVES);
-        let _ = write!(
-            svg,
-            "<path class=\"grid\" d=\"M{at:.1} {TOP}V{bottom}\"/>\
-             <text class=\"axis\" x=\"{at:.1}\" y=\"{:.1}\">{} {x_name}</text>",
-            bottom + 20.0,
-            figure_of_axis(x)
-        );
+
+    fn y_at(&self, y: f64) -> f64 {
+        TOP + (1.0 - share(y.max(self.y.0), self.y)) * CURVES
     }
-    let mut ends = Vec::new();
-    for curve in curves {
-        let at: Vec<_> = curve
-            .points
-            .iter()
-            .map(|&(x, y)| (x_at(x), y_at(y.median), x, y.median))
-            .collect();
-        let line: Vec<_> = at
-            .iter()
-            .map(|(x, y, ..)| format!("{x:.1},{y:.1}"))
-            .collect();
-        let _ = write!(
-            svg,
-            "<polyline class=\"l{}\" points=\"{}\"/>",
-            curve.color,
-            line.join(" ")
-        );
-        for (x, y, flows, value) in &at {
+
+    /// A grid with the values beside it: round ones of y, and every x that occurs.
+    fn draw(&self, svg: &mut String, points: &[(f64, f64)], x_name: &str) {
+        for tick in ticks(self.y.0, self.y.1) {
+            let (y, end) = (self.y_at(tick), WIDTH - RIGHT);
             let _ = write!(
                 svg,
-                "<circle class=\"c{}\" cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"3.5\"><title>{}, {} {x_name}: \
-                 {} {unit}</title></circle>",
-                curve.color,
-                escaped(curve.name),
-                figure_of_axis(*flows),
-                figure(*value)
+                "<path class=\"grid\" d=\"M{LEFT} {y:.1}H{end:.1}\"/>\
+                 <text class=\"name\" x=\"{:.1}\" y=\"{:.1}\">{}</text>",
+                LEFT - 8.0,
+                y + 4.0,
+                figure_of_axis(tick)
             );
         }
-        ends.extend(at.last().map(|&(x, y, ..)| (x, y, curve)));
+        let mut columns: Vec<_> = points.iter().map(|&(x, _)| x).collect();
+        columns.sort_by(f64::total_cmp);
+        columns.dedup();
+        for x in columns {
+            let (at, bottom) = (self.x_at(x), TOP + CURVES);
+            let _ = write!(
+                svg,
+                "<path class=\"grid\" d=\"M{at:.1} {TOP}V{bottom}\"/>\
+                 <text class=\"axis\" x=\"{at:.1}\" y=\"{:.1}\">{} {x_name}</text>",
+                bottom + 20.0,
+                figure_of_axis(x)
+            );
+        }
     }
-    for (x, y, curve) in apart(ends) {
+}
+
+/// How far a value is from the low end of a range to its high end.
+fn share(value: f64, (min, max): (f64, f64)) -> f64 {
+    match max > min {
+        true => (value / min).ln() / (max / min).ln(),
+        false => 0.5,
+    }
+}
+
+/// Curves of the medians, with logarithmic axes: x and y may span powers of ten.
+pub(super) fn curves(curves: &[Curve<'_>], unit: &str, x_name: &str) -> String {
+    let points = curves.iter().flat_map(|curve| &curve.points);
+    let points: Vec<_> = points.map(|&(x, y)| (x, y.median)).collect();
+    let Some(axes) = Axes::around(&points) else {
+        return String::new();
+    };
+    let mut svg = open(TOP + CURVES + BOTTOM, "curves");
+    axes.draw(&mut svg, &points, x_name);
+    let mut ends = Vec::new();
+    for curve in curves {
+        let (name, color) = (escaped(curve.name), curve.color);
+        let (mut line, mut dots) = (String::new(), String::new());
+        for &(flows, Summary { median, .. }) in &curve.points {
+            let (x, y) = (axes.x_at(flows), axes.y_at(median));
+            let _ = write!(line, "{x:.1},{y:.1} ");
+            let _ = write!(
+                dots,
+                "<circle class=\"c{color}\" cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"3.5\">\
+                 <title>{name}, {} {x_name}: {} {unit}</title></circle>",
+                figure_of_axis(flows),
+                figure(median)
+            );
+        }
+        let line = line.trim_end();
         let _ = write!(
             svg,
-            "<text class=\"end t{}\" x=\"{:.1}\" y=\"{:.1}\">{}</text>",
-            curve.color,
-            x + 10.0,
-            y + 4.0,
-            escaped(curve.name)
+            "<polyline class=\"l{color}\" points=\"{line}\"/>{dots}"
+        );
+        let last = curve.points.last();
+        ends.extend(last.map(|&(x, y)| (axes.x_at(x), axes.y_at(y.median), (name, color))));
+    }
+    for (x, y, (name, color)) in apart(ends) {
+        let (x, y) = (x + 10.0, y + 4.0);
+        let _ = write!(
+            svg,
+            "<text class=\"end t{color}\" x=\"{x:.1}\" y=\"{y:.1}\">{name}</text>"
         );
     }
     svg.push_str("</svg>\n");

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::agent::{Agent, POLL, Process};
 use super::case::Direction;
-use super::world::{self, OUTSIDE, RESOLVER, SERVER, SERVER6, UPLINK, World, find, ip};
+use super::world::{self, OUTSIDE, RESOLVER, SERVER, SERVER6, UPLINK, World, installed, ip};
 
 /// What pasta and slirp4netns are fastest with.
 const MTU_LARGE: u32 = 65_520;
@@ -113,13 +113,6 @@ impl Way {
     /// # Errors
     /// What is missing.
     pub(super) fn prepare(self, world: &World) -> Result<(), String> {
-        let needed = match self {
-            Way::Pasta | Way::PastaLarge => "pasta",
-            Way::Slirp | Way::SlirpLarge => "slirp4netns",
-            Way::Qemu => "qemu-system-x86_64",
-            _ => "ip",
-        };
-        find(needed).ok_or_else(|| format!("{needed} is not installed"))?;
         match self {
             Way::Kernel => bridge(world),
             Way::Slirp | Way::SlirpLarge | Way::Qemu => {
@@ -294,7 +287,8 @@ pub(super) fn masquerade() -> Result<(), String> {
 fn pasta(world: &World, name: &str, mtu: u32) -> Result<Agent, String> {
     let mut command = world.at(&["--user"]);
     command
-        .args(["pasta", "--quiet", "--config-net", "-4"])
+        .arg(installed("pasta")?)
+        .args(["--quiet", "--config-net", "-4"])
         // No forwards: it would look for ports to forward all the time.
         .args(["-t", "none", "-u", "none", "-T", "none", "-U", "none"])
         .args(["--mtu", &mtu.to_string(), "--"])
@@ -310,7 +304,8 @@ fn slirp4netns(
 ) -> Result<Agent, String> {
     let mut command = world.at(&[]);
     command
-        .args(["slirp4netns", "--configure", "--netns-type=path"])
+        .arg(installed("slirp4netns")?)
+        .args(["--configure", "--netns-type=path"])
         .arg(format!("--mtu={mtu}"))
         .args([&world::netns_path(name), "tap0"]);
     processes.push(Process::spawn_mute(command, world.log(name))?);
@@ -321,7 +316,8 @@ fn slirp4netns(
 fn qemu(world: &World, name: &str, processes: &mut Vec<Process>) -> Result<Agent, String> {
     let mut command = world.at(&["--user", "--net", name, "--tap", "eth0"]);
     command
-        .args(["qemu-system-x86_64", "-machine", "none", "-nodefaults"])
+        .arg(installed("qemu-system-x86_64")?)
+        .args(["-machine", "none", "-nodefaults"])
         .args(["-display", "none", "-monitor", "none", "-serial", "none"])
         .args(["-netdev", "user,id=u", "-netdev", "tap,id=t,fd={fd}"])
         .args(["-netdev", "hubport,id=hu,hubid=0,netdev=u"])

@@ -275,7 +275,7 @@ pub(super) fn ip(namespace: Option<&str>, lines: &str) -> Result<(), String> {
 
 /// Runs a program to its end with `input`; its words are the error if it fails.
 pub(super) fn run(program: &str, words: &[&str], input: &str) -> Result<(), String> {
-    let path = find(program).ok_or_else(|| format!("{program} is not installed"))?;
+    let path = installed(program)?;
     let failed = |error: std::io::Error| format!("{program}: {error}");
     let mut child = Command::new(path)
         .args(words)
@@ -297,6 +297,14 @@ pub(super) fn run(program: &str, words: &[&str], input: &str) -> Result<(), Stri
             Err(format!("{program}: {}", first.unwrap_or("failed")))
         }
     }
+}
+
+/// A program's path.
+///
+/// # Errors
+/// It is not there.
+pub(super) fn installed(program: &str) -> Result<PathBuf, String> {
+    find(program).ok_or_else(|| format!("{program} is not installed"))
 }
 
 /// A program's path: by PATH, then where an ordinary user's has no entry.

@@ -138,13 +138,10 @@ fn open(flows: usize, to: SocketAddr) -> Result<Vec<TcpStream>, String> {
         return Ok(streams);
     }
     streams.iter().for_each(close);
+    let opened = format!("only {} of {flows} connections opened", streams.len());
     Err(match failure {
-        Some(error) => format!("cannot open {flows} connections: {error}"),
-        None => format!(
-            "only {} of {flows} connections opened in {} s",
-            streams.len(),
-            OPEN_TIME_MAX.as_secs()
-        ),
+        Some(error) => format!("{opened}: {error}"),
+        None => format!("{opened} in {} s", OPEN_TIME_MAX.as_secs()),
     })
 }
 

@@ -52,7 +52,7 @@ bench:
 	lab/setup demo
 	$(CARGO) bench --locked
 
-# lanlet, pasta, slirp4netns and the kernel's NAT, interleaved, as a table.
+# lanlet, the kernel's bridge and NAT, pasta, slirp4netns and QEMU's user network, interleaved, as a table.
 compare:
 	lab/setup test
 	$(CARGO) build --release --locked --bin lanlet

@@ -4,6 +4,7 @@
 //! Exit status: that of the command run, else 0; 1 when something failed at run time; 2 when the
 //! command line or the configuration is wrong. Output that nobody reads (a closed pipe) is no error.
 
+mod bench;
 mod check;
 mod child;
 mod demo;
@@ -58,6 +59,7 @@ Examples:
   lanlet qemu -p 2222:22 -- -m 1G disk.qcow2        the VM's port 22 is the host's 2222
   lanlet status                                     who is there, and what was dropped
   lanlet check                                      what this machine can do
+  lanlet bench --quick                              how fast it is here, beside its peers
 
 'lanlet COMMAND --help' has the details of a command.",
     after_long_help = "\
@@ -70,6 +72,7 @@ Examples:
   lanlet qemu -p 2222:22 -- -m 1G disk.qcow2        the VM's port 22 is the host's 2222
   lanlet status                                     who is there, and what was dropped
   lanlet check                                      what this machine can do
+  lanlet bench --quick                              how fast it is here, beside its peers
 
 Environment:
   LANLET_RUNTIME_DIR  where the control sockets are; else $XDG_RUNTIME_DIR/lanlet, else /run/lanlet
@@ -106,9 +109,13 @@ enum Command {
     Policy(policy::Args),
     Down(up::DownArgs),
     Demo(demo::Args),
+    Bench(bench::Args),
     Check(check::Args),
     Man(docs::ManArgs),
     Completions(docs::CompletionsArgs),
+    /// Does a part of a bench.
+    #[command(hide = true)]
+    BenchPeer(bench::PeerArgs),
     /// Becomes a command with its signals and its parent's death arranged.
     #[command(hide = true)]
     ChildInit(child::InitArgs),
@@ -196,9 +203,11 @@ pub fn main() -> ExitCode {
         Command::Policy(args) => policy::policy(&args),
         Command::Down(args) => up::down(&args),
         Command::Demo(args) => demo::demo(&args),
+        Command::Bench(args) => bench::bench(&args),
         Command::Check(args) => check::check(&args),
         Command::Man(args) => docs::man(&args),
         Command::Completions(args) => docs::completions(&args),
+        Command::BenchPeer(args) => bench::peer(&args),
         Command::ChildInit(args) => child::init(&args),
         Command::GuestInit(args) => exec::init(&args),
         Command::NetnsHelper => netns_helper(),

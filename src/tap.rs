@@ -171,7 +171,7 @@ impl TapError {
         }
     }
 
-    fn namespace(error: &io::Error) -> Self {
+    pub(crate) fn namespace(error: &io::Error) -> Self {
         Self::Namespace {
             cause: error.to_string(),
             remedy: namespace_remedy(),

@@ -19,8 +19,20 @@ pub fn unshare(user: bool, mount: bool) -> io::Result<()> {
     if mount {
         flags |= UnshareFlags::NEWNS;
     }
+    unshare_all(flags)
+}
+
+/// Enters fresh namespaces of every kind in `flags`. A fresh pid namespace is the children's, not the
+/// caller's (pid_namespaces(7)).
+///
+/// # Errors
+/// As of [`unshare`]; EINVAL for CLONE_FILES, which is no namespace.
+pub fn unshare_all(flags: UnshareFlags) -> io::Result<()> {
+    if flags.contains(UnshareFlags::FILES) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
     // SAFETY: the hazard of unshare is CLONE_FILES, which splits the fd table between threads; it
-    // is not among the flags.
+    // is not among the flags, as checked above.
     unsafe { rustix::thread::unshare_unsafe(flags) }?;
     Ok(())
 }
@@ -31,11 +43,20 @@ pub fn unshare(user: bool, mount: bool) -> io::Result<()> {
 /// # Errors
 /// EPERM where a security module forbids it.
 pub fn map_to_root(uid: u32, gid: u32) -> io::Result<()> {
+    map_ids(0, uid, gid)
+}
+
+/// Maps the user and group that entered the user namespace to `inside`, both. Ids are those from before
+/// [`unshare`].
+///
+/// # Errors
+/// EPERM where a security module forbids it.
+pub fn map_ids(inside: u32, uid: u32, gid: u32) -> io::Result<()> {
     // Without CAP_SETGID outside, gid_map can be written only after setgroups is denied
     // (user_namespaces(7)).
     fs::write("/proc/self/setgroups", "deny")?;
-    fs::write("/proc/self/uid_map", format!("0 {uid} 1"))?;
-    fs::write("/proc/self/gid_map", format!("0 {gid} 1"))
+    fs::write("/proc/self/uid_map", format!("{inside} {uid} 1"))?;
+    fs::write("/proc/self/gid_map", format!("{inside} {gid} 1"))
 }
 
 /// Closes every fd from `first` on: what a parent leaked into a freshly executed process.

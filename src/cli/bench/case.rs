@@ -1,0 +1,290 @@
+//! What is measured: the cases, which way each goes, and the figures that each gives.
+
+use serde::{Deserialize, Serialize};
+
+/// Which way the data goes. Connections are opened by the (first) guest in all three: that is what a
+/// NAT is there for.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Direction {
+    GuestToGuest,
+    GuestToOutside,
+    OutsideToGuest,
+}
+
+impl Direction {
+    pub(super) const ALL: [Direction; 3] = [
+        Direction::GuestToGuest,
+        Direction::GuestToOutside,
+        Direction::OutsideToGuest,
+    ];
+
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Direction::GuestToGuest => "guest to guest",
+            Direction::GuestToOutside => "guest to outside",
+            Direction::OutsideToGuest => "outside to guest",
+        }
+    }
+}
+
+/// What the load generators do.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Load {
+    /// Streams that send as fast as they can.
+    Tcp { streams: usize },
+    /// Datagrams as fast as they can be sent; `trains`: with UDP_SEGMENT, received with UDP_GRO.
+    Udp {
+        bytes: u16,
+        flows: usize,
+        trains: bool,
+    },
+    /// Requests and responses of 64 bytes over so many connections in turn, one at a time.
+    RoundTrips { flows: usize },
+    /// Connections that are opened, closed by the server, and closed.
+    Connects,
+}
+
+/// A figure of a case.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Metric {
+    /// Empty where a case has only one.
+    pub(super) name: &'static str,
+    pub(super) unit: &'static str,
+    pub(super) more_is_better: bool,
+}
+
+const RATE: Metric = Metric {
+    name: "",
+    unit: "Gbit/s",
+    more_is_better: true,
+};
+const PACKETS: Metric = Metric {
+    unit: "kpps",
+    ..RATE
+};
+const CONNECTS: Metric = Metric {
+    unit: "1/s",
+    ..RATE
+};
+const fn less(name: &'static str, unit: &'static str) -> Metric {
+    Metric {
+        name,
+        unit,
+        more_is_better: false,
+    }
+}
+const P50: Metric = less("p50", "µs");
+const P99: Metric = less("p99", "µs");
+const P999: Metric = less("p99.9", "µs");
+const CPU: Metric = less("CPU", "µs");
+
+/// Largest payload whose rate is told in packets: beyond, bytes matter more.
+const SMALL_BYTES_MAX: u16 = 64;
+
+impl Load {
+    /// The figures, in the order of [`Measured::values`].
+    pub(super) fn metrics(self) -> &'static [Metric] {
+        match self {
+            Load::Tcp { .. } => &[RATE],
+            Load::Udp { bytes, .. } if bytes <= SMALL_BYTES_MAX => &[PACKETS],
+            Load::Udp { .. } => &[RATE],
+            Load::RoundTrips { flows: 1 } => &[P50, P99, P999],
+            Load::RoundTrips { .. } => &[P50, CPU],
+            Load::Connects => &[CONNECTS],
+        }
+    }
+
+    /// Whether it goes this way: what the guest asks for and waits for is the same from either end.
+    pub(super) fn goes(self, direction: Direction) -> bool {
+        match self {
+            Load::Tcp { .. } | Load::Udp { .. } => true,
+            Load::RoundTrips { .. } | Load::Connects => direction != Direction::OutsideToGuest,
+        }
+    }
+}
+
+/// What a load generator counted.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(super) struct Measured {
+    /// Time counted in.
+    pub(super) secs: f64,
+    pub(super) bytes: u64,
+    /// Datagrams, round trips or connections.
+    pub(super) units: u64,
+    /// Percentiles of the round trip time ([`super::statistics::PERCENTILES`]), microseconds.
+    pub(super) round_trip_us: [f64; 3],
+    /// Time that the machine's processors worked, all of them together; 0 where it was not looked at.
+    pub(super) busy_secs: f64,
+}
+
+impl Measured {
+    /// The figures of a case.
+    pub(super) fn values(&self, load: Load) -> Vec<f64> {
+        let per_second = |count: u64| count as f64 / self.secs;
+        match load {
+            Load::Udp { bytes, .. } if bytes <= SMALL_BYTES_MAX => {
+                vec![per_second(self.units) / 1e3]
+            }
+            Load::Tcp { .. } | Load::Udp { .. } => vec![per_second(self.bytes) * 8.0 / 1e9],
+            Load::RoundTrips { flows: 1 } => self.round_trip_us.to_vec(),
+            Load::RoundTrips { .. } => vec![
+                self.round_trip_us[0],
+                self.busy_secs * 1e6 / self.units.max(1) as f64,
+            ],
+            Load::Connects => vec![per_second(self.units)],
+        }
+    }
+}
+
+/// One thing to measure.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Case {
+    pub(super) name: &'static str,
+    /// What `--cases` takes for it and its like.
+    pub(super) group: &'static str,
+    /// In the words of a report.
+    pub(super) title: &'static str,
+    pub(super) load: Load,
+}
+
+const fn case(name: &'static str, group: &'static str, title: &'static str, load: Load) -> Case {
+    Case {
+        name,
+        group,
+        title,
+        load,
+    }
+}
+
+const fn udp(bytes: u16, flows: usize, trains: bool) -> Load {
+    Load::Udp {
+        bytes,
+        flows,
+        trains,
+    }
+}
+
+/// All cases. A datagram of 1,448 bytes fits an MTU of 1,500 under IPv4 and IPv6 headers.
+pub(super) const CASES: [Case; 13] = [
+    case("tcp-1", "tcp", "TCP, 1 stream", Load::Tcp { streams: 1 }),
+    case("tcp-8", "tcp", "TCP, 8 streams", Load::Tcp { streams: 8 }),
+    case("udp-64", "udp", "UDP, 64 bytes", udp(64, 1, false)),
+    case(
+        "udp-64-flows",
+        "udp",
+        "UDP, 64 bytes, 100 flows",
+        udp(64, 100, false),
+    ),
+    case("udp-512", "udp", "UDP, 512 bytes", udp(512, 1, false)),
+    case("udp-1448", "udp", "UDP, 1448 bytes", udp(1448, 1, false)),
+    case(
+        "udp-gso",
+        "udp",
+        "UDP, trains of 1448 bytes (GSO)",
+        udp(1448, 1, true),
+    ),
+    case(
+        "rtt",
+        "rtt",
+        "TCP request/response",
+        Load::RoundTrips { flows: 1 },
+    ),
+    case("connect", "connect", "TCP connect + close", Load::Connects),
+    case(
+        "flows-10",
+        "flows",
+        "round trip, 10 flows",
+        Load::RoundTrips { flows: 10 },
+    ),
+    case(
+        "flows-100",
+        "flows",
+        "round trip, 100 flows",
+        Load::RoundTrips { flows: 100 },
+    ),
+    case(
+        "flows-1k",
+        "flows",
+        "round trip, 1,000 flows",
+        Load::RoundTrips { flows: 1_000 },
+    ),
+    case(
+        "flows-10k",
+        "flows",
+        "round trip, 10,000 flows",
+        Load::RoundTrips { flows: 10_000 },
+    ),
+];
+
+/// The words that `--cases` takes: groups, then single cases.
+pub(super) fn words() -> Vec<&'static str> {
+    let mut words: Vec<_> = CASES.iter().map(|case| case.group).collect();
+    words.dedup();
+    let singles = CASES.iter().map(|case| case.name);
+    words.extend(singles.filter(|name| CASES.iter().all(|case| case.group != *name)));
+    words
+}
+
+/// The cases that these words are for; all where there is none.
+pub(super) fn select(words: &[String]) -> Vec<Case> {
+    let is_meant = |case: &Case| {
+        words.is_empty()
+            || words
+                .iter()
+                .any(|word| word == case.name || word == case.group)
+    };
+    CASES.into_iter().filter(is_meant).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_word_selects_and_every_case_can_be_selected() {
+        let words = words();
+        assert!(words.contains(&"tcp") && words.contains(&"tcp-8"));
+        let mut unique = words.clone();
+        unique.sort_unstable();
+        unique.dedup();
+        assert_eq!(unique.len(), words.len(), "{words:?}");
+        for word in &words {
+            assert!(!select(&[(*word).to_owned()]).is_empty(), "{word}");
+        }
+        assert_eq!(select(&[]).len(), CASES.len());
+        let two = select(&["rtt".to_owned(), "udp-64".to_owned()]);
+        let names: Vec<_> = two.iter().map(|case| case.name).collect();
+        assert_eq!(names, ["udp-64", "rtt"]);
+    }
+
+    #[test]
+    fn a_case_gives_as_many_figures_as_it_has_metrics() {
+        let measured = Measured {
+            secs: 2.0,
+            bytes: 1_000_000_000,
+            units: 4_000,
+            round_trip_us: [50.0, 90.0, 200.0],
+            busy_secs: 1.0,
+        };
+        for case in CASES {
+            let values = measured.values(case.load);
+            assert_eq!(values.len(), case.load.metrics().len(), "{}", case.name);
+        }
+        assert_eq!(measured.values(Load::Tcp { streams: 1 }), [4.0]);
+        assert_eq!(measured.values(udp(64, 1, false)), [2.0]);
+        assert_eq!(measured.values(Load::Connects), [2_000.0]);
+        assert_eq!(
+            measured.values(Load::RoundTrips { flows: 10 }),
+            [50.0, 250.0]
+        );
+    }
+
+    #[test]
+    fn only_what_flows_has_a_way_back() {
+        let down = |load: Load| load.goes(Direction::OutsideToGuest);
+        assert!(down(Load::Tcp { streams: 1 }));
+        assert!(!down(Load::Connects) && !down(Load::RoundTrips { flows: 1 }));
+    }
+}

@@ -7,6 +7,7 @@ use std::time::Duration;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use lanlet::frame::{BATCH_FRAMES_MAX, Batch, FRAME_LEN_MAX, Frame};
 use lanlet::offload::{Caps, VNET_HEADER_LEN, admit, coalesce, encode, fit};
+use lanlet::wire::checksum;
 
 const ALL: Caps = Caps {
     csum: true,
@@ -85,7 +86,8 @@ fn udp4(payload_len: usize) -> Vec<u8> {
     frame[16..18].copy_from_slice(&((28 + payload_len) as u16).to_be_bytes());
     frame[23] = 17;
     frame[38..40].copy_from_slice(&((8 + payload_len) as u16).to_be_bytes());
-    let sum = !lanlet::wire::checksum::fold(lanlet::wire::checksum::sum(&frame[14..34]));
+    frame[24..26].fill(0);
+    let sum = !checksum::fold(checksum::sum(&frame[14..34]));
     frame[24..26].copy_from_slice(&sum.to_be_bytes());
     raw
 }

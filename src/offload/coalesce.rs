@@ -16,7 +16,7 @@ use crate::wire::{IPV4_HEADER_LEN, PROTO_TCP, PROTO_UDP, UDP_HEADER_LEN, be16, c
 
 /// Longest super-frame, Ethernet header included: beyond, a tap's gso_max_size (65,536) makes the kernel
 /// segment in software.
-const FRAME_LEN_MAX: usize = 65_535;
+const SUPER_FRAME_LEN_MAX: usize = 65_535;
 
 const TCP_FIN: u8 = 0x01;
 const TCP_PSH: u8 = 0x08;
@@ -133,14 +133,10 @@ impl Segment {
     }
 
     fn pseudo_sum(&self, bytes: &[u8], transport_len: usize) -> u64 {
-        let (addresses_at, protocol) = match (self.family, self.transport) {
-            (Family::V4, Transport::Tcp) => (12, PROTO_TCP),
-            (Family::V4, Transport::Udp) => (12, PROTO_UDP),
-            (Family::V6, Transport::Tcp) => (8, PROTO_TCP),
-            (Family::V6, Transport::Udp) => (8, PROTO_UDP),
-        };
-        let addresses = &bytes[self.network_at + addresses_at..self.transport_at];
-        checksum::sum(addresses) + u64::from(protocol) + transport_len as u64
+        let sum = self
+            .transport
+            .pseudo_sum(bytes, self.network_at, self.family);
+        sum + transport_len as u64
     }
 }
 
@@ -204,7 +200,7 @@ impl Train {
         let payload_len = segment.payload_len();
         if self.complete
             || payload_len > self.size
-            || self.len + payload_len > FRAME_LEN_MAX
+            || self.len + payload_len > SUPER_FRAME_LEN_MAX
             || (segment.payload_at, segment.transport_at) != (first.payload_at, first.transport_at)
             || (segment.transport, segment.family) != (first.transport, first.family)
         {

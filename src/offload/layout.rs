@@ -3,7 +3,7 @@
 use super::{Csum, Gso, Offload};
 use crate::wire::{
     ETHERTYPE_IPV4, ETHERTYPE_IPV6, ETHERTYPE_VLAN, IPV4_HEADER_LEN, PROTO_TCP, PROTO_UDP,
-    UDP_HEADER_LEN, be16,
+    UDP_HEADER_LEN, be16, checksum,
 };
 
 /// EtherType of an 802.1ad service tag.
@@ -148,6 +148,20 @@ impl Transport {
             Transport::Tcp => TCP_CSUM_AT,
             Transport::Udp => UDP_CSUM_AT,
         }
+    }
+
+    /// Sum of the pseudo-header without its length: addresses and protocol (RFC 9293 3.1, RFC 8200 8.1) of
+    /// the IP header at `network_at`.
+    pub fn pseudo_sum(self, bytes: &[u8], network_at: usize, family: Family) -> u64 {
+        let addresses = match family {
+            Family::V4 => 12..IPV4_HEADER_LEN,
+            Family::V6 => 8..IPV6_HEADER_LEN,
+        };
+        let protocol = match self {
+            Transport::Tcp => PROTO_TCP,
+            Transport::Udp => PROTO_UDP,
+        };
+        checksum::sum(&bytes[network_at..][addresses]) + u64::from(protocol)
     }
 }
 

@@ -4,7 +4,7 @@ use super::Offload;
 use super::layout::{Family, Headers, IPV6_HEADER_LEN, TCP_FLAGS_AT, Transport};
 use crate::frame::Frame;
 use crate::stats::DropReason;
-use crate::wire::{IPV4_HEADER_LEN, PROTO_TCP, PROTO_UDP, be16, checksum};
+use crate::wire::{be16, checksum};
 
 const TCP_FIN: u8 = 0x01;
 const TCP_PSH: u8 = 0x08;
@@ -28,7 +28,9 @@ pub(super) fn segment(
     let scratch = scratch.get_mut(..room).ok_or(DropReason::EgressTooBig)?;
     // The head is copied once: each round overwrites exactly the fields that the last one did.
     scratch[..head.len()].copy_from_slice(head);
-    let pseudo_sum = pseudo_header_sum(head, headers);
+    let ip = &headers.ip;
+    // Each segment adds its length.
+    let pseudo_sum = headers.transport.pseudo_sum(head, ip.network_at, ip.family);
     let last = payload.len().div_ceil(size) - 1;
     for (index, part) in payload.chunks(size).enumerate() {
         let segment = &mut scratch[..head.len() + part.len()];
@@ -82,19 +84,6 @@ fn write_tcp(tcp: &mut [u8], original: &[u8], sent: usize, first: bool, last: bo
         flags &= !(TCP_FIN | TCP_PSH);
     }
     tcp[TCP_FLAGS_AT] = flags;
-}
-
-/// Addresses and protocol; the length differs by segment (RFC 9293 3.1, RFC 8200 8.1).
-fn pseudo_header_sum(head: &[u8], headers: &Headers) -> u64 {
-    let addresses = match headers.ip.family {
-        Family::V4 => 12..IPV4_HEADER_LEN,
-        Family::V6 => 8..IPV6_HEADER_LEN,
-    };
-    let protocol = match headers.transport {
-        Transport::Tcp => PROTO_TCP,
-        Transport::Udp => PROTO_UDP,
-    };
-    checksum::sum(&head[headers.ip.network_at..][addresses]) + u64::from(protocol)
 }
 
 fn write_checksum(transport: &mut [u8], csum_at: usize, pseudo_sum: u64) {

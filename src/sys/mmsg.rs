@@ -10,7 +10,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use super::name::Name;
 
 /// Datagrams (or trains) of one recvmmsg: a super-frame to a guest holds 45 of full size. A flooded socket
-/// holds the worker for some 50 microseconds at a time (measured, benches/nat_udp.rs).
+/// holds the worker for some 35 microseconds at a time (measured: 24 for 32 of them, benches/nat_udp.rs).
 pub const RECV_BATCH: usize = 48;
 /// Bytes of one received datagram or train: the largest UDP payload is 65,507.
 const RECV_LEN: usize = 65_536;

@@ -6,6 +6,7 @@
 
 mod host;
 mod subnet6;
+mod workers;
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -20,6 +21,7 @@ use crate::nat::udp::UdpBehaviour;
 use crate::uplink::outbound::Outbound;
 
 pub use self::subnet6::{PREFIX6_LEN, Subnet6};
+pub use self::workers::{WORKERS_MAX, Workers};
 use crate::wire::ipv6;
 pub use host::{HostPorts, HostSettings};
 
@@ -77,6 +79,8 @@ pub struct NetworkConfig {
     pub dns: Vec<IpAddr>,
     /// MAC table ageing.
     pub ageing: Duration,
+    /// Threads of the data path.
+    pub workers: Workers,
     /// TCP flows of the NAT at most. UDP and ping mappings have limits of their own
     /// ([`crate::nat::udp::LIMITS`], [`crate::nat::icmp::LIMITS`]).
     pub flows_max: usize,
@@ -113,6 +117,7 @@ impl Default for NetworkConfig {
             domain: None,
             dns: Vec::new(),
             ageing: Duration::from_secs(300),
+            workers: Workers::default(),
             flows_max: 16_384,
             host: HostAccess::default(),
             outbound: Outbound::default(),
@@ -165,6 +170,8 @@ pub struct Settings {
     pub dns: Vec<IpAddr>,
     /// MAC ageing.
     pub ageing: Option<Duration>,
+    /// Threads of the data path.
+    pub workers: Option<Workers>,
     /// Limit of TCP flows.
     pub flows_max: Option<usize>,
     /// What of the host guests reach, and where their traffic leaves from.
@@ -199,6 +206,7 @@ impl Settings {
             domain: self.domain.clone(),
             dns: self.dns.clone(),
             ageing: self.ageing.unwrap_or(default.ageing),
+            workers: self.workers.unwrap_or(default.workers),
             flows_max: self.flows_max.unwrap_or(default.flows_max),
             host: self.host.access(),
             outbound: self.host.outbound()?,

@@ -98,6 +98,10 @@ impl PortId {
     pub const GATEWAY: PortId = PortId(0);
 }
 
+/// One of the data path's threads, counted from 0.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+pub struct WorkerId(pub u8);
+
 impl fmt::Display for PortId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)

@@ -16,6 +16,7 @@
 //! [`Uplink`] is all that the NAT knows of the host, so it runs in tests against a scripted one. Both
 //! address families take the same path; what differs is in [`crate::wire`].
 
+pub mod common;
 pub mod egress;
 pub mod flow_table;
 pub mod forward;
@@ -41,8 +42,9 @@ use crate::wire::ipv6::IPV6_HEADER_LEN;
 use crate::wire::{Family, Ip, Packet, Tcp, Transport};
 
 pub use crate::frame::{Duration, Instant};
+use common::Common;
 use egress::{Egress, HostAccess, Protocol};
-use forward::{ForwardCounters, ForwardId, ForwardSpec, ListenerKind};
+use forward::{ForwardCounters, ForwardId, ForwardSpec, ListenerKind, Moved};
 use policy::{Policy, PolicyState};
 use tcp::Target;
 
@@ -332,8 +334,14 @@ pub struct Nat {
 }
 
 impl Nat {
-    /// No flows yet.
+    /// The only NAT of a network, without flows yet.
     pub fn new(config: NatConfig, now: Instant) -> Self {
+        let common = Common::new(&config.lan, Arc::default());
+        Self::with(config, common, now)
+    }
+
+    /// One of several, without flows yet.
+    pub fn with(config: NatConfig, common: Common, now: Instant) -> Self {
         let NatConfig {
             lan,
             flows_max,
@@ -343,12 +351,12 @@ impl Nat {
         let mut udp = udp::UdpNat::new(lan.clone(), udp::LIMITS);
         udp.set_behaviour(behaviour);
         Self {
-            tcp: tcp::TcpNat::new(lan.clone(), flows_max, now),
+            tcp: tcp::TcpNat::sharing(lan.clone(), flows_max, Arc::clone(&common.flows), now),
             udp,
             icmp: icmp::PingNat::new(lan.clone(), icmp::LIMITS),
             egress: Egress::new(lan.clone(), host),
             errors: icmp::ErrorSender::new(),
-            forwards: forward::ActiveForwards::new(lan.clone()),
+            forwards: forward::ActiveForwards::new(lan.clone(), common),
             lan,
         }
     }
@@ -372,10 +380,22 @@ impl Nat {
         forward: (ForwardId, &ForwardSpec),
         listeners: &[ListenerKind],
         up: &mut U,
-        open: impl FnMut(&mut U, usize, SockOwner) -> Result<SockId, HostError>,
+        open: impl FnMut(&mut U, usize, SockOwner) -> Result<Option<SockId>, HostError>,
     ) -> Result<(), HostError> {
         self.forwards
             .add(forward, listeners, &mut self.egress, up, open)
+    }
+
+    /// As [`forward::ActiveForwards::arrive`].
+    pub fn take_forward<S, U: Uplink + ?Sized, O: Outbox + ?Sized>(
+        &mut self,
+        moved: Moved<S>,
+        now: Instant,
+        (up, out): (&mut U, &mut O),
+        open: impl FnMut(&mut U, S, Option<ListenerKind>, SockOwner) -> Result<SockId, HostError>,
+    ) {
+        self.forwards
+            .arrive(moved, &mut self.tcp, now, (up, out), open);
     }
 
     /// As [`forward::ActiveForwards::remove`].
@@ -733,6 +753,14 @@ impl Nat {
         self.udp.forget_port(port, up);
         self.icmp.forget_port(port, up);
         self.forwards.forget_port(port);
+    }
+
+    /// Whether guests behind `port` have flows here.
+    pub fn serves(&self, port: PortId) -> bool {
+        self.tcp.serves(port)
+            || self.udp.serves(port)
+            || self.icmp.serves(port)
+            || self.forwards.serves(port)
     }
 
     /// Counters by the names that `lanlet status` shows.

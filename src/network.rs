@@ -1,6 +1,6 @@
 //! The library's face: start a network, attach ports, ask for its state.
 //!
-//! A [`Network`] is a worker thread with the data path, an event thread that takes what the worker
+//! A [`Network`] is one or more worker threads with the data path, an event thread that takes what the worker
 //! has to tell, and a control thread with a tokio runtime for DNS, the lease file and the helper's
 //! notices. Ports and forwards are added and removed while it runs.
 
@@ -41,7 +41,7 @@ use crate::switch::Switch;
 use crate::tap::guest::GUEST_IFNAME;
 use crate::tap::{Helper, LinkDrops, TapError, WireOptions};
 use crate::wire::ipv6::with_interface_id;
-use crate::worker::{Command, WorkerHandle};
+use crate::worker::{Command, Crew};
 
 /// Pause between two looks at a draining network.
 const DRAIN_STEP: Duration = Duration::from_millis(5);
@@ -123,7 +123,7 @@ struct Shared {
     config: NetworkConfig,
     lan: LanConfig,
     epoch: Instant,
-    worker: WorkerHandle,
+    crew: Crew,
     switch: Arc<Switch>,
     leases: Arc<Mutex<LeaseTable>>,
     resolver: ResolverHandle,
@@ -261,7 +261,7 @@ impl Network {
     /// Ends the worker and whatever else runs for the network. Ports are gone, [`Network::failed`]
     /// returns. Twice is once.
     pub fn stop(&self) {
-        self.shared.worker.send(Command::Stop);
+        self.shared.crew.tell_all(|_| Command::Stop);
         self.shared.stop.notify_one();
         for thread in lock(&self.threads).drain(..) {
             // A panic of the worker was reported by `run_worker`.

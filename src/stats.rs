@@ -46,6 +46,8 @@ drop_reasons! {
     EgressError = "egress_error",
     /// The frame does not fit the egress port and can't be segmented.
     EgressTooBig = "egress_too_big",
+    /// For the gateway, but the worker with the port's flows is too far behind.
+    HomeBusy = "home_busy",
     /// For the gateway's MAC, but no service and no NAT rule wants it.
     Unclaimed = "unclaimed",
     /// A fragment that overlaps or contradicts others of its datagram.

@@ -277,6 +277,23 @@ impl HostUplink {
         self.keep(fd, family, owner, EventFlags::IN)
     }
 
+    /// Takes over a stream socket that another worker accepted.
+    ///
+    /// # Errors
+    /// It can't be waited for.
+    pub fn adopt_stream(&mut self, fd: OwnedFd, owner: SockOwner) -> Result<SockId, HostError> {
+        self.keep(fd, Family::V4, owner, STREAM_EVENTS)
+    }
+
+    /// Gives a socket away, still open.
+    pub fn release(&mut self, socket: SockId) -> Option<OwnedFd> {
+        let Socket { fd, .. } = self.sockets.get_mut(socket.0 as usize)?.take()?;
+        self.free.push(socket.0);
+        // It would go on to report here: the file stays open.
+        let _ = epoll::delete(&*self.epoll, &fd);
+        Some(fd)
+    }
+
     /// Sockets open now.
     pub fn open_count(&self) -> usize {
         self.sockets.len() - self.free.len()

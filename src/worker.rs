@@ -4,6 +4,13 @@
 //! each batch from receive to send, gateway and NAT included, and writes into any port's send half
 //! itself: between two ports there is no queue, no lock and no other thread.
 //!
+//! # Several workers
+//! All know all ports to send to; each port is read by one of them, a port with several queues by as
+//! many as it has queues. They share the switch's table and the leases. Each has a gateway and a NAT of its own
+//! for the guests of the ports at home with it ([`crate::nat::common`]); what concerns another's is
+//! posted to it ([`crew`]). The first speaks where one has to speak for all: it sends the router
+//! advertisements that nobody asked for.
+//!
 //! # One turn
 //! Wait for events; for each ready port read a batch, decide and send frame by frame, then flush the
 //! NAT; for each ready host socket let its flow act. Flows that exhausted their share, and ports that
@@ -16,32 +23,38 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex};
 use std::time;
 
-use crossbeam_channel::{Receiver, Sender};
-use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
+use crossbeam_channel::Sender;
+use rustix::event::{Timespec, epoll};
 use tokio::sync::oneshot;
 
 use crate::dhcp::DhcpConfig;
 use crate::dhcp::lease::LeaseTable;
-use crate::frame::{Batch, ETH_HEADER_LEN, FRAME_BUFFER_LEN, Frame, Instant, Mac, PortId};
-use crate::gateway::dns::message::Name;
-use crate::gateway::dns::{DnsAnswer, DnsQuery, QueryId};
+use crate::frame::{Batch, ETH_HEADER_LEN, FRAME_BUFFER_LEN, Frame, Instant, PortId, WorkerId};
+use crate::gateway::dns::DnsAnswer;
 use crate::gateway::fragment::Reassembler;
 use crate::gateway::{Gateway, Outbox, ndp};
-use crate::nat::forward::{ForwardCounters, ForwardId, ForwardSpec, ListenerKind};
+use crate::nat::common::Common;
+use crate::nat::forward::{ForwardId, ForwardSpec, ListenerKind, Moved};
 use crate::nat::policy::Policy;
-use crate::nat::policy::ledger::PolicyView;
 use crate::nat::{HostError, Nat, NatConfig, SockOwner};
 use crate::offload::{self, Caps, Offload};
-use crate::port::{More, PortRx, PortTx};
+use crate::port::{More, PortTx};
 use crate::stats::{DropReason, PortCounters};
 use crate::switch::{Switch, Verdict};
 use crate::uplink::addresses::Change;
 use crate::uplink::outbound::Outbound;
-use crate::uplink::{self, HostUplink, ServiceStream};
+use crate::uplink::{self, HostUplink};
 use crate::wire::Packet;
+
+mod command;
+pub mod crew;
+
+pub use self::command::{Command, Event, Reception, Snapshot};
+pub use self::crew::{Crew, Seat, WorkerHandle};
 
 /// Batches read from one port before the others get their turn: about a millisecond of the largest
 /// frames.
@@ -61,131 +74,6 @@ const TOKEN_WAKE: u64 = 1 << 56;
 const TOKEN_PORT: u64 = 2 << 56;
 const _: () = assert!(TOKEN_PORT >> 56 < uplink::TOKEN_KIND_FIRST as u64);
 
-/// What other threads ask of a worker.
-pub enum Command {
-    /// Serve this port.
-    AddPort {
-        /// Its number, unused so far.
-        id: PortId,
-        /// Receive half.
-        rx: Box<dyn PortRx>,
-        /// Send half.
-        tx: Arc<dyn PortTx>,
-        /// Its counters.
-        counters: Arc<PortCounters>,
-        /// Its name, as rules of the policy say it.
-        name: String,
-        /// Its guests' group.
-        group: Option<String>,
-    },
-    /// Forget this port, its MACs and its flows.
-    RemovePort(PortId),
-    /// What a port is called, and its guest's MAC where that is known.
-    NamePort {
-        /// Its number.
-        id: PortId,
-        /// Its name.
-        name: String,
-        /// The guest's MAC.
-        mac: Option<Mac>,
-    },
-    /// Serve a forward.
-    AddForward {
-        /// Its number, unused so far.
-        id: ForwardId,
-        /// What it does, the host's port filled in.
-        spec: Box<ForwardSpec>,
-        /// Its sockets.
-        sockets: Vec<(OwnedFd, ListenerKind)>,
-        /// Hears whether it is served.
-        reply: Sender<Result<(), HostError>>,
-    },
-    /// Take nothing more in by this forward.
-    RemoveForward(ForwardId),
-    /// An answer for a guest.
-    DnsAnswer(DnsAnswer),
-    /// The resolver took on no more: the guest's query is forgotten.
-    DnsAbandoned(QueryId),
-    /// Whether the host has a way to the IPv6 outside.
-    HostIpv6(bool),
-    /// Put another egress policy in force, or none.
-    SetPolicy {
-        /// The policy.
-        policy: Option<Arc<Policy>>,
-        /// Hears when it is in force.
-        done: Sender<()>,
-    },
-    /// Whether a guest may ask for a name, over TCP: what is asked over UDP the worker sees itself.
-    DecideName {
-        /// Port the guest is behind.
-        port: PortId,
-        /// The name.
-        name: Box<Name>,
-        /// Gets the decision.
-        reply: oneshot::Sender<bool>,
-    },
-    /// Take note of an answer that a guest will get over TCP.
-    Pin {
-        /// Port the guest is behind.
-        port: PortId,
-        /// The whole DNS message.
-        message: Box<[u8]>,
-        /// Hears when it is done.
-        done: oneshot::Sender<()>,
-    },
-    /// Report the worker's own state.
-    Snapshot(Sender<Snapshot>),
-    /// End.
-    Stop,
-}
-
-/// What a worker tells other threads.
-#[derive(Debug)]
-pub enum Event {
-    /// A guest's query for the resolver.
-    Dns(DnsQuery),
-    /// A guest's connection to a service.
-    Serve(ServiceStream),
-    /// A port's device is gone.
-    PortGone(PortId),
-}
-
-/// State that only the worker knows.
-#[derive(Clone, Debug, Default)]
-pub struct Snapshot {
-    /// TCP flows.
-    pub tcp: usize,
-    /// UDP mappings.
-    pub udp: usize,
-    /// ICMP mappings.
-    pub icmp: usize,
-    /// Counters of services and NAT by name.
-    pub counters: Vec<(String, u64)>,
-    /// Host sockets open.
-    pub host_sockets: usize,
-    /// What each forward has done.
-    pub forwards: Vec<(ForwardId, ForwardCounters)>,
-    /// The egress policy at work, if there is one.
-    pub policy: Option<PolicyView>,
-}
-
-/// The side of a worker that other threads hold.
-#[derive(Clone)]
-pub struct WorkerHandle {
-    commands: Sender<Command>,
-    wake: Arc<OwnedFd>,
-}
-
-impl WorkerHandle {
-    /// Sends a command; `false` if the worker has ended.
-    pub fn send(&self, command: Command) -> bool {
-        let sent = self.commands.send(command).is_ok();
-        // Failure means that the counter is at its maximum: the worker is awake anyway.
-        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
-        sent
-    }
-}
-
 /// What a worker is made with.
 pub struct WorkerConfig {
     /// The switch, shared by all workers.
@@ -194,8 +82,10 @@ pub struct WorkerConfig {
     pub dhcp: DhcpConfig,
     /// The lease table, shared by all workers and the control thread.
     pub leases: Arc<Mutex<LeaseTable>>,
-    /// The NAT.
+    /// The NAT, and what all workers' share.
     pub nat: NatConfig,
+    /// What the NATs of all workers share, as this worker sees it.
+    pub common: Common,
     /// Where guests' traffic leaves from.
     pub outbound: Outbound,
     /// Counters of the gateway's port.
@@ -209,11 +99,11 @@ pub struct WorkerConfig {
 /// One data-path thread's state.
 pub struct Worker {
     epoll: Arc<OwnedFd>,
-    wake: Arc<OwnedFd>,
-    commands: Receiver<Command>,
+    seat: Seat,
     events: Sender<Event>,
     epoch: time::Instant,
-    receivers: Vec<Option<Box<dyn PortRx>>>,
+    /// What is read here; the place is the epoll token.
+    receivers: Vec<Option<Reception>>,
     /// Ports whose devices are gone, which nobody has been told yet.
     gone: Vec<PortId>,
     batch: Batch,
@@ -228,6 +118,10 @@ struct Path {
     nat: Nat,
     fragments: Reassembler,
     uplink: HostUplink,
+    crew: Crew,
+    common: Common,
+    /// Workers that frames were posted to, to be woken after the batch.
+    posted: Vec<WorkerId>,
     now: Instant,
 }
 
@@ -247,24 +141,23 @@ struct Egress {
 }
 
 impl Worker {
-    /// Sets a worker up; [`Worker::run`] is the thread's body.
+    /// Sets a worker up on its seat in the crew; [`Worker::run`] is the thread's body.
     ///
     /// # Errors
-    /// The kernel gives no epoll, eventfd or netlink socket.
-    pub fn new(config: WorkerConfig) -> io::Result<(Self, WorkerHandle)> {
+    /// The kernel gives no epoll or netlink socket.
+    pub fn new(config: WorkerConfig, crew: &Crew, seat: Seat) -> io::Result<Self> {
         let epoll = Arc::new(epoll::create(epoll::CreateFlags::CLOEXEC)?);
-        let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
         epoll::add(
             &epoll,
-            &wake,
+            &seat.wake,
             epoll::EventData::new_u64(TOKEN_WAKE),
             epoll::EventFlags::IN,
         )?;
-        let (sender, commands) = crossbeam_channel::unbounded();
         let now = clock(config.epoch);
-        let mut nat = Nat::new(config.nat, now);
+        let common = config.common;
+        let mut nat = Nat::with(config.nat, common.clone(), now);
         nat.forwards_mut().set_leases(Arc::clone(&config.leases));
-        let worker = Self {
+        Ok(Self {
             path: Path {
                 lan: Lan {
                     switch: config.switch,
@@ -277,24 +170,19 @@ impl Worker {
                 nat,
                 fragments: Reassembler::new(),
                 uplink: HostUplink::new(Arc::clone(&epoll), config.outbound)?,
+                crew: crew.clone(),
+                common,
+                posted: Vec::new(),
                 now,
             },
             epoll,
-            wake: Arc::clone(&wake),
-            commands,
+            seat,
             events: config.events,
             epoch: config.epoch,
-            receivers: vec![None],
+            receivers: Vec::new(),
             gone: Vec::new(),
             batch: Batch::new(),
-        };
-        Ok((
-            worker,
-            WorkerHandle {
-                commands: sender,
-                wake,
-            },
-        ))
+        })
     }
 
     /// Serves until [`Command::Stop`].
@@ -302,6 +190,8 @@ impl Worker {
     /// # Errors
     /// epoll failed, which only a bug can cause.
     pub fn run(mut self) -> io::Result<()> {
+        let thread = rustix::thread::gettid().as_raw_nonzero().get();
+        self.seat.thread.store(thread, Relaxed);
         let mut events = Vec::with_capacity(EVENTS_PER_TURN);
         loop {
             let timeout = self.sleep();
@@ -326,9 +216,12 @@ impl Worker {
                 } else if token == uplink::TOKEN_ADDRESSES {
                     self.path.readdress();
                 } else if token & TOKEN_PORT != 0 {
-                    self.serve_port(PortId(token as u16));
+                    self.serve_port(token as u32 as usize);
                 } else if !self.obey() {
                     return Ok(());
+                } else {
+                    self.path.take_posted(&self.seat);
+                    self.path.flush(&self.events);
                 }
             }
             self.path.end_turn();
@@ -366,21 +259,19 @@ impl Worker {
         }
     }
 
-    fn serve_port(&mut self, id: PortId) {
-        let Some(Some(rx)) = self.receivers.get_mut(usize::from(id.0)) else {
+    fn serve_port(&mut self, place: usize) {
+        let Some(Some(reception)) = self.receivers.get_mut(place) else {
             return;
         };
-        let Some(Some(egress)) = self.path.lan.ports.get(usize::from(id.0)) else {
-            return;
-        };
-        let counters = Arc::clone(&egress.counters);
+        let Reception { port, rx, counters } = reception;
+        let port = *port;
         for _ in 0..BATCHES_PER_TURN {
             self.batch.clear();
-            let more = rx.recv(&mut self.batch, &counters);
+            let more = rx.recv(&mut self.batch, counters);
             let lan = &self.path.lan;
             counters.join(offload::coalesce(&mut self.batch, |frame| lan.takes(frame)));
             for frame in self.batch.frames() {
-                if let Err(reason) = self.path.handle_frame(id, frame) {
+                if let Err(reason) = self.path.handle_frame(port, frame) {
                     counters.count_drop(reason);
                 }
             }
@@ -389,9 +280,9 @@ impl Worker {
                 Ok(More::Yes) => {}
                 Ok(More::No) => return,
                 Err(error) => {
-                    log::debug!("port {id}: its device is gone: {error}");
-                    self.remove_port(id);
-                    self.gone.push(id);
+                    log::debug!("port {port}: its device is gone: {error}");
+                    self.remove_port(port);
+                    self.gone.push(port);
                     return;
                 }
             }
@@ -410,12 +301,11 @@ impl Worker {
     /// Carries out the commands that wait; `false` to stop.
     fn obey(&mut self) -> bool {
         let mut counter = [0; 8];
-        let _ = rustix::io::read(&self.wake, &mut counter);
-        while let Ok(command) = self.commands.try_recv() {
+        let _ = rustix::io::read(&self.seat.wake, &mut counter);
+        while let Ok(command) = self.seat.commands.try_recv() {
             match command {
                 Command::AddPort {
                     id,
-                    rx,
                     tx,
                     counters,
                     name,
@@ -423,9 +313,12 @@ impl Worker {
                 } => {
                     let policy = self.path.nat.policy();
                     policy.add_guest(id, &name, group.as_deref());
-                    self.add_port(id, rx, tx, counters);
+                    self.path.add_port(id, tx, counters);
                 }
+                Command::Receive(reception) => self.receive(reception),
                 Command::RemovePort(id) => self.remove_port(id),
+                Command::PassPort { id, to } => self.pass_port(id, to),
+                Command::TakeHome { id, pins } => self.path.nat.policy().put_pins(id, pins),
                 Command::NamePort { id, name, mac } => {
                     self.path.nat.forwards_mut().name_port(id, &name, mac);
                 }
@@ -437,6 +330,7 @@ impl Worker {
                 } => {
                     let _ = reply.send(self.path.add_forward(id, &spec, sockets));
                 }
+                Command::TakeForward(moved) => self.path.take_forward(moved),
                 Command::RemoveForward(id) => {
                     self.path.nat.remove_forward(id, &mut self.path.uplink);
                 }
@@ -458,10 +352,20 @@ impl Worker {
                     port,
                     message,
                     done,
-                } => {
-                    self.path.nat.policy().pin(port, &message, self.path.now);
-                    let _ = done.send(());
-                }
+                } => match self.path.common.elsewhere(port) {
+                    // It moved meanwhile.
+                    Some(home) => {
+                        self.path.crew.member(home).send(Command::Pin {
+                            port,
+                            message,
+                            done,
+                        });
+                    }
+                    None => {
+                        self.path.nat.policy().pin(port, &message, self.path.now);
+                        let _ = done.send(());
+                    }
+                },
                 Command::Snapshot(reply) => {
                     let _ = reply.send(self.path.snapshot());
                 }
@@ -474,52 +378,115 @@ impl Worker {
         true
     }
 
-    fn add_port(
-        &mut self,
-        id: PortId,
-        rx: Box<dyn PortRx>,
-        tx: Arc<dyn PortTx>,
-        counters: Arc<PortCounters>,
-    ) {
-        let index = usize::from(id.0);
-        let token = epoll::EventData::new_u64(TOKEN_PORT | u64::from(id.0));
-        if let Err(error) = epoll::add(&self.epoll, rx.fd(), token, epoll::EventFlags::IN) {
+    fn receive(&mut self, reception: Reception) {
+        let place = self.receivers.iter().position(Option::is_none);
+        let place = place.unwrap_or(self.receivers.len());
+        let (id, token) = (reception.port, TOKEN_PORT | place as u64);
+        let token = epoll::EventData::new_u64(token);
+        if let Err(error) = epoll::add(&self.epoll, reception.rx.fd(), token, epoll::EventFlags::IN)
+        {
             log::error!("port {id}: can't be waited on: {error}");
             self.gone.push(id);
             return;
         }
-        if self.receivers.len() <= index {
-            self.receivers.resize_with(index + 1, || None);
-            self.path.lan.ports.resize_with(index + 1, || None);
+        match self.receivers.get_mut(place) {
+            Some(free) => *free = Some(reception),
+            None => self.receivers.push(Some(reception)),
         }
-        self.receivers[index] = Some(rx);
-        self.path.lan.ports[index] = Some(Egress { tx, counters });
-        self.path.gateway.ndp.port_added(self.path.now);
+    }
+
+    /// Stops to read a port.
+    fn take_receptions(&mut self, id: PortId) -> Vec<Reception> {
+        let is_its = |reception: &mut Reception| reception.port == id;
+        let epoll = &self.epoll;
+        self.receivers
+            .iter_mut()
+            .filter_map(|place| place.take_if(is_its))
+            .inspect(|reception| {
+                let _ = epoll::delete(epoll, reception.rx.fd());
+            })
+            .collect()
     }
 
     fn remove_port(&mut self, id: PortId) {
-        let index = usize::from(id.0);
-        if let Some(rx) = self.receivers.get_mut(index).and_then(Option::take) {
-            let _ = epoll::delete(&self.epoll, rx.fd());
-            self.path.lan.ports[index] = None;
-            self.path.lan.switch.remove_port(id);
-            self.path.nat.forget_port(id, &mut self.path.uplink);
-            self.path.fragments.forget_port(id);
-            if self.receivers.iter().all(Option::is_none) {
-                self.path.gateway.ndp.ports_gone();
-            }
+        self.take_receptions(id);
+        self.path.remove_port(id);
+    }
+
+    fn pass_port(&mut self, id: PortId, to: WorkerId) {
+        let other = self.path.crew.member(to).clone();
+        let path = &mut self.path;
+        if path.common.elsewhere(id).is_none() && !path.nat.serves(id) {
+            let pins = path.nat.policy().take_pins(id);
+            other.send(Command::TakeHome { id, pins });
+            path.common.homes.set(id, to);
+        }
+        // What was read is through: order holds.
+        for reception in self.take_receptions(id) {
+            other.send(Command::Receive(reception));
         }
     }
 }
 
 impl Path {
+    fn add_port(&mut self, id: PortId, tx: Arc<dyn PortTx>, counters: Arc<PortCounters>) {
+        let index = usize::from(id.0);
+        if self.lan.ports.len() <= index {
+            self.lan.ports.resize_with(index + 1, || None);
+        }
+        self.lan.ports[index] = Some(Egress { tx, counters });
+        if self.common.is_first() {
+            self.gateway.ndp.port_added(self.now);
+        }
+    }
+
+    fn remove_port(&mut self, id: PortId) {
+        let port = self.lan.ports.get_mut(usize::from(id.0));
+        if port.and_then(Option::take).is_none() {
+            return;
+        }
+        self.lan.switch.remove_port(id);
+        self.nat.forget_port(id, &mut self.uplink);
+        self.fragments.forget_port(id);
+        if self.lan.ports.iter().all(Option::is_none) {
+            self.gateway.ndp.ports_gone();
+        }
+    }
+
     /// Switches one frame of a port.
     fn handle_frame(&mut self, ingress: PortId, frame: Frame<'_>) -> Result<(), DropReason> {
-        if self.lan.forward(ingress, frame)? {
-            self.handle_for_gateway(ingress, frame)?;
-            self.lan.gateway.tx(frame.bytes.len());
+        match self.lan.forward(ingress, frame)? {
+            true => self.receive_for_gateway(ingress, frame),
+            false => Ok(()),
         }
+    }
+
+    /// Takes a frame for the gateway, or posts it where its port is at home.
+    fn receive_for_gateway(&mut self, ingress: PortId, frame: Frame<'_>) -> Result<(), DropReason> {
+        if let Some(home) = self.common.elsewhere(ingress) {
+            self.crew.member(home).post(ingress, frame)?;
+            if !self.posted.contains(&home) {
+                self.posted.push(home);
+            }
+            return Ok(());
+        }
+        self.handle_for_gateway(ingress, frame)?;
+        self.lan.gateway.tx(frame.bytes.len());
         Ok(())
+    }
+
+    /// Handles the frames for the gateway that other workers have read.
+    fn take_posted(&mut self, seat: &Seat) {
+        seat.take_posted(&mut |ingress, frame| {
+            // Of a port that is gone there must be no flow.
+            let Some(Some(egress)) = self.lan.ports.get(usize::from(ingress.0)) else {
+                return;
+            };
+            let counters = Arc::clone(&egress.counters);
+            if let Err(reason) = self.receive_for_gateway(ingress, frame) {
+                counters.count_drop(reason);
+            }
+        });
     }
 
     fn handle_for_gateway(&mut self, ingress: PortId, frame: Frame<'_>) -> Result<(), DropReason> {
@@ -614,6 +581,9 @@ impl Path {
             buffer: &mut self.buffer,
         };
         self.nat.flush(self.now, &mut self.uplink, &mut out);
+        while let Some(worker) = self.posted.pop() {
+            self.crew.member(worker).wake();
+        }
         while let Some(query) = self.gateway.dns.poll_query() {
             let id = query.id;
             let policy = self.nat.policy();
@@ -621,7 +591,8 @@ impl Path {
                 self.gateway.dns.refuse(&query, &mut out);
                 continue;
             }
-            if events.try_send(Event::Dns(query)).is_err() {
+            let worker = self.common.worker;
+            if events.try_send(Event::Dns { worker, query }).is_err() {
                 self.gateway.dns.abandon(id);
             }
         }
@@ -629,6 +600,35 @@ impl Path {
             // If the control thread is behind, the guest finds the connection closed.
             let _ = events.try_send(Event::Serve(stream));
         }
+    }
+
+    /// Forwards and the news of where guests are, between workers.
+    fn settle_forwards(&mut self) {
+        let forwards = self.nat.forwards_mut();
+        if forwards.take_announcement() {
+            for other in self.crew.others(self.common.worker) {
+                other.wake();
+            }
+        }
+        while let Some((to, moved)) = self.nat.forwards_mut().poll_leaving() {
+            let uplink = &mut self.uplink;
+            let moved = moved.exchange(|socket| uplink.release(socket));
+            self.crew.member(to).send(Command::TakeForward(moved));
+        }
+    }
+
+    /// Takes over a forward whose guest is this worker's.
+    fn take_forward(&mut self, moved: Moved<OwnedFd>) {
+        let mut out = GatewayOut {
+            lan: &mut self.lan,
+            buffer: &mut self.buffer,
+        };
+        let io = (&mut self.uplink, &mut out);
+        self.nat
+            .take_forward(moved, self.now, io, |uplink, fd, kind, owner| match kind {
+                Some(kind) => uplink.adopt(fd, kind, owner),
+                None => uplink.adopt_stream(fd, owner),
+            });
     }
 
     /// Ends a turn of the event loop: what the host sockets brought, and timers.
@@ -662,6 +662,7 @@ impl Path {
         {
             self.gateway.ndp.handle_timeout(self.now, &mut out);
         }
+        self.settle_forwards();
     }
 
     /// Says what guests have to know before the network ends.
@@ -677,15 +678,16 @@ impl Path {
         &mut self,
         id: ForwardId,
         spec: &ForwardSpec,
-        sockets: Vec<(OwnedFd, ListenerKind)>,
+        sockets: Vec<(Option<OwnedFd>, ListenerKind)>,
     ) -> Result<(), HostError> {
         let kinds: Vec<_> = sockets.iter().map(|&(_, kind)| kind).collect();
-        let mut sockets: Vec<_> = sockets.into_iter().map(Some).collect();
+        let mut sockets = sockets.into_iter();
         self.nat
-            .add_forward((id, spec), &kinds, &mut self.uplink, |uplink, n, owner| {
-                let socket = sockets.get_mut(n).and_then(Option::take);
-                let (fd, kind) = socket.ok_or(HostError::Exhausted)?;
-                uplink.adopt(fd, kind, owner)
+            .add_forward((id, spec), &kinds, &mut self.uplink, |uplink, _, owner| {
+                let Some((Some(fd), kind)) = sockets.next() else {
+                    return Ok(None);
+                };
+                uplink.adopt(fd, kind, owner).map(Some)
             })
     }
 
@@ -701,7 +703,17 @@ impl Path {
     fn answer_dns(&mut self, answer: &DnsAnswer) {
         // Before the answer is cut, and before the guest has it.
         if let Some(port) = self.gateway.dns.port_of(answer.id) {
-            self.nat.policy().pin(port, &answer.message, self.now);
+            match self.common.elsewhere(port) {
+                // The port's home has moved since the guest asked.
+                Some(home) => {
+                    self.crew.member(home).send(Command::Pin {
+                        port,
+                        message: answer.message.to_vec().into(),
+                        done: oneshot::channel().0,
+                    });
+                }
+                None => self.nat.policy().pin(port, &answer.message, self.now),
+            }
         }
         let mut out = GatewayOut {
             lan: &mut self.lan,

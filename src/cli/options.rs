@@ -9,7 +9,7 @@ use clap::Args;
 use super::{Failure, policy};
 use crate::config::{
     self, AddressRange, HostPorts, HostSettings, NAME_DEFAULT, NetworkConfig, Settings, Subnet,
-    Subnet6,
+    Subnet6, Workers,
 };
 use crate::control::api::guest_mac;
 use crate::frame::Mac;
@@ -89,6 +89,11 @@ pub(super) struct NetworkOptions {
     #[arg(long, value_name = "N")]
     max_flows: Option<usize>,
 
+    /// Threads that carry the traffic, 1 to 64, or 'auto' for as many as there are CPUs; ports are
+    /// spread over them [default: 1]
+    #[arg(long, value_name = "N|auto")]
+    workers: Option<Workers>,
+
     /// Let guests connect to the host's own addresses (not its loopback)
     #[arg(long)]
     host_access: bool,
@@ -157,6 +162,7 @@ impl NetworkOptions {
             domain: self.domain.clone(),
             dns: self.dns.clone(),
             ageing: self.ageing,
+            workers: self.workers,
             flows_max: self.max_flows,
             udp: UdpBehaviour {
                 mapping: self.udp_mapping.unwrap_or(udp.mapping),
@@ -194,6 +200,7 @@ impl NetworkOptions {
             ("--dns", !self.dns.is_empty()),
             ("--domain", self.domain.is_some()),
             ("--ageing", self.ageing.is_some()),
+            ("--workers", self.workers.is_some()),
             ("--max-flows", self.max_flows.is_some()),
             ("--host-access", self.host_access),
             ("--udp-mapping", self.udp_mapping.is_some()),
@@ -249,7 +256,7 @@ fn parse_guest_name(text: &str) -> Result<String, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{MTU_MAX, MTU_MIN, PREFIX6_LEN};
+    use crate::config::{MTU_MAX, MTU_MIN, PREFIX6_LEN, WORKERS_MAX};
     use crate::nat::{icmp, udp};
     use crate::wire::ipv6;
     use clap::CommandFactory;
@@ -270,6 +277,7 @@ mod tests {
                 vec![MTU_MIN.into(), MTU_MAX.into(), default.mtu.into()],
             ),
             ("subnet6", vec![PREFIX6_LEN.into(), ipv6::MTU_MIN.into()]),
+            ("workers", vec![1, WORKERS_MAX]),
             (
                 "max_flows",
                 vec![udp::LIMITS.total, icmp::LIMITS.total, default.flows_max],

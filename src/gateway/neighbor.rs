@@ -8,7 +8,8 @@
 //! solicitations and advertisements that [`message::parse`] finds valid, nothing else: other packets
 //! cost one comparison.
 //! [`Neighbors::look_up`] answers at once, or asks the LAN (ARP request, neighbour solicitation) and
-//! lets the caller wait until [`Neighbors::take_news`] says that an answer came.
+//! lets the caller wait until [`Neighbors::news`] says that an answer came. The workers of a network
+//! share one table: who is looked for by one may be behind a port of another.
 //!
 //! # State and timers
 //! An address is believed for [`REACHABLE`], then asked for again; one that does not answer
@@ -90,7 +91,7 @@ pub struct Neighbors {
     /// The addresses behind each port, in the order they were learned.
     by_port: HashMap<PortId, VecDeque<IpAddr>>,
     probes: HashMap<IpAddr, Probe>,
-    news: bool,
+    news: u64,
     counters: NeighborCounters,
 }
 
@@ -102,7 +103,7 @@ impl Neighbors {
             known: HashMap::new(),
             by_port: HashMap::new(),
             probes: HashMap::new(),
-            news: false,
+            news: 0,
             counters: NeighborCounters::default(),
         }
     }
@@ -112,8 +113,17 @@ impl Neighbors {
         self.counters.iter()
     }
 
-    /// Learns from a packet that reached the gateway.
+    /// Whether there may be something to learn from a packet.
     #[inline]
+    pub fn is_telling(packet: &Packet<'_>) -> bool {
+        match &packet.body {
+            Body::Arp(_) => true,
+            Body::Ipv6(ip) => matches!(ip.transport, Transport::Icmp(_)),
+            Body::Ipv4(_) | Body::Other(_) => false,
+        }
+    }
+
+    /// Learns from a packet that reached the gateway.
     pub fn observe(&mut self, packet: &Packet<'_>, now: Instant) {
         let address = match &packet.body {
             Body::Arp(bytes) => arp::Message::parse(bytes)
@@ -147,7 +157,7 @@ impl Neighbors {
             self.forget(address);
         }
         if expected.is_none_or(|mac| mac == station.mac) && self.probes.remove(&address).is_some() {
-            self.news = true;
+            self.news += 1;
         }
         let own = self.by_port.entry(station.port).or_default();
         own.push_back(address);
@@ -228,9 +238,9 @@ impl Neighbors {
         question(&self.lan, address, out);
     }
 
-    /// Whether an address that was asked for has been found since the last call.
-    pub fn take_news(&mut self) -> bool {
-        std::mem::take(&mut self.news)
+    /// How many of the addresses that were asked for have been found.
+    pub fn news(&self) -> u64 {
+        self.news
     }
 
     /// When [`Neighbors::handle_timeout`] next has something to do.
@@ -378,9 +388,9 @@ mod tests {
         assert_eq!(Mac::at(&question, 0), Mac::BROADCAST);
         assert_eq!(question[20..22], [0, 1]);
         assert_eq!(question[38..42], GUEST_ADDRESS.octets());
-        assert!(!neighbors.take_news());
+        assert_eq!(neighbors.news(), 0);
         neighbors.observe(&parse(&arp(GUEST, GUEST_ADDRESS)), now);
-        assert!(neighbors.take_news() && !neighbors.take_news());
+        assert_eq!(neighbors.news(), 1);
         let found = neighbors.look_up(address, None, now, &mut out);
         assert_eq!(found, Reach::Known(station(GUEST)));
         assert_eq!(neighbors.poll_timeout(), None);
@@ -427,9 +437,9 @@ mod tests {
         let found = neighbors.look_up(address, Some(OTHER), now, &mut out);
         assert_eq!(found, Reach::Asked);
         neighbors.observe(&parse(&arp(GUEST, GUEST_ADDRESS)), now);
-        assert!(!neighbors.take_news());
+        assert_eq!(neighbors.news(), 0);
         neighbors.observe(&parse(&arp(OTHER, GUEST_ADDRESS)), now);
-        assert!(neighbors.take_news());
+        assert_eq!(neighbors.news(), 1);
         let found = neighbors.look_up(address, Some(OTHER), now, &mut out);
         assert_eq!(found, Reach::Known(station(OTHER)));
     }
@@ -492,9 +502,9 @@ mod tests {
         assert_eq!(Mac::at(message, 26), lan().mac);
 
         neighbors.observe(&parse(&advertisement(GUEST, GUEST6, 64)), now);
-        assert!(!neighbors.take_news(), "it may be from beyond the link");
+        assert_eq!(neighbors.news(), 0, "it may be from beyond the link");
         neighbors.observe(&parse(&advertisement(GUEST, GUEST6, 255)), now);
-        assert!(neighbors.take_news());
+        assert_eq!(neighbors.news(), 1);
         let found = neighbors.look_up(address, None, now, &mut out);
         assert_eq!(found, Reach::Known(station(GUEST)));
     }

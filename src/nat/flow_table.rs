@@ -3,6 +3,9 @@
 //! An id that outlived its flow finds nothing, so a late socket event or timer can't hit the flow
 //! that took its slot.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
 use crate::frame::{Duration, Instant};
 use crate::nat::FlowId;
 
@@ -11,6 +14,8 @@ pub struct FlowTable<T> {
     slots: Vec<Slot<T>>,
     free: Vec<u32>,
     limit: usize,
+    /// Entries of all tables with this limit.
+    used: Arc<AtomicUsize>,
 }
 
 struct Slot<T> {
@@ -21,14 +26,20 @@ struct Slot<T> {
 impl<T> FlowTable<T> {
     /// A table for at most `limit` entries.
     pub fn new(limit: usize) -> Self {
+        Self::sharing(limit, Arc::default())
+    }
+
+    /// A table that has `limit` entries together with all others that count theirs in `used`.
+    pub fn sharing(limit: usize, used: Arc<AtomicUsize>) -> Self {
         Self {
             slots: Vec::new(),
             free: Vec::new(),
             limit,
+            used,
         }
     }
 
-    /// Number of entries.
+    /// Number of entries of this table.
     pub fn len(&self) -> usize {
         self.slots.len() - self.free.len()
     }
@@ -47,14 +58,19 @@ impl<T> FlowTable<T> {
         full: E,
         make: impl FnOnce(FlowId) -> Result<T, E>,
     ) -> Result<FlowId, E> {
-        let reused = self.free.last().copied();
-        if reused.is_none() && self.slots.len() >= self.limit {
+        if self.used.fetch_add(1, Relaxed) >= self.limit {
+            self.used.fetch_sub(1, Relaxed);
             return Err(full);
         }
+        let reused = self.free.last().copied();
         let slot = reused.unwrap_or(self.slots.len() as u32);
         let generation = reused.map_or(0, |slot| self.slots[slot as usize].generation);
         let id = FlowId { slot, generation };
-        let entry = Some(make(id)?);
+        let made = make(id);
+        if made.is_err() {
+            self.used.fetch_sub(1, Relaxed);
+        }
+        let entry = Some(made?);
         match self.free.pop() {
             Some(_) => self.slots[slot as usize].entry = entry,
             None => self.slots.push(Slot { generation, entry }),
@@ -79,7 +95,13 @@ impl<T> FlowTable<T> {
         let entry = slot.entry.take()?;
         slot.generation = slot.generation.wrapping_add(1);
         self.free.push(id.slot);
+        self.used.fetch_sub(1, Relaxed);
         Some(entry)
+    }
+
+    /// All entries.
+    pub fn iter(&self) -> impl Iterator<Item = &T> {
+        self.slots.iter().filter_map(|slot| slot.entry.as_ref())
     }
 
     /// The ids of all entries, by slot.

@@ -105,6 +105,11 @@ impl<S, const N: usize> MappingTable<S, N> {
         }
     }
 
+    /// Whether guests behind `port` have mappings.
+    pub fn serves(&self, port: PortId) -> bool {
+        self.per_port.contains_key(&port)
+    }
+
     /// Mappings, each with a host socket.
     pub fn len(&self) -> usize {
         self.table.len()

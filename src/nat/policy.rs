@@ -79,7 +79,7 @@ use address::{Cidr, Judged};
 use answer::Answer;
 use ledger::{Ledger, PolicyView};
 use name::Name;
-use pins::Pins;
+use pins::{GuestPins, Pins};
 use rule::{Cause, GuestRules};
 
 pub use parse::PolicyError;
@@ -183,6 +183,20 @@ impl PolicyState {
     pub fn forget_guest(&mut self, port: PortId) {
         self.guests.remove(&port);
         self.pins.forget(port);
+    }
+
+    /// Takes out what a guest resolved, for the worker that has its flows from here on.
+    pub fn take_pins(&mut self, port: PortId) -> GuestPins {
+        self.pins.take(port)
+    }
+
+    /// Takes over what a guest resolved from another worker.
+    pub fn put_pins(&mut self, port: PortId, pins: GuestPins) {
+        if self.guests.contains_key(&port) {
+            self.pins.put(port, pins);
+            // The other's policy may have been another.
+            self.pins.handle_policy(self.policy.as_deref());
+        }
     }
 
     /// Whether the guest is held to names. Its queries to the gateway then have to pass

@@ -47,6 +47,8 @@ pub use self::flow::{DOWN_BYTES_PER_FLUSH, ESTABLISHED_IDLE, TRANSITORY_IDLE};
 use std::net::{IpAddr, SocketAddr};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 
 use hashbrown::HashMap;
 
@@ -216,9 +218,14 @@ pub enum Target<'a> {
 impl TcpNat {
     /// No flows yet, `flows_max` at most.
     pub fn new(lan: LanConfig, flows_max: usize, now: Instant) -> Self {
+        Self::sharing(lan, flows_max, Arc::default(), now)
+    }
+
+    /// No flows yet, `flows_max` at most together with all others that count theirs in `used`.
+    pub fn sharing(lan: LanConfig, flows_max: usize, used: Arc<AtomicUsize>, now: Instant) -> Self {
         Self {
             lan,
-            flows: FlowTable::new(flows_max),
+            flows: FlowTable::sharing(flows_max, used),
             keys: HashMap::new(),
             // Rounded up: the arena maps whole chunks, the table is what limits.
             arena: Arena::new(flows_max),
@@ -236,6 +243,12 @@ impl TcpNat {
     /// Number of flows.
     pub fn len(&self) -> usize {
         self.flows.len()
+    }
+
+    /// Whether guests behind `port` have flows.
+    pub fn serves(&self, port: PortId) -> bool {
+        let load = self.ports.get(usize::from(port.0));
+        load.is_some_and(|load| load.flows > 0)
     }
 
     /// Whether there is no flow.

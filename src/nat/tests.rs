@@ -116,7 +116,7 @@ fn a_forward_that_ends_takes_along_only_who_wrote_to_the_host() {
         .insert("198.51.100.1".parse().unwrap());
     let spec: ForwardSpec = "443:192.168.122.9:443/udp".parse().unwrap();
     let at: SocketAddr = "0.0.0.0:443".parse().unwrap();
-    let open = |up: &mut FakeUplink, _, owner| Ok(up.bind(at, owner));
+    let open = |up: &mut FakeUplink, _, owner| Ok(Some(up.bind(at, owner)));
     lab.nat
         .add_forward(
             (ForwardId(1), &spec),

@@ -210,6 +210,11 @@ impl UdpNat {
         self.behaviour = behaviour;
     }
 
+    /// Whether guests behind `port` have mappings.
+    pub fn serves(&self, port: PortId) -> bool {
+        self.table.serves(port)
+    }
+
     /// Mappings, each with a host socket.
     pub fn len(&self) -> usize {
         self.table.len()

@@ -1,9 +1,10 @@
 //! The forwards of a running network: added, listed and removed while it runs.
 //!
 //! A forward is checked against the others, its sockets are opened here, where there is time to find out
-//! who is in the way, and the worker takes them over. Where any of it fails nothing is left behind.
+//! who is in the way, and a worker takes them over. Where any of it fails nothing is left behind.
 
 use std::collections::HashMap;
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -149,19 +150,30 @@ impl Shared {
                     ListenerKind::Unix
                 }
             };
-            owned.push((socket.fd, kind));
+            owned.push((Some(socket.fd), kind));
         }
         let id = forwards.set.add(spec.clone()).map_err(unfit)?;
-        let (reply, answer) = crossbeam_channel::bounded(1);
+        let (reply, answers_of) = crossbeam_channel::bounded(self.crew.members().len());
         let words = spec.to_string();
         let name = spec.name.as_ref().map(ToString::to_string);
-        self.worker.send(Command::AddForward {
+        let kinds: Vec<_> = owned.iter().map(|&(_, kind)| (None, kind)).collect();
+        // One of them has the sockets. If the guest is another's, it gives them away.
+        let mut owned = Some(owned);
+        let elsewhere = |&(_, kind): &(Option<OwnedFd>, _)| (None, kind);
+        self.crew.tell_all(|_| Command::AddForward {
             id,
-            spec: Box::new(spec),
-            sockets: owned,
-            reply,
+            spec: Box::new(spec.clone()),
+            sockets: match owned.take() {
+                Some(owned) => owned,
+                None => kinds.iter().map(elsewhere).collect(),
+            },
+            reply: reply.clone(),
         });
-        let refused = match answer.recv_timeout(WORKER_TIME_MAX) {
+        drop(reply);
+        let answers = self.crew.members().iter();
+        let mut answers = answers.map(|_| answers_of.recv_timeout(WORKER_TIME_MAX));
+        let failed = answers.find(|answer| !matches!(answer, Ok(Ok(()))));
+        let refused = match failed.unwrap_or(Ok(Ok(()))) {
             Ok(Ok(())) => None,
             Ok(Err(HostError::Exhausted)) => Some(
                 "no open file is left: raise the limit (ulimit -n), or forward fewer ports"
@@ -172,7 +184,7 @@ impl Shared {
         };
         if let Some(reason) = refused {
             forwards.set.remove(id);
-            self.worker.send(Command::RemoveForward(id));
+            self.crew.tell_all(|_| Command::RemoveForward(id));
             return Err(ForwardRefusal::Worker { forward, reason });
         }
         forwards.files.insert(id, files);
@@ -191,7 +203,7 @@ impl Shared {
         if removed.is_some() {
             // The file first: who connects from here on is told so, and does not wait in vain.
             forwards.files.remove(&id);
-            self.worker.send(Command::RemoveForward(id));
+            self.crew.tell_all(|_| Command::RemoveForward(id));
             // Its ports are free when this returns: the snapshot is taken after the removal.
             let _ = self.snapshot();
             log::debug!("forward {id} removed");

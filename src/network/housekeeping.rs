@@ -110,7 +110,9 @@ impl HostIpv6 {
             }
         );
         shared.host_ipv6.store(self.has_default, Ordering::Relaxed);
-        shared.worker.send(Command::HostIpv6(self.has_default));
+        shared
+            .crew
+            .tell_all(|_| Command::HostIpv6(self.has_default));
     }
 }
 

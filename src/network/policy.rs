@@ -12,7 +12,7 @@ use crate::control::resolver::NamePolicy;
 use crate::frame::PortId;
 use crate::gateway::dns::message::Name;
 use crate::nat::policy::Policy;
-use crate::worker::{Command, WorkerHandle};
+use crate::worker::{Command, Crew};
 
 /// How long the worker may take to review all flows. It takes milliseconds, unless there are both a great
 /// many rules and guests out to make it long (`nat/policy.rs`); less than a client waits for a reply.
@@ -25,19 +25,26 @@ impl Network {
     /// The data path has ended, or did not answer in time (the policy is in force when it does).
     pub fn set_policy(&self, policy: Option<Policy>) -> Result<(), NetworkError> {
         let policy = policy.map(Arc::new);
-        let (done, is_done) = crossbeam_channel::bounded(1);
+        let (done, is_done) = crossbeam_channel::bounded(self.shared.crew.members().len());
         // Held until it is sent, so that of two the one that is shown is in force.
         let mut current = lock(&self.shared.policy);
         current.clone_from(&policy);
-        self.shared.worker.send(Command::SetPolicy { policy, done });
-        drop(current);
-        match is_done.recv_timeout(REVIEW_TIMEOUT) {
-            Ok(()) => Ok(()),
-            Err(RecvTimeoutError::Timeout) => Err(NetworkError::Busy),
-            Err(RecvTimeoutError::Disconnected) => Err(NetworkError::Ended(
-                lock(&self.shared.end).clone().flatten(),
-            )),
+        self.shared.crew.tell_all(|_| Command::SetPolicy {
+            policy: policy.clone(),
+            done: done.clone(),
+        });
+        drop((current, done));
+        for _ in self.shared.crew.members() {
+            match is_done.recv_timeout(REVIEW_TIMEOUT) {
+                Ok(()) => {}
+                Err(RecvTimeoutError::Timeout) => return Err(NetworkError::Busy),
+                Err(RecvTimeoutError::Disconnected) => {
+                    let end = lock(&self.shared.end).clone();
+                    return Err(NetworkError::Ended(end.flatten()));
+                }
+            }
         }
+        Ok(())
     }
 
     /// The egress policy in force.
@@ -46,21 +53,23 @@ impl Network {
     }
 }
 
-/// Asks the worker, which has the policy.
-pub(super) struct AskWorker(pub WorkerHandle);
+/// Asks the worker that the guest's port is at home with: it has what the guest resolved.
+pub(super) struct AskWorker(pub Crew);
 
 impl NamePolicy for AskWorker {
     fn allows(&self, port: PortId, name: &Name) -> Option<oneshot::Receiver<bool>> {
         let (reply, decided) = oneshot::channel();
         let name = Box::new(*name);
-        self.0.send(Command::DecideName { port, name, reply });
+        self.0
+            .home(port)
+            .send(Command::DecideName { port, name, reply });
         Some(decided)
     }
 
     fn on_answer(&self, port: PortId, answer: &[u8]) -> Option<oneshot::Receiver<()>> {
         let (done, is_done) = oneshot::channel();
         let message = answer.into();
-        self.0.send(Command::Pin {
+        self.0.home(port).send(Command::Pin {
             port,
             message,
             done,

@@ -7,13 +7,13 @@ use std::sync::{Arc, Weak};
 use super::{NetworkError, Shared, lock};
 use crate::config::ConfigError;
 use crate::dhcp::lease::Refusal;
-use crate::frame::{Mac, PortId};
+use crate::frame::{Mac, PortId, WorkerId};
 use crate::nat::policy::parse::check_guest_name;
 use crate::port::{DropSource, PortRx, PortTx};
 use crate::stats::PortCounters;
 use crate::switch::PORTS_MAX;
 use crate::tap::Helper;
-use crate::worker::Command;
+use crate::worker::{Command, Crew, Reception};
 
 #[derive(Default)]
 pub(super) struct Ports {
@@ -60,6 +60,16 @@ impl Ports {
         self.last = id.0;
         Some(id)
     }
+
+    /// The worker that the fewest ports are at home with.
+    fn least_used(&self, crew: &Crew) -> WorkerId {
+        let mut used = vec![0; crew.members().len()];
+        for &id in self.by_id.keys().filter(|&&id| id != PortId::GATEWAY) {
+            used[usize::from(crew.homes().of(id).0)] += 1;
+        }
+        let least = (0..used.len()).min_by_key(|&worker| used[worker]);
+        WorkerId(least.unwrap_or_default() as u8)
+    }
 }
 
 impl Shared {
@@ -96,11 +106,7 @@ impl Shared {
             name
         };
         log::debug!("port {id} ({name}) attached");
-        let named = Command::NamePort {
-            id,
-            name: name.clone(),
-            mac,
-        };
+        let home = ports.least_used(&self.crew);
         let port = Port {
             name: name.clone(),
             kind,
@@ -111,17 +117,27 @@ impl Shared {
             wire,
         };
         ports.by_id.insert(id, port);
-        // Sent before the lock is gone: nobody can detach the port, and so have the worker remove it,
-        // before the worker was told to add it.
-        self.worker.send(named);
-        let added = self.worker.send(Command::AddPort {
+        self.crew.homes().set(id, home);
+        // Sent before the lock is gone: nobody can detach the port, and so have the workers remove it,
+        // before they were told to add it.
+        let mut added = self.crew.tell_all(|_| Command::NamePort {
             id,
-            rx,
-            tx,
-            counters,
-            name,
-            group,
+            name: name.clone(),
+            mac,
         });
+        added &= self.crew.tell_all(|_| Command::AddPort {
+            id,
+            tx: Arc::clone(&tx),
+            counters: Arc::clone(&counters),
+            name: name.clone(),
+            group: group.clone(),
+        });
+        let reception = Reception {
+            port: id,
+            rx,
+            counters,
+        };
+        added &= self.crew.member(home).send(Command::Receive(reception));
         drop(ports);
         if added {
             return Ok((id, address));
@@ -151,7 +167,7 @@ impl Shared {
     fn remove_port(&self, id: PortId) -> Option<PortWire> {
         let port = lock(&self.ports).by_id.remove(&id)?;
         log::debug!("port {id} ({}) detached", port.name);
-        self.worker.send(Command::RemovePort(id));
+        self.crew.tell_all(|_| Command::RemovePort(id));
         if let (true, Some(mac)) = (port.leased, port.mac) {
             lock(&self.leases).detach(mac, self.now());
         }

@@ -21,12 +21,13 @@ use crate::dhcp::DhcpConfig;
 use crate::dhcp::lease::LeaseTable;
 use crate::frame::{self, Mac, PortId};
 use crate::gateway::{Lan6, LanConfig};
+use crate::nat::common::Common;
 use crate::nat::{NatConfig, Service};
 use crate::stats::PortCounters;
 use crate::switch::{Switch, SwitchConfig};
 use crate::uplink::{ServiceStream, overlap};
 use crate::wire::ipv6;
-use crate::worker::{Command, Event, Worker, WorkerConfig};
+use crate::worker::{Command, Crew, Event, Seat, Worker, WorkerConfig, WorkerHandle};
 
 /// Events that wait for the event thread at most: a burst of DNS queries of all guests.
 const EVENTS_MAX: usize = 1024;
@@ -106,24 +107,34 @@ impl Network {
         let switch = Arc::new(Switch::new(switch));
         let gateway_counters = Arc::new(PortCounters::default());
         let (events, event_queue) = crossbeam_channel::bounded(EVENTS_MAX);
-        let (worker, handle) = Worker::new(WorkerConfig {
-            switch: Arc::clone(&switch),
-            dhcp,
-            leases: Arc::clone(&leases),
-            outbound: config.outbound.clone(),
-            nat: NatConfig {
-                lan: lan.clone(),
-                flows_max: config.flows_max,
-                host: config.host.clone(),
-                udp: config.udp,
-            },
-            gateway_counters: Arc::clone(&gateway_counters),
-            events,
-            epoch,
-        })
-        .map_err(system("set up the worker"))?;
+        let (crew, seats) =
+            Crew::new(config.workers.count()).map_err(system("set up the workers"))?;
+        let common = Common::new(&lan, Arc::clone(crew.homes()));
+        let worker = |seat: Seat| {
+            let config = WorkerConfig {
+                switch: Arc::clone(&switch),
+                dhcp: dhcp.clone(),
+                leases: Arc::clone(&leases),
+                outbound: config.outbound.clone(),
+                nat: NatConfig {
+                    lan: lan.clone(),
+                    flows_max: config.flows_max,
+                    host: config.host.clone(),
+                    udp: config.udp,
+                },
+                common: common.for_worker(seat.id()),
+                gateway_counters: Arc::clone(&gateway_counters),
+                events: events.clone(),
+                epoch,
+            };
+            Worker::new(config, &crew, seat)
+        };
+        let workers: Result<Vec<_>, _> = seats.into_iter().map(worker).collect();
+        let workers = workers.map_err(system("set up a worker"))?;
+        drop(events);
         let mut host_ipv6 = HostIpv6::open().map_err(system("ask for the host's routes"))?;
-        handle.send(Command::HostIpv6(host_ipv6.look()));
+        let has_ipv6 = host_ipv6.look();
+        crew.tell_all(|_| Command::HostIpv6(has_ipv6));
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .thread_name("lanlet-leases")
@@ -134,14 +145,14 @@ impl Network {
             servers: config.dns.clone(),
             ..ResolverConfig::default()
         };
-        let names = Arc::new(AskWorker(handle.clone()));
+        let names = Arc::new(AskWorker(crew.clone()));
         let (resolver, resolver_handle) = Resolver::with_policy(resolver_config, names);
         let policy = config.policy.clone().map(Arc::new);
-        // The first thing the worker hears: no port comes before it.
-        let (done, _) = crossbeam_channel::bounded(1);
-        handle.send(Command::SetPolicy {
+        // The first thing the workers hear: no port comes before it.
+        let (done, _) = crossbeam_channel::bounded(0);
+        crew.tell_all(|_| Command::SetPolicy {
             policy: policy.clone(),
-            done,
+            done: done.clone(),
         });
         let gateway = Port {
             name: "gateway".to_owned(),
@@ -157,7 +168,7 @@ impl Network {
             config,
             lan,
             epoch,
-            worker: handle,
+            crew,
             switch,
             leases,
             resolver: resolver_handle,
@@ -177,10 +188,14 @@ impl Network {
             shared: Arc::clone(&shared),
             threads: Mutex::new(Vec::new()),
         };
-        network.thread("lanlet-worker", {
+        for (number, worker) in workers.into_iter().enumerate() {
+            let name = match number {
+                0 => "lanlet-worker".to_owned(),
+                number => format!("lanlet-worker{number}"),
+            };
             let shared = Arc::clone(&shared);
-            move || run_worker(worker, &shared)
-        })?;
+            network.thread(&name, move || run_worker(worker, &shared))?;
+        }
         network.thread("lanlet-dns", {
             let shared = Arc::clone(&shared);
             move || {
@@ -212,7 +227,7 @@ impl Network {
     }
 }
 
-/// The worker thread's body: a failure or panic is kept for [`Network::failed`].
+/// A worker thread's body: a failure or panic is kept for [`Network::failed`], and ends the others.
 fn run_worker(worker: Worker, shared: &Shared) {
     let ran = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| worker.run()));
     let end = match ran {
@@ -220,21 +235,29 @@ fn run_worker(worker: Worker, shared: &Shared) {
         Ok(Err(error)) => Some(error.to_string()),
         Err(_) => Some("it panicked; the message is above".to_owned()),
     };
-    *lock(&shared.end) = Some(end);
+    if end.is_some() {
+        shared.crew.tell_all(|_| Command::Stop);
+    }
+    lock(&shared.end).get_or_insert(end);
     shared.ended.notify_all();
 }
 
 /// The event thread's body; ends with the worker, which holds the other end.
 fn take_events(events: &crossbeam_channel::Receiver<Event>, shared: &Arc<Shared>) {
-    let worker = shared.worker.clone();
-    let sink: AnswerSink = Arc::new(move |answer| {
-        worker.send(Command::DnsAnswer(answer));
-    });
+    let sink = |worker: &WorkerHandle| -> AnswerSink {
+        let worker = worker.clone();
+        Arc::new(move |answer| {
+            worker.send(Command::DnsAnswer(answer));
+        })
+    };
+    let sinks: Vec<_> = shared.crew.members().iter().map(sink).collect();
     for event in events {
         match event {
-            Event::Dns(query) => {
-                if let Err(query) = shared.resolver.ask(query, &sink) {
-                    shared.worker.send(Command::DnsAbandoned(query.id));
+            Event::Dns { worker, query } => {
+                let sink = &sinks[usize::from(worker.0)];
+                if let Err(query) = shared.resolver.ask(query, sink) {
+                    let abandoned = Command::DnsAbandoned(query.id);
+                    shared.crew.member(worker).send(abandoned);
                 }
             }
             Event::Serve(ServiceStream {

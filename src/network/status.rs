@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::RecvTimeoutError;
 use serde::{Deserialize, Serialize};
@@ -126,14 +126,20 @@ pub struct FlowStatus {
 }
 
 impl Shared {
-    /// The worker's own state.
+    /// The workers' own state, added up.
     ///
     /// # Errors
-    /// It did not answer in time, or has ended.
+    /// One did not answer in time, or has ended.
     pub(super) fn snapshot(&self) -> Result<Snapshot, RecvTimeoutError> {
-        let (reply, snapshot) = crossbeam_channel::bounded(1);
-        self.worker.send(Command::Snapshot(reply));
-        snapshot.recv_timeout(SNAPSHOT_TIMEOUT)
+        let (reply, snapshots) = crossbeam_channel::bounded(self.crew.members().len());
+        self.crew.tell_all(|_| Command::Snapshot(reply.clone()));
+        drop(reply);
+        let deadline = Instant::now() + SNAPSHOT_TIMEOUT;
+        let mut sum = Snapshot::default();
+        for _ in self.crew.members() {
+            sum.add(snapshots.recv_deadline(deadline)?);
+        }
+        Ok(sum)
     }
 
     pub(super) fn status(&self) -> Status {

@@ -10,8 +10,10 @@ use crate::frame::Mac;
 use crate::gateway::LanConfig;
 use crate::nat::testing::{GATEWAY_MAC, GUEST, guest_ipv4, guest_udp, lan};
 use crate::offload::Caps;
+use crate::port::PortRx;
 use crate::switch::SwitchConfig;
 use crate::wire::{self, checksum, ipv6};
+use crossbeam_channel::Receiver;
 
 /// A port over one end of a socket pair; the test holds the other.
 struct ScriptedRx(Arc<OwnedFd>);
@@ -52,44 +54,59 @@ impl PortTx for ScriptedTx {
 }
 
 struct Lab {
-    handle: WorkerHandle,
+    crew: Crew,
     events: Receiver<Event>,
     gateway: Arc<PortCounters>,
     guests: Vec<(Mac, OwnedFd, Arc<PortCounters>)>,
-    thread: Option<std::thread::JoinHandle<io::Result<()>>>,
+    threads: Vec<std::thread::JoinHandle<io::Result<()>>>,
 }
 
 impl Lab {
     fn new(guests: u8) -> Self {
+        Self::with_workers(guests, 1)
+    }
+
+    /// Guests' ports are at home with the workers in turn, and read there.
+    fn with_workers(guests: u8, workers: usize) -> Self {
         let lan: LanConfig = lan();
         let dhcp = DhcpConfig::new(lan.clone());
         let leases = Arc::new(Mutex::new(LeaseTable::new(dhcp.range(), &lan).unwrap()));
         let gateway = Arc::new(PortCounters::default());
         let (sender, events) = crossbeam_channel::bounded(1);
-        let (worker, handle) = Worker::new(WorkerConfig {
-            switch: Arc::new(Switch::new(SwitchConfig::new(lan.mac, 1))),
-            dhcp,
-            leases,
-            outbound: Default::default(),
-            nat: NatConfig {
-                lan,
-                flows_max: 16,
-                host: Default::default(),
-                udp: Default::default(),
-            },
-            gateway_counters: Arc::clone(&gateway),
-            events: sender,
-            epoch: time::Instant::now(),
-        })
-        .unwrap();
-        let thread = Some(std::thread::spawn(move || worker.run()));
-        let guests = (1..=guests).map(|n| add_guest(&handle, n)).collect();
+        let (crew, seats) = Crew::new(workers).unwrap();
+        let common = Common::new(&lan, Arc::clone(crew.homes()));
+        let switch = Arc::new(Switch::new(SwitchConfig::new(lan.mac, 1)));
+        let epoch = time::Instant::now();
+        let threads = seats
+            .into_iter()
+            .map(|seat| {
+                let config = WorkerConfig {
+                    switch: Arc::clone(&switch),
+                    dhcp: dhcp.clone(),
+                    leases: Arc::clone(&leases),
+                    outbound: Default::default(),
+                    nat: NatConfig {
+                        lan: lan.clone(),
+                        flows_max: 16,
+                        host: Default::default(),
+                        udp: Default::default(),
+                    },
+                    common: common.for_worker(seat.id()),
+                    gateway_counters: Arc::clone(&gateway),
+                    events: sender.clone(),
+                    epoch,
+                };
+                let worker = Worker::new(config, &crew, seat).unwrap();
+                std::thread::spawn(move || worker.run())
+            })
+            .collect();
+        let guests = (1..=guests).map(|n| add_guest(&crew, n)).collect();
         Self {
-            handle,
+            crew,
             events,
             gateway,
             guests,
-            thread,
+            threads,
         }
     }
 
@@ -101,12 +118,22 @@ impl Lab {
 
     /// Waits until the worker is through with what was sent.
     fn settle(&self) {
-        // Two snapshots: the first may be answered in the turn before the frame's.
-        for _ in 0..2 {
-            let (reply, answer) = crossbeam_channel::bounded(1);
-            self.handle.send(Command::Snapshot(reply));
-            answer.recv().unwrap();
+        // Two snapshots: the first may be answered in the turn before the frame's. What one worker leaves
+        // for another takes two more.
+        for _ in 0..2 * self.crew.members().len() {
+            self.snapshot();
         }
+    }
+
+    fn snapshot(&self) -> Snapshot {
+        let count = self.crew.members().len();
+        let (reply, answer) = crossbeam_channel::bounded(count);
+        self.crew.tell_all(|_| Command::Snapshot(reply.clone()));
+        let mut sum = Snapshot::default();
+        for _ in 0..count {
+            sum.add(answer.recv().unwrap());
+        }
+        sum
     }
 
     fn frame(&self, from: usize, to: Mac) -> Vec<u8> {
@@ -135,8 +162,8 @@ impl Lab {
 
 impl Lab {
     fn stop(&mut self) {
-        self.handle.send(Command::Stop);
-        if let Some(thread) = self.thread.take() {
+        self.crew.tell_all(|_| Command::Stop);
+        for thread in self.threads.drain(..) {
             thread.join().unwrap().unwrap();
         }
     }
@@ -148,20 +175,28 @@ impl Drop for Lab {
     }
 }
 
-fn add_guest(handle: &WorkerHandle, n: u8) -> (Mac, OwnedFd, Arc<PortCounters>) {
+fn add_guest(crew: &Crew, n: u8) -> (Mac, OwnedFd, Arc<PortCounters>) {
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     let (ours, theirs) =
         socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
     let (theirs, counters) = (Arc::new(theirs), Arc::new(PortCounters::default()));
-    let added = handle.send(Command::AddPort {
-        id: PortId(u16::from(n)),
-        rx: Box::new(ScriptedRx(Arc::clone(&theirs))),
-        tx: Arc::new(ScriptedTx(theirs)),
+    let id = PortId(u16::from(n));
+    let home = WorkerId((usize::from(n - 1) % crew.members().len()) as u8);
+    crew.homes().set(id, home);
+    let tx: Arc<dyn PortTx> = Arc::new(ScriptedTx(Arc::clone(&theirs)));
+    let added = crew.tell_all(|_| Command::AddPort {
+        id,
+        tx: Arc::clone(&tx),
         counters: Arc::clone(&counters),
         name: format!("guest{n}"),
         group: None,
     });
     assert!(added);
+    crew.member(home).send(Command::Receive(Reception {
+        port: id,
+        rx: Box::new(ScriptedRx(theirs)),
+        counters: Arc::clone(&counters),
+    }));
     (Mac([0x52, 0x54, 0, 0, 1, n]), ours, counters)
 }
 
@@ -306,7 +341,7 @@ fn guests_are_told_of_the_router_and_of_its_end() {
     let guest = lab.guests[0].0;
     lab.send(0, &to_routers(guest, ROUTER_SOLICITATION, false));
     assert_eq!(heard(&lab.guests[0].1), [(134, 0)]);
-    lab.handle.send(Command::HostIpv6(true));
+    lab.crew.tell_all(|_| Command::HostIpv6(true));
     lab.send(0, &to_routers(guest, ROUTER_SOLICITATION, false));
     assert_eq!(heard(&lab.guests[0].1), [(134, 1800)]);
     // RFC 6980: not in fragments.
@@ -314,4 +349,71 @@ fn guests_are_told_of_the_router_and_of_its_end() {
     assert_eq!(heard(&lab.guests[0].1), []);
     lab.stop();
     assert_eq!(heard(&lab.guests[0].1), [(134, 0)]);
+}
+
+#[test]
+fn several_workers_are_one_switch_and_one_gateway() {
+    let lab = Lab::with_workers(4, 2);
+    let macs: Vec<_> = lab.guests.iter().map(|guest| guest.0).collect();
+    // Learned by one worker, used by the other.
+    lab.send(0, &lab.frame(0, macs[1]));
+    lab.send(1, &lab.frame(1, macs[0]));
+    lab.send(3, &lab.frame(3, macs[0]));
+    assert_eq!(received(&lab.guests[0].1).len(), 2);
+    assert_eq!(received(&lab.guests[1].1).len(), 1);
+    assert_eq!(received(&lab.guests[2].1).len(), 1);
+    assert_eq!(received(&lab.guests[3].1).len(), 1);
+    for (guest, &mac) in macs.iter().enumerate() {
+        lab.send(guest, &ping(mac, lan().address));
+        assert_eq!(received(&lab.guests[guest].1).len(), 1, "guest {guest}");
+    }
+    let (rx, tx, drops) = lab.sums();
+    // The first frame was flooded to three.
+    assert_eq!((rx + 2, drops), (tx, 0));
+}
+
+#[test]
+fn what_another_worker_reads_is_answered_by_the_ports_home() {
+    let lab = Lab::with_workers(2, 2);
+    let (first, second) = (WorkerId(0), WorkerId(1));
+    let (port, mac) = (PortId(1), lab.guests[0].0);
+    let home = || lab.crew.homes().of(port);
+    let udp = |payload: &[u8]| {
+        let guest = std::net::SocketAddr::new(GUEST.into(), 4000);
+        let mut frame = guest_udp(guest, "192.0.2.1:9".parse().unwrap(), 64, payload);
+        frame[6..12].copy_from_slice(&mac.0);
+        frame
+    };
+    // With a flow the home stays, and the frames that the other reads get there.
+    lab.send(0, &udp(b"a"));
+    assert_eq!(lab.snapshot().udp, 1);
+    lab.crew.member(first).send(Command::PassPort {
+        id: port,
+        to: second,
+    });
+    lab.settle();
+    assert_eq!(home(), first);
+    lab.send(0, &udp(b"b"));
+    lab.send(0, &ping(mac, lan().address));
+    // Where the machine has no route outside, the datagrams are answered with errors.
+    let is_reply = |frame: &Vec<u8>| frame[ETH_HEADER_LEN + 20] == 0;
+    let answers = received(&lab.guests[0].1);
+    assert_eq!(answers.iter().filter(|frame| is_reply(frame)).count(), 1);
+    assert_eq!(lab.snapshot().udp, 1, "no second mapping elsewhere");
+    // Without one it moves.
+    let other = PortId(2);
+    lab.crew.member(second).send(Command::PassPort {
+        id: other,
+        to: first,
+    });
+    lab.settle();
+    assert_eq!(lab.crew.homes().of(other), first);
+    lab.send(1, &ping(lab.guests[1].0, lan().address));
+    assert_eq!(received(&lab.guests[1].1).len(), 1);
+    let (rx, tx, drops) = lab.sums();
+    assert_eq!(rx, tx + drops);
+    // A port that is gone leaves nothing behind.
+    lab.crew.tell_all(|_| Command::RemovePort(port));
+    lab.settle();
+    assert_eq!(lab.snapshot().udp, 0);
 }

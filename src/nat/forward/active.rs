@@ -11,6 +11,11 @@
 //! [`Sessions`], which end with it. A guest's connection to a unix socket of the host is a
 //! [`super::super::tcp::Target`] of its own ([`ActiveForwards::unix_target`]).
 //!
+//! # Several workers
+//! Every worker knows every forward, one of them has its sockets. A connection belongs to the worker that
+//! its guest's port is at home with, so a forward whose guest turns out to be elsewhere moves there with
+//! its sockets and all that waits ([`Moved`]).
+//!
 //! # Limits
 //! [`ACCEPTS_PER_EVENT`] connections are taken at a time, [`PARKED_MAX`] wait for their guest, of which
 //! one forward has [`FORWARD_PARKED_MAX`]. At those limits, and without a free file, a listening socket
@@ -29,13 +34,15 @@ use std::sync::{Arc, Mutex};
 use hashbrown::HashMap;
 
 use super::directory::{Directory, Memory};
+use super::moved::{Moved, MovedListener, MovedParked};
 use super::sessions::{Entrance, Sessions, Way, ports_to_try};
 use super::spec::{Direction, ForwardSpec, Guest, HostEnd, ShownSource};
 use super::{ForwardId, SOCKETS_MAX};
 use crate::dhcp::lease::LeaseTable;
-use crate::frame::{Duration, Instant, Mac, PortId, Station};
+use crate::frame::{Duration, Instant, Mac, PortId, Station, WorkerId};
 use crate::gateway::neighbor::{Neighbors, Reach};
 use crate::gateway::{LanConfig, Outbox};
+use crate::nat::common::Common;
 use crate::nat::egress::{self, Egress, Published, is_never_outside};
 use crate::nat::flow_table::FlowTable;
 use crate::nat::tcp::TcpNat;
@@ -83,6 +90,15 @@ pub struct ForwardCounters {
     pub waiting: usize,
 }
 
+impl ForwardCounters {
+    /// Adds what another worker counted.
+    pub fn add(&mut self, other: Self) {
+        self.opened += other.opened;
+        self.refused += other.refused;
+        self.waiting += other.waiting;
+    }
+}
+
 /// A forward to a guest, or to a unix socket.
 #[derive(Debug)]
 struct Active {
@@ -122,7 +138,7 @@ struct Parked {
 
 /// A datagram whose guest is being looked for.
 #[derive(Debug)]
-struct Waiting {
+pub(super) struct Waiting {
     until: Instant,
     listener: FlowId,
     client: SocketAddr,
@@ -144,7 +160,15 @@ pub struct ActiveForwards {
     held: VecDeque<Waiting>,
     resting: VecDeque<(Instant, FlowId)>,
     retry_at: Option<Instant>,
-    neighbors: Neighbors,
+    common: Common,
+    /// When questions of this worker's are due again.
+    neighbors_at: Option<Instant>,
+    /// The neighbours' news that this worker has acted on.
+    seen_news: u64,
+    /// News came from a guest of this worker: the others look again too.
+    announce: bool,
+    /// Forwards whose guests are elsewhere.
+    leaving: BTreeMap<ForwardId, WorkerId>,
     directory: Directory,
     sessions: Sessions,
     warned: bool,
@@ -152,7 +176,7 @@ pub struct ActiveForwards {
 
 impl ActiveForwards {
     /// None yet.
-    pub fn new(lan: LanConfig) -> Self {
+    pub fn new(lan: LanConfig, common: Common) -> Self {
         Self {
             forwards: BTreeMap::new(),
             to_host: HashMap::new(),
@@ -162,7 +186,11 @@ impl ActiveForwards {
             held: VecDeque::new(),
             resting: VecDeque::new(),
             retry_at: None,
-            neighbors: Neighbors::new(lan.clone()),
+            common,
+            neighbors_at: None,
+            seen_news: 0,
+            announce: false,
+            leaving: BTreeMap::new(),
             directory: Directory::default(),
             sessions: Sessions::new(lan.clone()),
             warned: false,
@@ -183,11 +211,22 @@ impl ActiveForwards {
     /// Learns where guests are.
     #[inline]
     pub fn observe(&mut self, packet: &Packet<'_>, now: Instant) {
-        self.neighbors.observe(packet, now);
+        if !Neighbors::is_telling(packet) {
+            return;
+        }
+        let mut neighbors = self.common.neighbors();
+        let before = neighbors.news();
+        neighbors.observe(packet, now);
+        self.announce |= neighbors.news() != before;
+    }
+
+    /// Whether a guest of this worker answered to a question that another worker may have asked.
+    pub fn take_announcement(&mut self) -> bool {
+        std::mem::take(&mut self.announce)
     }
 
     /// Begins to serve a forward that [`super::ForwardSet`] has taken, with the host's port filled in.
-    /// `open` opens the n-th of the sockets that `listeners` tells of.
+    /// `open` opens the n-th of the sockets that `listeners` tells of; `None`: another worker has it.
     ///
     /// # Errors
     /// A socket can't be had: none is left open.
@@ -197,7 +236,7 @@ impl ActiveForwards {
         listeners: &[ListenerKind],
         egress: &mut Egress,
         up: &mut U,
-        mut open: impl FnMut(&mut U, usize, SockOwner) -> Result<SockId, HostError>,
+        mut open: impl FnMut(&mut U, usize, SockOwner) -> Result<Option<SockId>, HostError>,
     ) -> Result<(), HostError> {
         let mut active = Active {
             guest: Guest::Own,
@@ -239,17 +278,19 @@ impl ActiveForwards {
                         ListenerKind::Unix => 0,
                     };
                     let guest_port = ports.nth(usize::from(nth)).unwrap_or(ports.first());
-                    let opened = self.own.insert_with(HostError::Exhausted, |own| {
+                    let opened = self.own.insert_with(Some(HostError::Exhausted), |own| {
+                        let opened = open(up, n, SockOwner::Forward(own)).map_err(Some)?;
                         Ok(Own::Listener(Listener {
                             forward: id,
-                            socket: open(up, n, SockOwner::Forward(own))?,
+                            socket: opened.ok_or(None)?,
                             kind,
                             guest_port,
                         }))
                     });
                     match opened {
                         Ok(own) => active.sockets.push(own),
-                        Err(error) => {
+                        Err(None) => {}
+                        Err(Some(error)) => {
                             self.close(&active.sockets, up);
                             return Err(error);
                         }
@@ -278,13 +319,120 @@ impl ActiveForwards {
         egress.withdraw(id.0);
         self.to_host.retain(|_, (of, _)| *of != id);
         self.close(&active.sockets, up);
-        let waiting: Vec<_> = self.parked.iter().map(|&(_, own)| own).collect();
-        for own in waiting {
-            if matches!(self.own.get_mut(own), Some(Own::Parked(parked)) if parked.forward == id) {
-                self.give_up(own, up);
-            }
+        for own in self.parked_of(id) {
+            self.give_up(own, up);
         }
         self.sessions.remove_forward(id);
+    }
+
+    /// The connections that wait for the guest of a forward.
+    fn parked_of(&mut self, id: ForwardId) -> Vec<FlowId> {
+        let own = &mut self.own;
+        let mut is_its =
+            |at| matches!(own.get_mut(at), Some(Own::Parked(parked)) if parked.forward == id);
+        let waiting = self.parked.iter().map(|&(_, at)| at);
+        waiting.filter(|&at| is_its(at)).collect()
+    }
+
+    // ---- to another worker ----
+
+    /// A forward whose guest is with another worker, with all that has to go there. UDP sessions end:
+    /// their guest was here.
+    pub fn poll_leaving(&mut self) -> Option<(WorkerId, Moved<SockId>)> {
+        let (id, to) = self.leaving.pop_first()?;
+        let active = self.forwards.get_mut(&id)?;
+        let sockets = std::mem::take(&mut active.sockets);
+        let mut moved = Moved {
+            forward: id,
+            listeners: Vec::with_capacity(sockets.len()),
+            parked: Vec::new(),
+        };
+        for own in sockets {
+            let Some(Own::Listener(listener)) = self.own.remove(own) else {
+                continue;
+            };
+            let (held, kept): (VecDeque<_>, _) = std::mem::take(&mut self.held)
+                .into_iter()
+                .partition(|waiting| waiting.listener == own);
+            self.held = kept;
+            moved.listeners.push(MovedListener {
+                socket: listener.socket,
+                kind: listener.kind,
+                guest_port: listener.guest_port,
+                held: held.into(),
+            });
+        }
+        for own in self.parked_of(id) {
+            let Some(parked) = self.unpark(own) else {
+                continue;
+            };
+            moved.parked.push(MovedParked {
+                socket: parked.socket,
+                client: parked.client,
+                guest_port: parked.guest_port,
+            });
+        }
+        self.sessions.remove_forward(id);
+        Some((to, moved))
+    }
+
+    /// Takes over a forward from another worker; `open` registers a socket. Where the forward was
+    /// removed meanwhile nothing is opened.
+    pub fn arrive<S, U: Uplink + ?Sized, O: Outbox + ?Sized>(
+        &mut self,
+        moved: Moved<S>,
+        tcp: &mut TcpNat,
+        now: Instant,
+        (up, out): (&mut U, &mut O),
+        mut open: impl FnMut(&mut U, S, Option<ListenerKind>, SockOwner) -> Result<SockId, HostError>,
+    ) {
+        let forward = moved.forward;
+        let Some(active) = self.forwards.get_mut(&forward) else {
+            return;
+        };
+        for listener in moved.listeners {
+            let (kind, guest_port) = (listener.kind, listener.guest_port);
+            let opened = self.own.insert_with(HostError::Exhausted, |own| {
+                let owner = SockOwner::Forward(own);
+                let socket = open(up, listener.socket, Some(kind), owner)?;
+                Ok(Own::Listener(Listener {
+                    forward,
+                    socket,
+                    kind,
+                    guest_port,
+                }))
+            });
+            match opened {
+                Ok(own) => {
+                    active.sockets.push(own);
+                    let held = listener.held.into_iter();
+                    let room = HELD_MAX.saturating_sub(self.held.len());
+                    let held = held.map(|waiting| Waiting {
+                        listener: own,
+                        ..waiting
+                    });
+                    self.held.extend(held.take(room));
+                }
+                Err(error) => log::error!("forward {forward}: a socket of it is lost: {error:?}"),
+            }
+        }
+        for parked in moved.parked {
+            let opened = self.own.insert_with(HostError::Exhausted, |own| {
+                Ok(Own::Parked(Parked {
+                    forward,
+                    socket: open(up, parked.socket, None, SockOwner::Forward(own))?,
+                    client: parked.client,
+                    guest_port: parked.guest_port,
+                    queued: false,
+                }))
+            });
+            if let Ok(own) = opened {
+                self.move_on(own, tcp, now, (&mut *up, &mut *out));
+            }
+        }
+        if !self.held.is_empty() {
+            self.try_again(tcp, now, (up, out));
+        }
     }
 
     fn close<U: Uplink + ?Sized>(&mut self, sockets: &[FlowId], up: &mut U) {
@@ -457,12 +605,22 @@ impl ActiveForwards {
             self.give_up(id, up);
             return;
         }
-        self.own.remove(id);
-        self.parked_count -= usize::from(parked.queued);
+        self.unpark(id);
         if let Some(active) = self.forwards.get_mut(&parked.forward) {
             active.counters.opened += 1;
+        }
+    }
+
+    /// Takes a connection out; its socket is the caller's.
+    fn unpark(&mut self, id: FlowId) -> Option<Parked> {
+        let Some(Own::Parked(parked)) = self.own.remove(id) else {
+            return None;
+        };
+        self.parked_count -= usize::from(parked.queued);
+        if let Some(active) = self.forwards.get_mut(&parked.forward) {
             active.counters.waiting -= usize::from(parked.queued);
         }
+        Some(parked)
     }
 
     fn park(&mut self, id: FlowId, now: Instant) {
@@ -480,19 +638,17 @@ impl ActiveForwards {
 
     /// Resets a connection.
     fn give_up<U: Uplink + ?Sized>(&mut self, id: FlowId, up: &mut U) {
-        let Some(Own::Parked(parked)) = self.own.remove(id) else {
+        let Some(parked) = self.unpark(id) else {
             return;
         };
         up.tcp_abort_on_close(parked.socket);
         up.close(parked.socket);
-        self.parked_count -= usize::from(parked.queued);
         if let Some(active) = self.forwards.get_mut(&parked.forward) {
             active.counters.refused += 1;
-            active.counters.waiting -= usize::from(parked.queued);
         }
     }
 
-    /// Which address the guest of a forward has, and where that is.
+    /// Which address the guest of a forward has, and where that is. Nowhere here: the forward leaves.
     fn locate<O: Outbox + ?Sized>(
         &mut self,
         forward: ForwardId,
@@ -501,11 +657,18 @@ impl ActiveForwards {
         out: &mut O,
     ) -> Option<(IpAddr, Reach)> {
         let active = self.forwards.get_mut(&forward)?;
-        let (memory, neighbors) = (&mut active.memory, &self.neighbors);
-        let found = self
-            .directory
-            .find(&active.guest, family, memory, neighbors, now)?;
-        let reach = self.neighbors.look_up(found.address, found.mac, now, out);
+        let mut neighbors = self.common.neighbors();
+        let found =
+            self.directory
+                .find(&active.guest, family, &mut active.memory, &neighbors, now)?;
+        let reach = neighbors.look_up(found.address, found.mac, now, out);
+        self.neighbors_at = neighbors.poll_timeout();
+        if let Reach::Known(station) | Reach::Stale(station) = reach
+            && let Some(home) = self.common.elsewhere(station.port)
+        {
+            self.leaving.insert(forward, home);
+            return None;
+        }
         Some((found.address, reach))
     }
 
@@ -618,7 +781,11 @@ impl ActiveForwards {
         now: Instant,
         (up, out): (&mut U, &mut O),
     ) {
-        if self.neighbors.take_news() {
+        if self.parked.is_empty() && self.held.is_empty() {
+            return;
+        }
+        let news = self.common.neighbors().news();
+        if std::mem::replace(&mut self.seen_news, news) != news {
             self.try_again(tcp, now, (up, out));
         }
     }
@@ -665,7 +832,7 @@ impl ActiveForwards {
         [
             self.retry_at,
             self.resting.front().map(|&(at, _)| at),
-            self.neighbors.poll_timeout(),
+            self.neighbors_at,
             self.sessions.poll_timeout(),
         ]
         .into_iter()
@@ -680,7 +847,11 @@ impl ActiveForwards {
         now: Instant,
         (up, out): (&mut U, &mut O),
     ) {
-        self.neighbors.handle_timeout(now, out);
+        if self.neighbors_at.is_some_and(|at| at <= now) {
+            let mut neighbors = self.common.neighbors();
+            neighbors.handle_timeout(now, out);
+            self.neighbors_at = neighbors.poll_timeout();
+        }
         self.sessions.handle_timeout(now);
         while let Some(&(at, id)) = self.resting.front()
             && at <= now
@@ -710,9 +881,14 @@ impl ActiveForwards {
 
     /// Forgets the guests behind a port that is gone.
     pub fn forget_port(&mut self, port: PortId) {
-        self.neighbors.forget_port(port);
+        self.common.neighbors().forget_port(port);
         self.directory.forget_port(port);
         self.sessions.forget_port(port);
+    }
+
+    /// Whether guests behind `port` have UDP sessions.
+    pub fn serves(&self, port: PortId) -> bool {
+        self.sessions.serves(port)
     }
 
     /// UDP sessions now.
@@ -734,7 +910,10 @@ impl ActiveForwards {
             ("forward_sessions_opened", sessions.opened),
             ("forward_sessions_evicted", sessions.evicted),
         ];
-        own.into_iter().chain(self.neighbors.counters())
+        // Of the table that all workers share one of them tells.
+        let shared = self.common.is_first();
+        let neighbors = shared.then(|| self.common.neighbors().counters());
+        own.into_iter().chain(neighbors.into_iter().flatten())
     }
 }
 

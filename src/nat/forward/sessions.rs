@@ -139,6 +139,13 @@ impl Sessions {
         }
     }
 
+    /// Whether guests behind `port` have sessions.
+    pub fn serves(&self, port: PortId) -> bool {
+        self.table
+            .iter()
+            .any(|session| session.station.port == port)
+    }
+
     pub fn len(&self) -> usize {
         self.table.len()
     }

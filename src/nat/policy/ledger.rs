@@ -249,6 +249,27 @@ pub struct PolicyView {
     pub denied: Vec<DeniedView>,
 }
 
+impl PolicyView {
+    /// Adds what another worker counted under the same policy.
+    pub fn add(&mut self, other: Self) {
+        for (rule, more) in self.rules.iter_mut().zip(other.rules) {
+            rule.flows += more.flows;
+            rule.queries += more.queries;
+        }
+        self.default_flows += other.default_flows;
+        self.default_queries += other.default_queries;
+        self.nameless += other.nameless;
+        self.resolver += other.resolver;
+        self.stranger += other.stranger;
+        self.pins += other.pins;
+        self.pins_evicted += other.pins_evicted;
+        self.rebinds += other.rebinds;
+        self.denied.extend(other.denied);
+        self.denied.sort_by_key(|denied| denied.secs_ago);
+        self.denied.truncate(DENIED_MAX);
+    }
+}
+
 /// One rule.
 #[derive(Clone, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
 pub struct RuleView {

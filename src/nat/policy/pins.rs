@@ -89,7 +89,7 @@ struct Pin {
 
 /// Pins of one guest.
 #[derive(Debug, Default)]
-struct GuestPins {
+pub struct GuestPins {
     by_address: HashMap<IpAddr, Vec<Pin>>,
     count: usize,
 }
@@ -115,9 +115,26 @@ impl Pins {
 
     /// Forgets a guest's.
     pub fn forget(&mut self, guest: PortId) {
-        if let Some(gone) = self.guests.remove(&guest) {
-            self.count -= gone.count;
+        self.take(guest);
+    }
+
+    /// Takes a guest's out.
+    pub fn take(&mut self, guest: PortId) -> GuestPins {
+        let gone = self.guests.remove(&guest).unwrap_or_default();
+        self.count -= gone.count;
+        gone
+    }
+
+    /// Puts in what another table had of a guest, if there is room. [`Pins::handle_policy`] has to follow: the other may
+    /// have known another policy.
+    pub fn put(&mut self, guest: PortId, pins: GuestPins) {
+        self.forget(guest);
+        if self.count + pins.count > PINS_MAX {
+            self.evicted += pins.count as u64;
+            return;
         }
+        self.count += pins.count;
+        self.guests.insert(guest, pins);
     }
 
     /// Remembers the addresses of an answer to `guest`.

@@ -65,7 +65,7 @@ impl Lab {
                     ListenerKind::Tcp(_) | ListenerKind::Unix => up.listen(owner),
                 };
                 sockets.push(socket);
-                Ok(socket)
+                Ok(Some(socket))
             })
             .unwrap();
         (id, sockets)
@@ -655,7 +655,7 @@ fn a_socket_that_can_not_be_had_leaves_nothing_behind() {
         &mut lab.up,
         |up, n, owner| match n {
             2 => Err(HostError::Exhausted),
-            _ => Ok(up.listen(owner)),
+            _ => Ok(Some(up.listen(owner))),
         },
     );
     assert_eq!(added, Err(HostError::Exhausted));

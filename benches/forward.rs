@@ -25,9 +25,10 @@ impl Guest {
         let port = network
             .attach_vmm(PortOptions::default())
             .expect("a tap for a VMM");
-        tun::set_offload(port.fd.as_fd(), tun::OFFLOAD_TSO).expect("what a Linux guest negotiates");
-        rustix::io::ioctl_fionbio(&port.fd, true).expect("a tap can be non-blocking");
-        let tap = File::from(port.fd.try_clone().expect("a copy of the fd"));
+        tun::set_offload(port.fds[0].as_fd(), tun::OFFLOAD_TSO)
+            .expect("what a Linux guest negotiates");
+        rustix::io::ioctl_fionbio(&port.fds[0], true).expect("a tap can be non-blocking");
+        let tap = File::from(port.fds[0].try_clone().expect("a copy of the fd"));
         Self { tap, port }
     }
 

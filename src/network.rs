@@ -27,19 +27,19 @@ use tokio::sync::Notify;
 pub use self::error::NetworkError;
 use self::forwards::Forwards;
 pub use self::forwards::{ForwardRefusal, ForwardStatus};
-use self::ports::{Opened, Ports};
+use self::ports::{Opened, Ports, Queue};
 pub use self::start::open_files_wanted;
 pub use self::status::{FlowStatus, Ipv6Status, LeaseStatus, MacStatus, PortStatus, Status};
-use crate::config::NetworkConfig;
+use crate::config::{ConfigError, NetworkConfig};
 use crate::control::resolver::ResolverHandle;
 use crate::dhcp::lease::LeaseTable;
 use crate::frame::{self, Mac, PortId};
 use crate::gateway::LanConfig;
 use crate::nat::policy::Policy;
-use crate::port::{self, DropSource, PortRx, PortTx};
+use crate::port::{self, DropSource};
 use crate::switch::Switch;
 use crate::tap::guest::GUEST_IFNAME;
-use crate::tap::{Helper, LinkDrops, TapError, WireOptions};
+use crate::tap::{Helper, LinkDrops, QUEUES_MAX, TapError, WireOptions};
 use crate::wire::ipv6::with_interface_id;
 use crate::worker::{Command, Crew};
 
@@ -63,6 +63,8 @@ pub struct PortOptions {
     pub mac: Option<Mac>,
     /// No virtio-net header and no offloads (a plain tap).
     pub no_offload: bool,
+    /// Queues of the tap, 0 (which is 1) to [`QUEUES_MAX`]: as many workers as there are serve them.
+    pub queues: u16,
 }
 
 /// A tap for a VMM.
@@ -70,9 +72,9 @@ pub struct PortOptions {
 pub struct VmmPort {
     /// The port.
     pub id: PortId,
-    /// The VMM's end: an IFF_TAP | IFF_NO_PI | IFF_VNET_HDR fd. The port is removed when the last
-    /// copy of it is closed.
-    pub fd: OwnedFd,
+    /// The VMM's end: an IFF_TAP | IFF_NO_PI | IFF_VNET_HDR fd for each queue. The port is removed
+    /// when the last copy of the last is closed.
+    pub fds: Vec<OwnedFd>,
     /// Name of the tap inside lanlet's private namespace.
     pub ifname: String,
     /// A MAC for the guest, unique in this network.
@@ -82,8 +84,8 @@ pub struct VmmPort {
 /// A tap whose netdev side is a guest's.
 #[derive(Debug)]
 pub struct GuestTap {
-    /// The tap.
-    pub tap: OwnedFd,
+    /// The tap: an fd for each queue.
+    pub queues: Vec<OwnedFd>,
     /// A netlink socket of the guest's namespace, to read what the tap's own queue dropped; without
     /// it those drops stay unknown.
     pub netlink: Option<OwnedFd>,
@@ -149,8 +151,10 @@ impl Network {
     /// What is missing, with the remedy.
     pub fn attach_vmm(&self, options: PortOptions) -> Result<VmmPort, NetworkError> {
         let mac = options.mac.unwrap_or_else(|| self.make_mac());
+        check_queues(&options)?;
         let (opened, end) = self.shared.open_wire(WireOptions {
             plain: options.no_offload,
+            queues: options.queues,
             ..WireOptions::default()
         })?;
         let wire = opened.wire.clone();
@@ -164,7 +168,7 @@ impl Network {
         }
         Ok(VmmPort {
             id,
-            fd: end.fd,
+            fds: end.fds,
             ifname: end.ifname,
             mac,
         })
@@ -180,13 +184,17 @@ impl Network {
         tap: GuestTap,
         options: PortOptions,
     ) -> Result<(PortId, Option<GuestAddress>), NetworkError> {
-        let (rx, tx): (Box<dyn PortRx>, Arc<dyn PortTx>) = if options.no_offload {
-            let (rx, tx) = port::plain::open(tap.tap)?;
-            (Box::new(rx), Arc::new(tx))
-        } else {
-            let (rx, tx) = port::tap::open(tap.tap)?;
-            (Box::new(rx), Arc::new(tx))
+        check_queues(&options)?;
+        let open = |fd| -> Result<Queue, TapError> {
+            Ok(if options.no_offload {
+                let (rx, tx) = port::plain::open(fd)?;
+                (Box::new(rx), Arc::new(tx))
+            } else {
+                let (rx, tx) = port::tap::open(fd)?;
+                (Box::new(rx), Arc::new(tx))
+            })
         };
+        let queues = tap.queues.into_iter().map(open).collect::<Result<_, _>>()?;
         let mut drops: Vec<Arc<dyn DropSource>> = Vec::new();
         if let Some(netlink) = tap.netlink {
             let link = LinkDrops::new(netlink, GUEST_IFNAME)
@@ -199,8 +207,7 @@ impl Network {
             "namespace"
         };
         let opened = Opened {
-            rx,
-            tx,
+            queues,
             drops,
             kind,
             wire: None,
@@ -312,6 +319,19 @@ impl Shared {
             gateway: has_default.then_some(lan.link_local),
         })
     }
+}
+
+/// Whether a port can have that many queues.
+fn check_queues(options: &PortOptions) -> Result<(), ConfigError> {
+    if options.queues > QUEUES_MAX {
+        let reason = format!("{} are more than {QUEUES_MAX}", options.queues);
+        return Err(ConfigError::new("queues", reason));
+    }
+    if options.no_offload && options.queues > 1 {
+        let reason = "a tap without offloads has one queue: leave out one of queues and no-offload";
+        return Err(ConfigError::new("queues", reason));
+    }
+    Ok(())
 }
 
 fn system(action: &'static str) -> impl Fn(std::io::Error) -> NetworkError {

@@ -43,6 +43,9 @@ use crate::sys::tun::{self, TUN_PATH};
 /// Entries of a tap's queue. A guest without TSO turns a 64 KB super-frame into 45 of them, and the
 /// default of 1,000 holds one flow's window: 16,384 holds the windows of sixteen, in 128 KiB.
 pub const TX_QUEUE_LEN: u32 = 16_384;
+/// Queues of a tap at most: both ends' fds of a wire travel in one message.
+pub const QUEUES_MAX: u16 = 16;
+const _: () = assert!(2 * QUEUES_MAX as usize <= crate::sys::fd_pass::FDS_MAX);
 
 /// How a VMM's tap is joined to the switch.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]

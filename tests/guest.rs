@@ -55,13 +55,13 @@ const DATAGRAM: &str = "bash -c 'head -c 1000 /dev/zero > /dev/udp/192.168.122.1
 
 /// Enters, hands the fds over by its standard input, waits for the word, runs the command.
 fn guest_child(offload: bool, command: &str) {
-    let mut guest = Guest::enter(offload).unwrap();
+    let mut guest = Guest::enter(offload, 1).unwrap();
     let fds = guest.take_fds().unwrap();
     let control = std::io::stdin();
     fd_pass::send(
         control.as_fd(),
         b"fds",
-        &[fds.tap.as_fd(), fds.netlink.as_fd()],
+        &[fds.queues[0].as_fd(), fds.netlink.as_fd()],
     )
     .unwrap();
     drop(fds);

@@ -41,7 +41,7 @@ fn a_copy_of_a_tap_fd_sees_nothing_of_what_is_written() {
     let copy = vm.try_clone().unwrap();
     write_vnet(&vm, &[0; 12], &plain_frame(100));
     assert!(read_vnet(&copy).is_none());
-    assert!(read_vnet(&wire.sw).is_some());
+    assert!(read_vnet(&wire.sw[0]).is_some());
 }
 
 /// A wire is silent: no ARP, no router solicitation, nothing that the kernel says by itself.
@@ -50,7 +50,7 @@ fn a_wire_is_silent() {
     let (_helper, wire, vm) = mirred_wire();
     std::thread::sleep(std::time::Duration::from_millis(300));
     assert!(read_vnet(&vm).is_none());
-    assert!(read_vnet(&wire.sw).is_none());
+    assert!(read_vnet(&wire.sw[0]).is_none());
 }
 
 /// A write that finds the other tap's queue full succeeds all the same: only the counter knows.
@@ -73,12 +73,12 @@ fn offloads_follow_the_reader() {
     let mut header = tso_header(start);
     header[1] = 0;
     header[4..6].fill(0);
-    write_vnet(&wire.sw, &header, &frame);
+    write_vnet(&wire.sw[0], &header, &frame);
     let (left, complete) = read_vnet(&vm).unwrap();
     assert_eq!(left[0] & 1, 0);
     assert!(tcp_checksum_is_right(&complete));
     tun::set_offload(vm.as_fd(), tun::OFFLOAD_TSO).unwrap();
-    write_vnet(&wire.sw, &header, &frame);
+    write_vnet(&wire.sw[0], &header, &frame);
     let (left, same) = read_vnet(&vm).unwrap();
     assert_eq!((left[0] & 1, same), (1, frame));
 }
@@ -92,7 +92,7 @@ fn a_super_frame_above_gso_max_size_is_segmented() {
     let longest_whole = 65_535 - 54;
     for (payload, whole) in [(longest_whole, true), (65_535 - 40, false)] {
         let (frame, start) = tcp_frame(payload, None);
-        write_vnet(&wire.sw, &tso_header(start), &frame);
+        write_vnet(&wire.sw[0], &tso_header(start), &frame);
         let mut frames = 0;
         let mut bytes = 0;
         while let Some((_, part)) = read_vnet(&vm) {
@@ -116,7 +116,7 @@ fn a_lying_header_is_refused() {
         std::io::IoSlice::new(&frame),
     ];
     assert_eq!(rustix::io::writev(&vm, &parts), Err(Errno::INVAL));
-    assert!(read_vnet(&wire.sw).is_none());
+    assert!(read_vnet(&wire.sw[0]).is_none());
 }
 
 /// The tun driver knows what an offload tap needs.

@@ -30,7 +30,7 @@ fn guest_tap(helper: &Helper) -> GuestTap {
         ..WireOptions::default()
     };
     GuestTap {
-        tap: helper.create_wire(options).unwrap().sw,
+        queues: helper.create_wire(options).unwrap().sw,
         netlink: None,
     }
 }
@@ -125,7 +125,7 @@ fn a_port_that_ends_leaves_no_wire() {
     assert_eq!((lan.links().len(), lan.ports()), (2, 2));
     lan.network.detach(vmm.id);
     assert_eq!(lan.ports(), 1);
-    drop(vmm.fd);
+    drop(vmm.fds);
     wait_for("no link", || lan.links().is_empty().then_some(()));
 
     // A VMM that ends by itself, while somebody looks at the network all the time.

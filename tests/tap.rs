@@ -167,7 +167,7 @@ fn a_packet_ring_counts_what_it_lost() {
 fn the_vmm_s_end_is_told() {
     let (helper, events) = spawn_helper();
     for kind in KINDS {
-        let wire = helper
+        let mut wire = helper
             .create_wire(WireOptions {
                 kind: Some(kind),
                 ..WireOptions::default()
@@ -182,7 +182,8 @@ fn the_vmm_s_end_is_told() {
         );
         assert!(matches!(helper.drops(id), Err(TapError::NotATap { .. })));
         if kind == WireKind::Packet {
-            let (mut rx, ..) = lanlet::port::packet::open(wire.sw, wire.uso).unwrap();
+            let (mut rx, ..) =
+                lanlet::port::packet::open(wire.sw.pop().unwrap(), wire.uso).unwrap();
             let mut batch = Batch::new();
             assert!(rx.recv(&mut batch, &PortCounters::default()).is_err());
         }
@@ -221,7 +222,7 @@ fn a_vmm_gets_as_many_queues_as_it_wants() {
 fn a_plain_tap_gets_whole_segments_and_gives_bare_frames() {
     for kind in KINDS {
         let (helper, _events) = spawn_helper();
-        let wire = helper
+        let mut wire = helper
             .create_wire(WireOptions {
                 plain: true,
                 kind: Some(kind),
@@ -231,11 +232,12 @@ fn a_plain_tap_gets_whole_segments_and_gives_bare_frames() {
         assert!(!tun::info(wire.vm[0].as_fd()).unwrap().vnet_header);
         let (mut rx, tx): (Box<dyn PortRx>, Box<dyn PortTx>) = match kind {
             WireKind::Mirred => {
-                let (rx, tx) = lanlet::port::tap::open(wire.sw).unwrap();
+                let (rx, tx) = lanlet::port::tap::open(wire.sw.pop().unwrap()).unwrap();
                 (Box::new(rx), Box::new(tx))
             }
             WireKind::Packet => {
-                let (rx, tx, _) = lanlet::port::packet::open(wire.sw, wire.uso).unwrap();
+                let (rx, tx, _) =
+                    lanlet::port::packet::open(wire.sw.pop().unwrap(), wire.uso).unwrap();
                 (Box::new(rx), Box::new(tx))
             }
         };
@@ -400,11 +402,12 @@ impl Attached {
             vec![Box::new(WireDrops::new(helper.clone(), wire.id))];
         let (rx, tx): (Box<dyn PortRx>, Box<dyn PortTx>) = match kind {
             WireKind::Mirred => {
-                let (rx, tx) = lanlet::port::tap::open(wire.sw).unwrap();
+                let (rx, tx) = lanlet::port::tap::open(wire.sw.pop().unwrap()).unwrap();
                 (Box::new(rx), Box::new(tx))
             }
             WireKind::Packet => {
-                let (rx, tx, ring) = lanlet::port::packet::open(wire.sw, wire.uso).unwrap();
+                let (rx, tx, ring) =
+                    lanlet::port::packet::open(wire.sw.pop().unwrap(), wire.uso).unwrap();
                 drops.push(Box::new(ring));
                 (Box::new(rx), Box::new(tx))
             }

@@ -106,7 +106,7 @@ fn vmm_taps(report: &mut Report) {
 }
 
 fn namespace_guests(report: &mut Report) {
-    match NewGuest::spawn(&["true".into()], false) {
+    match NewGuest::spawn(&["true".into()], (1, false)) {
         Ok(_) => report.add(
             Verdict::Good,
             "namespace guests",

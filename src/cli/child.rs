@@ -203,13 +203,15 @@ pub(super) fn init_command() -> Command {
     command
 }
 
-/// A command which inherits `fd` under the same number.
+/// A command which inherits `fds` under the same numbers.
 ///
 /// # Errors
 /// Of fcntl.
-pub(super) fn with_fd(words: &[OsString], fd: &OwnedFd) -> Result<Command, Failure> {
-    rustix::io::fcntl_setfd(fd, FdFlags::empty())
-        .map_err(|error| Failure::io("cannot pass the tap on")(error.into()))?;
+pub(super) fn with_fds(words: &[OsString], fds: &[OwnedFd]) -> Result<Command, Failure> {
+    for fd in fds {
+        rustix::io::fcntl_setfd(fd, FdFlags::empty())
+            .map_err(|error| Failure::io("cannot pass the tap on")(error.into()))?;
+    }
     let mut command = init_command();
     command.args(words);
     Ok(command)

@@ -64,6 +64,9 @@ pub(super) struct InitArgs {
     /// A tap without virtio-net headers.
     #[arg(long)]
     no_offload: bool,
+    /// Queues of the tap.
+    #[arg(long, default_value_t = 1)]
+    queues: u16,
     /// The command.
     #[arg(last = true, required = true)]
     command: Vec<OsString>,
@@ -72,7 +75,7 @@ pub(super) struct InitArgs {
 /// What the child says, once, with its tap.
 #[derive(Serialize, Deserialize)]
 enum Ready {
-    /// The tap's and the netlink socket's descriptors come along.
+    /// The descriptors of the tap's queues and of the netlink socket come along.
     Guest,
     /// It could not be made.
     Failed(TapError),
@@ -89,7 +92,7 @@ pub(super) fn exec(args: &Args) -> Result<ExitCode, Failure> {
     let signals = child::block_signals()?;
     let mut lan = Lan::open(&args.name, &args.network)?;
     let mac = args.port.mac.unwrap_or_else(|| lan.make_mac());
-    let mut guest = NewGuest::spawn(&args.command, args.port.no_offload)?;
+    let mut guest = NewGuest::spawn(&args.command, (args.port.queues(), args.port.no_offload))?;
     let options = args.port.port(Some(mac));
     let tap = guest.tap.take().ok_or(Failure::Reported)?;
     let (_, address) = lan.attach_tap(tap, options)?;
@@ -110,11 +113,14 @@ pub(super) struct NewGuest {
 }
 
 impl NewGuest {
-    /// Starts the child and waits for its tap.
+    /// Starts the child and waits for its tap, with that many queues.
     ///
     /// # Errors
     /// The host forbids namespaces or taps: the error says what to do.
-    pub(super) fn spawn(command: &[OsString], no_offload: bool) -> Result<Self, Failure> {
+    pub(super) fn spawn(
+        command: &[OsString],
+        (queues, no_offload): (u16, bool),
+    ) -> Result<Self, Failure> {
         let failed =
             |error: rustix::io::Errno| Failure::io("cannot make a socket pair")(error.into());
         let (socket, theirs) = rustix::net::socketpair(
@@ -128,6 +134,7 @@ impl NewGuest {
         let child = child::this_program()
             .arg("guest-init")
             .args(no_offload.then_some("--no-offload"))
+            .args(["--queues", &queues.to_string()])
             .args(child::Origin::words())
             .arg(theirs.as_raw_fd().to_string())
             .arg("--")
@@ -151,11 +158,9 @@ impl NewGuest {
         match serde_json::from_slice(&buffer[..len]).map_err(std::io::Error::from)? {
             Ready::Failed(error) => Err(error.into()),
             Ready::Guest => {
-                let mut fds = fds.into_iter();
-                guest.tap = fds.next().map(|tap| GuestTap {
-                    tap,
-                    netlink: fds.next(),
-                });
+                let mut queues = fds;
+                let netlink = queues.pop();
+                guest.tap = Some(GuestTap { queues, netlink });
                 Ok(guest)
             }
         }
@@ -187,7 +192,7 @@ impl Drop for NewGuest {
 pub(super) fn init(args: &InitArgs) -> Result<ExitCode, Failure> {
     let socket = inherited::take(args.socket).map_err(Failure::io("no socket was inherited"))?;
     args.origin.restore()?;
-    let mut guest = match Guest::enter(!args.no_offload) {
+    let mut guest = match Guest::enter(!args.no_offload, args.queues) {
         Ok(guest) => guest,
         Err(error) => {
             // The parent prints it.
@@ -201,12 +206,10 @@ pub(super) fn init(args: &InitArgs) -> Result<ExitCode, Failure> {
     args.origin.die_with_parent()?;
     let fds = guest.take_fds().ok_or(Failure::Reported)?;
     let message = serde_json::to_vec(&Ready::Guest).map_err(std::io::Error::from)?;
-    fd_pass::send(
-        socket.as_fd(),
-        &message,
-        &[fds.tap.as_fd(), fds.netlink.as_fd()],
-    )
-    .map_err(Failure::io("cannot hand the tap over"))?;
+    let queues = fds.queues.iter().map(AsFd::as_fd);
+    let all: Vec<_> = queues.chain([fds.netlink.as_fd()]).collect();
+    fd_pass::send(socket.as_fd(), &message, &all)
+        .map_err(Failure::io("cannot hand the tap over"))?;
     drop(fds);
     let mut buffer = [0; MESSAGE_BYTES_MAX];
     let (len, _) = fd_pass::recv(socket.as_fd(), &mut buffer)

@@ -18,6 +18,7 @@ use crate::nat::mapping::Dependence;
 use crate::nat::policy::parse::check_guest_name;
 use crate::nat::udp::UdpBehaviour;
 use crate::network::PortOptions;
+use crate::tap::QUEUES_MAX;
 
 /// Which network.
 #[derive(Args, Debug)]
@@ -231,12 +232,22 @@ pub(super) struct PortFlags {
     #[arg(long, value_name = "NAME", value_parser = parse_guest_name)]
     pub(super) group: Option<String>,
 
+    /// Queues of the guest's network card, 1 to 16: with --workers its flows are spread over as many
+    /// threads [default: 1]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=i64::from(QUEUES_MAX)))]
+    pub(super) queues: Option<u16>,
+
     /// A plain tap: no virtio-net header, no offloads (slow; for VMMs that know no better)
     #[arg(long)]
     pub(super) no_offload: bool,
 }
 
 impl PortFlags {
+    /// Queues of the tap.
+    pub(super) fn queues(&self) -> u16 {
+        self.queues.unwrap_or(1)
+    }
+
     /// How a port is attached.
     pub(super) fn port(&self, mac: Option<Mac>) -> PortOptions {
         let name = self.guest_name.as_ref().map(ToString::to_string);
@@ -245,6 +256,7 @@ impl PortFlags {
             group: self.group.clone(),
             mac,
             no_offload: self.no_offload,
+            queues: self.queues(),
         }
     }
 }

@@ -60,11 +60,21 @@ pub(super) fn command(program: &Path, arguments: &[OsString], tap: &Tap) -> Vec<
     let mut command = vec![program.as_os_str().to_owned()];
     command.extend_from_slice(arguments);
     command.push("-netdev".into());
-    command.push(format!("tap,id={id},fd={}", tap.fd).into());
+    let fds = match tap.queues {
+        1 => format!("fd={}", tap.fd),
+        _ => format!("fds={}", tap.fds),
+    };
+    command.push(format!("tap,id={id},{fds}").into());
     if !card_is_given {
         command.push("-device".into());
         let card = card(program, arguments);
-        command.push(format!("{card},netdev={id},mac={}", tap.mac).into());
+        let queues = match tap.queues {
+            1 => String::new(),
+            // By PCI an interrupt for each direction of each queue, for control and for configuration.
+            queues if card == PCI_CARD => format!(",mq=on,vectors={}", 2 * queues + 2),
+            _ => ",mq=on".to_owned(),
+        };
+        command.push(format!("{card},netdev={id},mac={}{queues}", tap.mac).into());
     }
     command
 }
@@ -98,6 +108,8 @@ fn netdev_id(arguments: &[OsString]) -> (String, bool) {
     unreachable!("a finite command line takes finitely many ids")
 }
 
+const PCI_CARD: &str = "virtio-net-pci";
+
 /// The virtio card of the machine: by PCI where there is PCI.
 fn card(program: &Path, arguments: &[OsString]) -> &'static str {
     let machine_is = |name: &str| {
@@ -111,7 +123,7 @@ fn card(program: &Path, arguments: &[OsString]) -> &'static str {
     match () {
         () if machine_is("microvm") => "virtio-net-device",
         () if is_s390 => "virtio-net-ccw",
-        () => "virtio-net-pci",
+        () => PCI_CARD,
     }
 }
 
@@ -183,6 +195,8 @@ mod tests {
     fn line(program: &str, arguments: &[&str]) -> String {
         let tap = Tap {
             fd: "7".into(),
+            fds: "7".into(),
+            queues: 1,
             ifname: "vm0".into(),
             mac: "52:54:00:00:00:01".into(),
         };
@@ -201,6 +215,23 @@ mod tests {
         assert!(line("q", &["-M", "microvm,rtc=on"]).contains("-device virtio-net-device,"));
         assert!(line("q", &["-machine", "type=microvm"]).contains("-device virtio-net-device,"));
         assert!(line("/usr/bin/qemu-system-s390x", &[]).contains("virtio-net-ccw"));
+    }
+
+    #[test]
+    fn several_queues_are_several_descriptors() {
+        let tap = Tap {
+            fd: "7".into(),
+            fds: "7:8".into(),
+            queues: 2,
+            ifname: "vm0".into(),
+            mac: "52:54:00:00:00:01".into(),
+        };
+        let words = command(Path::new("q"), &[], &tap).join(OsStr::new(" "));
+        assert_eq!(
+            words,
+            "q -netdev tap,id=lanlet0,fds=7:8 \
+             -device virtio-net-pci,netdev=lanlet0,mac=52:54:00:00:00:01,mq=on,vectors=6"
+        );
     }
 
     #[test]

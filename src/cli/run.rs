@@ -14,8 +14,9 @@ use crate::sys::signal::SignalFd;
 /// Run a VMM (or any command) with a tap of the network as an inherited descriptor
 ///
 /// In CMD's arguments {fd} becomes the descriptor's number, {ifname} the tap's name and {mac} the
-/// guest's MAC address; LANLET_FD, LANLET_IFNAME and LANLET_MAC say the same in its environment. The
-/// tap is one with virtio-net headers (IFF_VNET_HDR), as QEMU, Cloud Hypervisor and crosvm want it.
+/// guest's MAC address; LANLET_FD, LANLET_IFNAME and LANLET_MAC say the same in its environment. With
+/// --queues {fds} becomes the numbers of all queues' descriptors with colons between, as QEMU wants
+/// them, and so is LANLET_FDS; {fd} is the first. The tap is one with virtio-net headers (IFF_VNET_HDR), as QEMU, Cloud Hypervisor and crosvm want it.
 /// The port goes when CMD closes the tap.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
@@ -44,6 +45,7 @@ pub(super) fn run(args: &Args) -> Result<ExitCode, Failure> {
     with_tap(lan, &signals, (&args.port, &args.forwards), |tap| {
         let fill = |argument: &OsString| {
             let argument = replace_in(argument, "{fd}", &tap.fd);
+            let argument = replace_in(&argument, "{fds}", &tap.fds);
             let argument = replace_in(&argument, "{ifname}", &tap.ifname);
             replace_in(&argument, "{mac}", &tap.mac)
         };
@@ -53,8 +55,12 @@ pub(super) fn run(args: &Args) -> Result<ExitCode, Failure> {
 
 /// A tap as its user has to know it.
 pub(super) struct Tap {
-    /// Number of the inherited descriptor.
+    /// Number of the inherited descriptor, the first of them.
     pub(super) fd: String,
+    /// All of them, with colons between.
+    pub(super) fds: String,
+    /// How many queues it has.
+    pub(super) queues: usize,
     /// Name of the device in lanlet's namespace.
     pub(super) ifname: String,
     /// The guest's MAC.
@@ -64,8 +70,12 @@ pub(super) struct Tap {
 impl Tap {
     /// Of a port whose descriptor keeps its number in the command.
     pub(super) fn of(port: &VmmPort) -> Self {
+        let numbers = port.fds.iter().map(|fd| fd.as_raw_fd().to_string());
+        let numbers: Vec<_> = numbers.collect();
         Self {
-            fd: port.fd.as_raw_fd().to_string(),
+            fd: numbers.first().cloned().unwrap_or_default(),
+            fds: numbers.join(":"),
+            queues: numbers.len(),
             ifname: port.ifname.clone(),
             mac: port.mac.to_string(),
         }
@@ -84,14 +94,15 @@ pub(super) fn with_tap(
     let tap = Tap::of(&port);
     let environment = [
         ("LANLET_FD", tap.fd.clone()),
+        ("LANLET_FDS", tap.fds.clone()),
         ("LANLET_IFNAME", tap.ifname.clone()),
         ("LANLET_MAC", tap.mac.clone()),
     ];
-    let child = child::with_fd(&command(&tap), &port.fd)?
+    let child = child::with_fds(&command(&tap), &port.fds)?
         .envs(environment)
         .spawn()
         .map_err(Failure::io("cannot start a process"))?;
-    // The command has the only copy: when it goes, so does the port.
-    drop(port.fd);
+    // The command has the only copies: when it goes, so does the port.
+    drop(port.fds);
     child::supervise(child, signals, lan.gone())
 }

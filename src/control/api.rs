@@ -56,6 +56,13 @@ pub struct PortRequest {
     /// No virtio-net header and no offloads.
     #[serde(default)]
     pub no_offload: bool,
+    /// Queues of the tap; 0 is 1.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub queues: u16,
+}
+
+fn is_zero(number: &u16) -> bool {
+    *number == 0
 }
 
 impl From<&PortOptions> for PortRequest {
@@ -65,6 +72,7 @@ impl From<&PortOptions> for PortRequest {
             group: options.group.clone(),
             mac: options.mac.map(|mac| mac.to_string()),
             no_offload: options.no_offload,
+            queues: options.queues,
         }
     }
 }
@@ -90,6 +98,7 @@ impl PortRequest {
             group: self.group.clone(),
             mac,
             no_offload: self.no_offload,
+            queues: self.queues,
         })
     }
 }
@@ -114,10 +123,10 @@ pub fn guest_mac(text: &str) -> Result<Mac, String> {
 pub enum Request {
     /// The network's state.
     Status {},
-    /// A tap for a VMM. Its descriptor comes with the reply.
+    /// A tap for a VMM. Its descriptors, one for each queue, come with the reply.
     AttachVmm(PortRequest),
-    /// Attaches the tap whose descriptor comes with the request; a second descriptor is a netlink
-    /// socket of the guest's namespace.
+    /// Attaches the tap whose descriptors, one for each queue, come with the request; one more is a
+    /// netlink socket of the guest's namespace.
     AttachTap(PortRequest),
     /// Removes a port.
     Detach {
@@ -165,7 +174,7 @@ impl Request {
 pub enum Reply {
     /// To [`Request::Status`].
     Status(Box<Status>),
-    /// To [`Request::AttachVmm`], with the VMM's descriptor.
+    /// To [`Request::AttachVmm`], with the VMM's descriptors.
     VmmPort {
         /// The port.
         port: u16,

@@ -1,7 +1,7 @@
 //! A command's end of the control socket.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -119,11 +119,14 @@ impl Client {
         else {
             return Err(self.confused());
         };
-        let fd: OwnedFd = self.reader.take_fd().ok_or_else(|| self.confused())?;
+        let fds = self.reader.take_fds();
+        if fds.is_empty() {
+            return Err(self.confused());
+        }
         let mac = mac.parse().map_err(|_| self.confused())?;
         Ok(VmmPort {
             id: PortId(port),
-            fd,
+            fds,
             ifname,
             mac,
         })
@@ -138,7 +141,7 @@ impl Client {
         tap: &GuestTap,
         options: &PortOptions,
     ) -> Result<(PortId, Option<GuestAddress>), ControlError> {
-        let mut fds = vec![tap.tap.as_fd()];
+        let mut fds: Vec<_> = tap.queues.iter().map(AsFd::as_fd).collect();
         fds.extend(tap.netlink.as_ref().map(AsFd::as_fd));
         match self.ask(&Request::AttachTap(options.into()), &fds)? {
             Reply::TapPort { port, address } => Ok((PortId(port), address)),

@@ -5,6 +5,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use crate::tap::QUEUES_MAX;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags,
@@ -12,9 +13,9 @@ use rustix::net::{
 
 /// Bytes read at a time.
 const READ_BYTES: usize = 4096;
-/// Descriptors of one message at most: a guest's tap and its netlink socket. The kernel closes what
-/// comes beyond.
-const FDS_PER_MESSAGE: usize = 2;
+/// Descriptors of one message at most: the queues of a guest's tap and its netlink socket. The kernel
+/// closes what comes beyond.
+const FDS_PER_MESSAGE: usize = QUEUES_MAX as usize + 1;
 /// Descriptors held for lines that are not complete yet; what comes beyond is closed at once, so that
 /// a client can't fill the process's table.
 const FDS_HELD_MAX: usize = FDS_PER_MESSAGE;
@@ -133,6 +134,11 @@ impl LineReader {
         self.fds.pop_front().map(|(_, fd)| fd)
     }
 
+    /// All of them that are left.
+    pub fn take_fds(&mut self) -> Vec<OwnedFd> {
+        std::iter::from_fn(|| self.take_fd()).collect()
+    }
+
     /// Closes the descriptors of lines before this one.
     fn close_before(&mut self, line: u64) {
         self.fds.retain(|&(of, _)| of >= line);
@@ -235,13 +241,13 @@ mod tests {
         let (a, b) = UnixStream::pair().unwrap();
         let (probe, kept) = UnixStream::pair().unwrap();
         let mut reader = LineReader::new(100);
-        for _ in 0..10 {
+        for _ in 0..FDS_HELD_MAX + 8 {
             send_some(&a, b"x\n", &[kept.as_fd()]).unwrap();
             reader.read_from(&b).unwrap();
         }
         drop(kept);
         assert!(reader.take_fd().is_none(), "of no line yet");
-        for _ in 0..2 {
+        for _ in 0..FDS_HELD_MAX {
             reader.next_line().unwrap().unwrap();
             assert!(reader.take_fd().is_some());
             assert!(reader.take_fd().is_none());

@@ -276,13 +276,13 @@ async fn serve(stream: &UnixStream, shared: &Shared) -> io::Result<()> {
         let reply = Reply::Error {
             message: message.to_owned(),
         };
-        return write(stream, &to_line(&reply)?, None).await;
+        return write(stream, &to_line(&reply)?, Vec::new()).await;
     }
     let Ok(_seat) = shared.seats.try_acquire() else {
         let message = format!("the network has {CLIENTS_MAX} clients already");
-        return write(stream, &to_line(&Reply::Error { message })?, None).await;
+        return write(stream, &to_line(&Reply::Error { message })?, Vec::new()).await;
     };
-    write(stream, &shared.hello, None).await?;
+    write(stream, &shared.hello, Vec::new()).await?;
     let mut owned = Owned {
         target: Arc::clone(&shared.target),
         ports: Vec::new(),
@@ -301,23 +301,24 @@ async fn serve(stream: &UnixStream, shared: &Shared) -> io::Result<()> {
                     Err(error) => return Err(error),
                 }
             }
-            Err(message) => return write(stream, &to_line(&Reply::Error { message })?, None).await,
+            Err(message) => {
+                return write(stream, &to_line(&Reply::Error { message })?, Vec::new()).await;
+            }
         };
         let request = match serde_json::from_slice::<Request>(&line) {
             Ok(request) => request,
             Err(error) => {
                 let message = format!("not a request this version knows: {error}");
-                return write(stream, &to_line(&Reply::Error { message })?, None).await;
+                return write(stream, &to_line(&Reply::Error { message })?, Vec::new()).await;
             }
         };
         let stop = request == Request::Stop {};
-        let tap = request.takes_fds().then(|| reader.take_fd()).flatten();
-        let tap = tap.map(|tap| GuestTap {
-            tap,
-            netlink: reader.take_fd(),
-        });
-        let (reply, fd) = answer(&mut owned, request, tap).await;
-        write(stream, &to_line(&reply)?, fd).await?;
+        let fds = match request.takes_fds() {
+            true => reader.take_fds(),
+            false => Vec::new(),
+        };
+        let (reply, fds) = answer(&mut owned, request, fds).await;
+        write(stream, &to_line(&reply)?, fds).await?;
         if stop {
             log::debug!("a client asks to stop");
             (shared.on_stop)();
@@ -326,11 +327,7 @@ async fn serve(stream: &UnixStream, shared: &Shared) -> io::Result<()> {
 }
 
 /// Does what a request asks, away from the server's thread.
-async fn answer(
-    owned: &mut Owned,
-    request: Request,
-    tap: Option<GuestTap>,
-) -> (Reply, Option<OwnedFd>) {
+async fn answer(owned: &mut Owned, request: Request, fds: Vec<OwnedFd>) -> (Reply, Vec<OwnedFd>) {
     let target = Arc::clone(&owned.target);
     let keeps_forward = matches!(
         request,
@@ -339,15 +336,15 @@ async fn answer(
             ..
         }
     );
-    let done = tokio::task::spawn_blocking(move || perform(&*target, request, tap)).await;
-    let (reply, fd) = match done {
+    let done = tokio::task::spawn_blocking(move || perform(&*target, request, fds)).await;
+    let (reply, fds) = match done {
         Ok(Ok(done)) => done,
-        Ok(Err(message)) => (Reply::Error { message }, None),
+        Ok(Err(message)) => (Reply::Error { message }, Vec::new()),
         Err(_) => (
             Reply::Error {
                 message: "the request failed inside lanlet".to_owned(),
             },
-            None,
+            Vec::new(),
         ),
     };
     if let Reply::TapPort { port, .. } = reply {
@@ -358,16 +355,16 @@ async fn answer(
     {
         owned.forwards.push(ForwardId(forward.id));
     }
-    (reply, fd)
+    (reply, fds)
 }
 
 fn perform(
     target: &dyn Target,
     request: Request,
-    tap: Option<GuestTap>,
-) -> Result<(Reply, Option<OwnedFd>), String> {
+    fds: Vec<OwnedFd>,
+) -> Result<(Reply, Vec<OwnedFd>), String> {
     Ok(match request {
-        Request::Status {} => (Reply::Status(Box::new(target.status())), None),
+        Request::Status {} => (Reply::Status(Box::new(target.status())), Vec::new()),
         Request::AttachVmm(port) => {
             let port = target.attach_vmm(port.options()?)?;
             let reply = Reply::VmmPort {
@@ -375,17 +372,26 @@ fn perform(
                 ifname: port.ifname,
                 mac: port.mac.to_string(),
             };
-            (reply, Some(port.fd))
+            (reply, port.fds)
         }
         Request::AttachTap(port) => {
-            let tap = tap.ok_or("the tap's descriptor did not come with the request")?;
-            let (id, address) = target.attach_tap(tap, port.options()?)?;
+            let options = port.options()?;
+            let mut queues = fds;
+            let netlink = queues.split_off(queues.len().min(options.queues.max(1).into()));
+            if queues.len() < options.queues.max(1).into() {
+                return Err("the tap's descriptor did not come with the request".to_owned());
+            }
+            let tap = GuestTap {
+                queues,
+                netlink: netlink.into_iter().next(),
+            };
+            let (id, address) = target.attach_tap(tap, options)?;
             (
                 Reply::TapPort {
                     port: id.0,
                     address,
                 },
-                None,
+                Vec::new(),
             )
         }
         Request::Detach { port } => {
@@ -393,51 +399,51 @@ fn perform(
                 return Err("the gateway can't be detached".to_owned());
             }
             target.detach(PortId(port));
-            (Reply::Done {}, None)
+            (Reply::Done {}, Vec::new())
         }
         Request::ForwardAdd { forward, .. } => {
             let spec: ForwardSpec = forward
                 .parse()
                 .map_err(|error| format!("forward {forward}: {error}"))?;
-            (Reply::Forward(target.add_forward(spec)?), None)
+            (Reply::Forward(target.add_forward(spec)?), Vec::new())
         }
         Request::ForwardList {} => {
             let forwards = target.forwards();
-            (Reply::Forwards { forwards }, None)
+            (Reply::Forwards { forwards }, Vec::new())
         }
         Request::ForwardRemove { forward } => {
             target.remove_forward(target.find_forward(&forward)?);
-            (Reply::Done {}, None)
+            (Reply::Done {}, Vec::new())
         }
         Request::Policy {} => (
             Reply::Policy {
                 text: target.policy(),
             },
-            None,
+            Vec::new(),
         ),
         Request::SetPolicy { text } => {
             target.set_policy(Some(&text))?;
-            (Reply::Done {}, None)
+            (Reply::Done {}, Vec::new())
         }
         Request::ClearPolicy {} => {
             target.set_policy(None)?;
-            (Reply::Done {}, None)
+            (Reply::Done {}, Vec::new())
         }
-        Request::Stop {} => (Reply::Done {}, None),
+        Request::Stop {} => (Reply::Done {}, Vec::new()),
     })
 }
 
-async fn write(stream: &UnixStream, mut bytes: &[u8], mut fd: Option<OwnedFd>) -> io::Result<()> {
+async fn write(stream: &UnixStream, mut bytes: &[u8], mut fds: Vec<OwnedFd>) -> io::Result<()> {
     while !bytes.is_empty() {
         stream.writable().await?;
         let sent = stream.try_io(Interest::WRITABLE, || {
-            let fd = fd.as_ref().map(AsFd::as_fd);
-            send_some(stream.as_fd(), bytes, fd.as_slice())
+            let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+            send_some(stream.as_fd(), bytes, &fds)
         });
         match sent {
             Ok(sent) => {
                 bytes = &bytes[sent..];
-                fd = None;
+                fds.clear();
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(error),
@@ -484,7 +490,7 @@ mod tests {
             let mac = options.mac.unwrap_or(Mac([2; 6]));
             Ok(VmmPort {
                 id: PortId(1),
-                fd: fd.into(),
+                fds: vec![fd.into()],
                 ifname: "vm1".to_owned(),
                 mac,
             })
@@ -495,7 +501,8 @@ mod tests {
             tap: GuestTap,
             options: PortOptions,
         ) -> Result<(PortId, Option<GuestAddress>), String> {
-            std::fs::File::from(tap.tap)
+            let queue = tap.queues.into_iter().next().unwrap();
+            std::fs::File::from(queue)
                 .write_all(b"tap")
                 .map_err(|e| e.to_string())?;
             let mut taps = self.taps.lock().unwrap();
@@ -588,14 +595,15 @@ mod tests {
         let port = client.attach_vmm(&options).unwrap();
         assert_eq!((port.id, port.mac), (PortId(1), Mac([2, 0, 0, 0, 0, 9])));
         let mut text = String::new();
-        io::Read::read_to_string(&mut std::fs::File::from(port.fd), &mut text).unwrap();
+        let queue = port.fds.into_iter().next().unwrap();
+        io::Read::read_to_string(&mut std::fs::File::from(queue), &mut text).unwrap();
         assert_eq!(text, "vmm");
 
         let (tap, mut peer) = std::os::unix::net::UnixStream::pair().unwrap();
         let (id, address) = client
             .attach_tap(
                 &GuestTap {
-                    tap: tap.into(),
+                    queues: vec![tap.into()],
                     netlink: None,
                 },
                 &options,

@@ -40,10 +40,12 @@ pub(super) struct PortWire {
     pub(super) id: u64,
 }
 
+/// The halves of one queue of a port.
+pub(super) type Queue = (Box<dyn PortRx>, Arc<dyn PortTx>);
+
 /// A port's halves and what belongs to them, before it has a number.
 pub(super) struct Opened {
-    pub(super) rx: Box<dyn PortRx>,
-    pub(super) tx: Arc<dyn PortTx>,
+    pub(super) queues: Vec<Queue>,
     pub(super) drops: Vec<Arc<dyn DropSource>>,
     pub(super) kind: &'static str,
     pub(super) wire: Option<PortWire>,
@@ -83,8 +85,7 @@ impl Shared {
         leased: bool,
     ) -> Result<(PortId, Option<Ipv4Addr>), NetworkError> {
         let Opened {
-            rx,
-            tx,
+            queues,
             drops,
             kind,
             wire,
@@ -125,19 +126,30 @@ impl Shared {
             name: name.clone(),
             mac,
         });
-        added &= self.crew.tell_all(|_| Command::AddPort {
-            id,
-            tx: Arc::clone(&tx),
-            counters: Arc::clone(&counters),
-            name: name.clone(),
-            group: group.clone(),
+        // The n-th queue is read by the n-th worker from the home on. Each worker sends by the queue
+        // that it reads: the kernel then gives it the other direction of the flow, too.
+        let workers = self.crew.members().len();
+        let (receivers, senders): (Vec<_>, Vec<_>) = queues.into_iter().unzip();
+        let home = usize::from(home.0);
+        added &= self.crew.tell_all(|worker| {
+            let nth = (usize::from(worker.0) + workers - home) % workers;
+            Command::AddPort {
+                id,
+                tx: Arc::clone(&senders[nth % senders.len()]),
+                counters: Arc::clone(&counters),
+                name: name.clone(),
+                group: group.clone(),
+            }
         });
-        let reception = Reception {
-            port: id,
-            rx,
-            counters,
-        };
-        added &= self.crew.member(home).send(Command::Receive(reception));
+        for (nth, rx) in receivers.into_iter().enumerate() {
+            let reception = Reception {
+                port: id,
+                rx,
+                counters: Arc::clone(&counters),
+            };
+            let worker = &self.crew.members()[(home + nth) % workers];
+            added &= worker.send(Command::Receive(reception));
+        }
         drop(ports);
         if added {
             return Ok((id, address));

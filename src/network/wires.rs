@@ -9,16 +9,16 @@ use std::sync::{Arc, Weak};
 
 use rustix::event::{PollFd, PollFlags};
 
-use super::ports::{Opened, PortWire};
+use super::ports::{Opened, PortWire, Queue};
 use super::{NetworkError, Shared, lock, system};
-use crate::port::{self, DropSource, PortRx, PortTx};
+use crate::port::{self, DropSource};
 use crate::tap::{
     Event as HelperEvent, Helper, HelperEvents, TapError, WireDrops, WireKind, WireOptions,
 };
 
 /// What a VMM is given of its wire.
 pub(super) struct VmmEnd {
-    pub(super) fd: OwnedFd,
+    pub(super) fds: Vec<OwnedFd>,
     pub(super) ifname: String,
 }
 
@@ -32,22 +32,26 @@ impl Shared {
         let wire = helper.create_wire(options)?;
         let mut drops: Vec<Arc<dyn DropSource>> =
             vec![Arc::new(WireDrops::new(Arc::clone(&helper), wire.id))];
-        let (rx, tx): (Box<dyn PortRx>, Arc<dyn PortTx>) = match wire.kind {
-            WireKind::Mirred => {
-                let (rx, tx) = port::tap::open(wire.sw)?;
-                (Box::new(rx), Arc::new(tx))
-            }
-            WireKind::Packet => {
-                let (rx, tx, ring) = port::packet::open(wire.sw, wire.uso)?;
-                drops.push(Arc::new(ring));
-                (Box::new(rx), Arc::new(tx))
-            }
+        let mut open = |fd| -> Result<Queue, TapError> {
+            Ok(match wire.kind {
+                WireKind::Mirred => {
+                    let (rx, tx) = port::tap::open(fd)?;
+                    (Box::new(rx), Arc::new(tx))
+                }
+                WireKind::Packet => {
+                    let (rx, tx, ring) = port::packet::open(fd, wire.uso)?;
+                    drops.push(Arc::new(ring));
+                    (Box::new(rx), Arc::new(tx))
+                }
+            })
         };
-        let fd = wire.vm.into_iter().next();
-        let fd = fd.ok_or_else(|| TapError::not_a_tap("no fd came with the wire"))?;
+        let queues = wire
+            .sw
+            .into_iter()
+            .map(&mut open)
+            .collect::<Result<_, _>>()?;
         let opened = Opened {
-            rx,
-            tx,
+            queues,
             drops,
             kind: "vmm",
             wire: Some(PortWire {
@@ -56,7 +60,8 @@ impl Shared {
             }),
         };
         let ifname = wire.vm_ifname;
-        Ok((opened, VmmEnd { fd, ifname }))
+        let fds = wire.vm;
+        Ok((opened, VmmEnd { fds, ifname }))
     }
 
     /// The helper process, started when the first VMM comes, and again when it had ended.

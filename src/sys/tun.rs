@@ -142,6 +142,16 @@ pub fn open_vnet(name: &str, multi_queue: bool) -> io::Result<(OwnedFd, String)>
     Ok((fd, name))
 }
 
+/// As [`open_vnet`], with this many queues: an fd for each.
+///
+/// # Errors
+/// As there.
+pub fn open_queues(name: &str, queues: u16) -> io::Result<Vec<OwnedFd>> {
+    (0..queues.max(1))
+        .map(|_| open_vnet(name, queues > 1).map(|(fd, _)| fd))
+        .collect()
+}
+
 /// Makes a plain tap, without virtio-net header, by the `tun-tap` crate: its fd and name.
 ///
 /// # Errors

@@ -36,7 +36,7 @@ pub struct WireOptions {
     /// MTU of the taps, 68..=65,521. It limits nothing that passes the wire; it is what a VMM sees
     /// that asks its tap.
     pub mtu: u32,
-    /// Queues of the VMM's tap: 1..=16, cut to that.
+    /// Queues of the VMM's tap: 1..=[`super::QUEUES_MAX`], cut to that.
     pub queues: u16,
     /// The VMM's tap is a plain one: no virtio-net header, one queue. The switch's end keeps its
     /// offloads; the kernel segments and sums for the VMM.
@@ -65,8 +65,9 @@ pub struct Wire {
     pub kind: WireKind,
     /// The VMM's fd, one for each queue.
     pub vm: Vec<OwnedFd>,
-    /// The switch's end: for [`crate::port::tap::open`] or [`crate::port::packet::open`] by `kind`.
-    pub sw: OwnedFd,
+    /// The switch's end: one for each queue for [`crate::port::tap::open`], or a single one for
+    /// [`crate::port::packet::open`], by `kind`.
+    pub sw: Vec<OwnedFd>,
     /// Name of the VMM's tap in the helper's namespace.
     pub vm_ifname: String,
     /// Name of the switch's tap there.
@@ -142,6 +143,7 @@ impl Helper {
                     kind,
                     vm_ifname,
                     sw_ifname,
+                    vm_queues,
                     uso,
                     fallback,
                 },
@@ -150,9 +152,10 @@ impl Helper {
                 if let Some(why) = fallback {
                     log::warn!("{vm_ifname}: a packet socket takes the place of a tap pair: {why}");
                 }
-                let sw = vm
-                    .pop()
-                    .ok_or_else(|| TapError::not_a_tap("no fd came with the wire"))?;
+                let sw = vm.split_off(vm_queues.min(vm.len()));
+                if sw.is_empty() {
+                    return Err(TapError::not_a_tap("no fd came with the wire"));
+                }
                 Ok(Wire {
                     id,
                     kind,

@@ -21,7 +21,7 @@ use rustix::io::Errno;
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_bind, mount_change};
 use rustix::process::{getegid, geteuid};
 
-use super::{TX_QUEUE_LEN, TapError};
+use super::{QUEUES_MAX, TX_QUEUE_LEN, TapError};
 use crate::frame::Mac;
 use crate::sys::netlink::{NetlinkError, RouteSocket};
 use crate::sys::rtnl::LinkChange;
@@ -79,12 +79,12 @@ pub struct GuestConfig6 {
 /// What the network needs of a guest.
 #[derive(Debug)]
 pub struct GuestFds {
-    /// The tap: for [`crate::port::tap::open`], or [`crate::port::plain::open`].
-    pub tap: OwnedFd,
+    /// The tap, an fd for each queue: for [`crate::port::tap::open`], or [`crate::port::plain::open`].
+    pub queues: Vec<OwnedFd>,
     /// A netlink socket of the guest's namespace: for [`super::LinkDrops`] with [`GUEST_IFNAME`].
     ///
-    /// Either fd keeps the namespace alive. The network must close both when the guest's command
-    /// has ended.
+    /// Each fd keeps the namespace alive. The network must close all when the guest's command has
+    /// ended.
     pub netlink: OwnedFd,
 }
 
@@ -97,21 +97,22 @@ pub struct Guest {
 
 impl Guest {
     /// Moves the calling process, which must have one thread, into fresh network, mount and (as an
-    /// ordinary user) user namespaces, and makes `eth0` there. `offload`: with virtio-net header.
+    /// ordinary user) user namespaces, and makes `eth0` there with that many queues. `offload`: with
+    /// virtio-net header; without, it has one queue.
     ///
     /// # Errors
     /// The host forbids namespaces or taps: the error says what to do.
-    pub fn enter(offload: bool) -> Result<Self, TapError> {
+    pub fn enter(offload: bool, queues: u16) -> Result<Self, TapError> {
         enter_namespaces().map_err(|error| TapError::namespace(&error))?;
-        let (tap, _) = if offload {
-            tun::open_vnet(GUEST_IFNAME, false)
+        let queues = if offload {
+            tun::open_queues(GUEST_IFNAME, queues.min(QUEUES_MAX))
         } else {
-            tun::open_plain(GUEST_IFNAME)
+            tun::open_plain(GUEST_IFNAME).map(|(fd, _)| vec![fd])
         }
         .map_err(|error| TapError::tap_open(GUEST_IFNAME, &error))?;
         let open = || RouteSocket::open(0).map_err(|error| TapError::tap("netlink", &error));
         let fds = Some(GuestFds {
-            tap,
+            queues,
             netlink: open()?.into_fd(),
         });
         let mut guest = Self {

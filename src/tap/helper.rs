@@ -149,6 +149,7 @@ impl Server {
                 let reply = Reply::Wire {
                     id,
                     kind: made.kind,
+                    vm_queues: made.vm_queues,
                     vm_ifname,
                     sw_ifname,
                     uso: made.uso,

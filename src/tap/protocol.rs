@@ -37,6 +37,8 @@ pub(super) enum Reply {
         kind: WireKind,
         vm_ifname: String,
         sw_ifname: String,
+        /// How many of the fds are the VMM's.
+        vm_queues: usize,
         uso: bool,
         /// Why it is not the kind that was tried first.
         fallback: Option<TapError>,

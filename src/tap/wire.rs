@@ -1,19 +1,13 @@
 //! Making wires inside the helper's namespace.
 
 use std::fs;
-use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
-use super::{TX_QUEUE_LEN, TapError, WireKind, WireOptions};
+use super::{QUEUES_MAX, TX_QUEUE_LEN, TapError, WireKind, WireOptions};
 use crate::port::KernelDrops;
 use crate::sys::netlink::{NetlinkError, RouteSocket};
 use crate::sys::rtnl::{Link, LinkChange};
 use crate::sys::{packet_ring, tun};
-
-/// Queues of a VMM's tap at most: their fds travel in one message, and no worker count of a little
-/// LAN needs more.
-const QUEUES_MAX: u16 = 16;
-const _: () = assert!((QUEUES_MAX as usize) < crate::sys::fd_pass::FDS_MAX);
 
 /// What the helper remembers of a wire. It keeps no fd of it.
 #[derive(Debug)]
@@ -31,8 +25,10 @@ pub(super) struct Made {
     pub kind: WireKind,
     pub vm_ifname: String,
     pub sw_ifname: String,
-    /// The VMM's queues, then the switch's end.
+    /// The VMM's queues, then the switch's.
     pub fds: Vec<OwnedFd>,
+    /// How many are the VMM's.
+    pub vm_queues: usize,
     pub uso: bool,
     /// Why it is no pair, where one was tried.
     pub fallback: Option<TapError>,
@@ -54,24 +50,22 @@ pub(super) fn make(
     let opened = if plain {
         tun::open_plain(&vm_ifname).map(|(fd, _)| vec![fd])
     } else {
-        open_queues(&vm_ifname, queues)
+        tun::open_queues(&vm_ifname, queues.clamp(1, QUEUES_MAX))
     };
     let mut fds = opened.map_err(|error| TapError::tap_open(&vm_ifname, &error))?;
     let vm = prepare(route, &vm_ifname, mtu)?;
     let sw_ifname = format!("sw{id}");
-    let (kind, (fd, uso), fallback) = match kind {
-        Some(WireKind::Mirred) => (
-            WireKind::Mirred,
-            pair_end(route, vm, &sw_ifname, mtu)?,
-            None,
-        ),
+    let vm_queues = fds.len();
+    let mut pair = || pair_end(route, vm, (&sw_ifname, vm_queues as u16), mtu);
+    let (kind, (ends, uso), fallback) = match kind {
+        Some(WireKind::Mirred) => (WireKind::Mirred, pair()?, None),
         Some(WireKind::Packet) => (WireKind::Packet, packet_end(vm)?, None),
-        None => match pair_end(route, vm, &sw_ifname, mtu) {
+        None => match pair() {
             Ok(end) => (WireKind::Mirred, end, None),
             Err(why) => (WireKind::Packet, packet_end(vm)?, Some(why)),
         },
     };
-    fds.push(fd);
+    fds.extend(ends);
     let paired = kind == WireKind::Mirred;
     Ok(Made {
         ends: WireEnds {
@@ -83,21 +77,26 @@ pub(super) fn make(
         sw_ifname: if paired { sw_ifname } else { vm_ifname.clone() },
         vm_ifname,
         fds,
+        vm_queues,
         uso,
         fallback,
     })
 }
 
-/// The switch's end as a second tap.
+/// The switch's end as a second tap, with as many queues as the VMM's.
 fn pair_end(
     route: &mut RouteSocket,
     vm: Link,
-    name: &str,
+    (name, queues): (&str, u16),
     mtu: u32,
-) -> Result<(OwnedFd, bool), TapError> {
-    let (fd, _) = tun::open_vnet(name, false).map_err(|error| TapError::tap_open(name, &error))?;
+) -> Result<(Vec<OwnedFd>, bool), TapError> {
+    let fds = tun::open_queues(name, queues).map_err(|error| TapError::tap_open(name, &error))?;
     let sw = prepare(route, name, mtu)?;
-    let uso = tun::enable_offloads(fd.as_fd()).map_err(|error| TapError::tap(name, &error))?;
+    let mut uso = true;
+    for fd in &fds {
+        let offloads = tun::enable_offloads(fd.as_fd());
+        uso &= offloads.map_err(|error| TapError::tap(name, &error))?;
+    }
     let mut join = || -> Result<(), NetlinkError> {
         route.clsact_add(vm.index)?;
         route.clsact_add(sw.index)?;
@@ -111,25 +110,17 @@ fn pair_end(
             &error,
         )
     })?;
-    Ok((fd, uso))
+    Ok((fds, uso))
 }
 
-/// The switch's end as a packet socket on the VMM's tap.
-fn packet_end(vm: Link) -> Result<(OwnedFd, bool), TapError> {
+/// The switch's end as a packet socket on the VMM's tap: one, however many queues the VMM has.
+fn packet_end(vm: Link) -> Result<(Vec<OwnedFd>, bool), TapError> {
     let fd = packet_ring::open(vm.index).map_err(|error| TapError::tap("packet socket", &error))?;
     // What the driver knows, asked on a tap of its own: the VMM's is for the VMM to set.
     let probe = tun::open_vnet("probe%d", false)
         .and_then(|(probe, _)| tun::enable_offloads(probe.as_fd()))
         .unwrap_or(false);
-    Ok((fd, probe))
-}
-
-/// Makes a tap with `queues` queues.
-fn open_queues(name: &str, queues: u16) -> io::Result<Vec<OwnedFd>> {
-    let queues = queues.clamp(1, QUEUES_MAX);
-    (0..queues)
-        .map(|_| tun::open_vnet(name, queues > 1).map(|(fd, _)| fd))
-        .collect()
+    Ok((vec![fd], probe))
 }
 
 /// Makes a tap silent and brings it up.

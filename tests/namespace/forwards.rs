@@ -7,7 +7,7 @@ use crate::{assert_said, scenario};
 /// For the scenarios: guests that stay, each in the background with its address in NAME.address until
 /// NAME.over exists: guest NAME COMMANDS [OPTION of lanlet exec...]. What they say is in NAME.log.
 /// served NAME: makes a directory with a page that says NAME. get URL: the page, or curl's status.
-const PRELUDE: &str = r#"
+pub const PRELUDE: &str = r#"
 guest() {
     local name=$1 commands=$2
     shift 2

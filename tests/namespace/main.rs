@@ -31,6 +31,7 @@ mod refusals;
 mod streams;
 mod udp;
 mod v6_lan;
+mod workers;
 
 use common::{Outcome, World};
 

@@ -89,7 +89,7 @@ impl Guest {
         let tap = Tap::of(&port);
         let program = qemu::find()?;
         let command = qemu::command(&program, arguments.as_flattened(), &tap);
-        let mut child = child::with_fd(&command, &port.fd)?
+        let mut child = child::with_fds(&command, &port.fds)?
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

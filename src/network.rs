@@ -4,6 +4,7 @@
 //! has to tell, and a control thread with a tokio runtime for DNS, the lease file and the helper's
 //! notices. Ports and forwards are added and removed while it runs.
 
+mod balance;
 mod error;
 mod forwards;
 mod housekeeping;

@@ -100,6 +100,8 @@ pub struct PortCounters {
     pub rx_frames: AtomicU64,
     /// Bytes received from the port.
     pub rx_bytes: AtomicU64,
+    /// Frames received that were for the gateway.
+    pub rx_gateway: AtomicU64,
     /// Frames received that went on as part of the one before them ([`crate::offload::coalesce`]).
     pub rx_joined: AtomicU64,
     /// Frames sent to the port (a super-frame counts once).
@@ -115,6 +117,7 @@ impl Default for PortCounters {
         Self {
             rx_frames: AtomicU64::new(0),
             rx_bytes: AtomicU64::new(0),
+            rx_gateway: AtomicU64::new(0),
             rx_joined: AtomicU64::new(0),
             tx_frames: AtomicU64::new(0),
             tx_bytes: AtomicU64::new(0),

@@ -270,10 +270,15 @@ impl Worker {
             let more = rx.recv(&mut self.batch, counters);
             let lan = &self.path.lan;
             counters.join(offload::coalesce(&mut self.batch, |frame| lan.takes(frame)));
+            let mut for_gateway = 0;
             for frame in self.batch.frames() {
-                if let Err(reason) = self.path.handle_frame(port, frame) {
-                    counters.count_drop(reason);
+                match self.path.handle_frame(port, frame) {
+                    Ok(gateway) => for_gateway += u64::from(gateway),
+                    Err(reason) => counters.count_drop(reason),
                 }
+            }
+            if for_gateway > 0 {
+                counters.rx_gateway.fetch_add(for_gateway, Relaxed);
             }
             self.path.flush(&self.events);
             match more {
@@ -453,12 +458,13 @@ impl Path {
         }
     }
 
-    /// Switches one frame of a port.
-    fn handle_frame(&mut self, ingress: PortId, frame: Frame<'_>) -> Result<(), DropReason> {
-        match self.lan.forward(ingress, frame)? {
-            true => self.receive_for_gateway(ingress, frame),
-            false => Ok(()),
+    /// Switches one frame of a port; whether it was for the gateway.
+    fn handle_frame(&mut self, ingress: PortId, frame: Frame<'_>) -> Result<bool, DropReason> {
+        let for_gateway = self.lan.forward(ingress, frame)?;
+        if for_gateway {
+            self.receive_for_gateway(ingress, frame)?;
         }
+        Ok(for_gateway)
     }
 
     /// Takes a frame for the gateway, or posts it where its port is at home.

@@ -1,9 +1,11 @@
-//! What has to be looked after while a network runs: the lease file, and whether the host has IPv6.
+//! What has to be looked after while a network runs: the lease file, whether the host has IPv6, and
+//! whether the workers share the load.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
+use super::balance::Balancer;
 use super::{Shared, lock};
 use crate::control::lease_file::LeaseFile;
 use crate::dhcp::lease::LeaseTable;
@@ -116,16 +118,18 @@ impl HostIpv6 {
     }
 }
 
-/// Keeps the lease file and the guests' IPv6 route current.
+/// Keeps the lease file, the guests' IPv6 route and the spread of ports current.
 pub(super) async fn housekeep(
     shared: &Arc<Shared>,
     keeper: Option<&Arc<Mutex<LeaseKeeper>>>,
     mut host_ipv6: HostIpv6,
 ) {
     let mut tick = tokio::time::interval(HOUSEKEEPING);
+    let mut balancer = Balancer::new();
     loop {
         tick.tick().await;
         host_ipv6.follow(shared);
+        balancer.follow(shared);
         if let Some(keeper) = keeper {
             let (keeper, shared) = (Arc::clone(keeper), Arc::clone(shared));
             // A slow disk must not hold up the resolver on this thread. A panic was reported.

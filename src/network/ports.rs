@@ -31,6 +31,9 @@ pub(super) struct Port {
     pub(super) counters: Arc<PortCounters>,
     pub(super) drops: Vec<Arc<dyn DropSource>>,
     pub(super) wire: Option<PortWire>,
+    pub(super) queues: usize,
+    /// The worker that reads it, or its first queue.
+    pub(super) reader: WorkerId,
 }
 
 /// The wire behind a VMM's port.
@@ -106,8 +109,8 @@ impl Shared {
         } else {
             name
         };
-        log::debug!("port {id} ({name}) attached");
         let home = ports.least_used(&self.crew);
+        log::debug!("port {id} ({name}) attached");
         let port = Port {
             name: name.clone(),
             kind,
@@ -116,6 +119,8 @@ impl Shared {
             counters: Arc::clone(&counters),
             drops,
             wire,
+            queues: queues.len(),
+            reader: home,
         };
         ports.by_id.insert(id, port);
         self.crew.homes().set(id, home);
@@ -218,6 +223,8 @@ mod tests {
             counters: Arc::default(),
             drops: Vec::new(),
             wire: None,
+            queues: 1,
+            reader: WorkerId(0),
         }
     }
 

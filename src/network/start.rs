@@ -19,7 +19,7 @@ use crate::control::lease_file::LeaseFile;
 use crate::control::resolver::{AnswerSink, Resolver, ResolverConfig};
 use crate::dhcp::DhcpConfig;
 use crate::dhcp::lease::LeaseTable;
-use crate::frame::{self, Mac, PortId};
+use crate::frame::{self, Mac, PortId, WorkerId};
 use crate::gateway::{Lan6, LanConfig};
 use crate::nat::common::Common;
 use crate::nat::{NatConfig, Service};
@@ -162,6 +162,8 @@ impl Network {
             counters: gateway_counters,
             drops: Vec::new(),
             wire: None,
+            queues: 0,
+            reader: WorkerId::default(),
         };
         let forwards = config.forwards.clone();
         let shared = Arc::new(Shared {

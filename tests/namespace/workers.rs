@@ -35,7 +35,7 @@ fn several_workers_are_one_network() {
                 "$LAB/as-user" "$LANLET" exec --queues $queues -- bash -c "
                     curl -s http://$one/ http://$two/; dig +short outside.test A
                     ping -c 2 -i 0.1 -q 203.0.113.1 | grep -o '2 received'
-                    iperf3 -c outside.test -t 1 -P 4 -J | grep -c '\"sender\":'" >>guests.log 2>&1
+                    iperf3 -c outside.test -t 1 -P 4 -J | grep -c sum_received" >>guests.log 2>&1
             done
             say guests=$(sort guests.log | uniq -c | tr -s ' ' | tr ' \n' '_;')
             # A policy holds for the guests of either.

@@ -28,6 +28,11 @@
 //! as ingress of [`frame::PortId::GATEWAY`], so learning, counters and guards see it like any other
 //! traffic.
 //!
+//! # Several workers
+//! Each port is read by one worker, or a queue of it by each of several, and that worker writes into
+//! whatever port a frame is for. Shared are the MAC table, the leases and a few numbers; gateway and NAT
+//! are each worker's own, for the ports that are at home with it ([`nat::common`]).
+//!
 //! # Layers
 //! A module imports only from its own layer and from those above it in this list
 //! (`tests/layering.rs` checks it from the sources).
@@ -47,7 +52,7 @@
 //! # Invariants
 //! 1. Frames in = frames out + drops by reason (a flood counts its copies).
 //! 2. Nothing leaves by the port it came in on.
-//! 3. Order holds per (ingress, egress) pair of ports.
+//! 3. Order holds per (ingress queue, egress port) pair.
 //! 4. A group or gateway source MAC is never learned; 01-80-C2-00-00-0x is not forwarded.
 //! 5. Tables, flows, leases and queues never pass their limit.
 //! 6. Every frame that leaves without offload has right checksums.

@@ -51,7 +51,7 @@ use crate::sys::{error_queue, mmsg, socket};
 use crate::wire::Family;
 use addresses::{AddressWatch, Change};
 use outbound::Outbound;
-use route::RouteTable;
+use route::HostAddresses;
 
 /// The token of the host's address changes ([`HostUplink::poll_addresses`]).
 pub const TOKEN_ADDRESSES: u64 = 20 << 56;
@@ -185,7 +185,7 @@ pub struct HostUplink {
     sockets: Vec<Option<Socket>>,
     free: Vec<u32>,
     batch: mmsg::RecvBatch,
-    routes: RouteTable,
+    own: HostAddresses,
     served: VecDeque<ServiceStream>,
     /// Keeps UDP_GRO in use. The kernel patches its code when the first such socket of the machine
     /// opens and when the last one closes (`udp_encap_needed_key`): measured, 140 microseconds per
@@ -216,7 +216,7 @@ impl HostUplink {
             sockets: Vec::new(),
             free: Vec::new(),
             batch: mmsg::RecvBatch::new(),
-            routes: RouteTable::open()?,
+            own: HostAddresses::open()?,
             served: VecDeque::new(),
             _gro: gro,
             random: [0; 256],
@@ -728,7 +728,7 @@ impl Uplink for HostUplink {
     }
 
     fn is_host_address(&mut self, address: IpAddr) -> bool {
-        self.routes.is_local(address)
+        self.own.is_local(address)
     }
 
     fn random(&mut self) -> u64 {

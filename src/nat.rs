@@ -84,6 +84,11 @@ pub struct Ready {
     pub writable: bool,
     /// An error is pending (POLLERR): read it with a call on the socket.
     pub error: bool,
+    /// Of a stream: its end, an error or urgent data lies behind what can be read (POLLRDHUP, POLLHUP,
+    /// POLLERR, POLLPRI). No other edge may come before that is read, too.
+    pub last_edge: bool,
+    /// Of a stream: not connected, or finished both ways (POLLHUP).
+    pub hung_up: bool,
 }
 
 /// A host error that means something to a guest.
@@ -114,6 +119,9 @@ pub enum HostError {
 pub enum Io {
     /// This many bytes.
     Done(usize),
+    /// This many bytes, which were all (TCP receive only): what comes behind them is a new edge of
+    /// readiness, unless [`Ready::last_edge`] was told of.
+    Drained(usize),
     /// The peer sent FIN (TCP receive only).
     Eof,
     /// EAGAIN: wait for readiness.

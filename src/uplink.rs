@@ -15,6 +15,10 @@
 //!   moment; its events carry an old generation and find no flow.
 //! - A TCP socket is added to epoll after connect: before, it would report EPOLLHUP. EPOLL_CTL_ADD
 //!   looks at the state, so a connect that is over already still gives its edge.
+//! - A receive on a TCP socket that brings less than it could has taken all there was (epoll(7), Q9), but
+//!   that it stops before the end of the stream, and before urgent data even if that is in line
+//!   (net/ipv4/tcp.c, `tcp_recvmsg_locked`). Both are told by the event that comes with them.
+//!   On unix sockets it stops behind passed descriptors, too.
 //! - An unconnected UDP or ping socket gets ICMP errors only with IP_RECVERR (net/ipv4/udp.c,
 //!   `__udp4_lib_err`): they wait in its error queue, raise EPOLLERR while they do, and the newest one
 //!   makes the next send or receive fail once (`sk_err`), which then has not taken place.
@@ -51,7 +55,7 @@ use crate::sys::{error_queue, mmsg, socket};
 use crate::wire::Family;
 use addresses::{AddressWatch, Change};
 use outbound::Outbound;
-use route::RouteTable;
+use route::HostAddresses;
 
 /// The token of the host's address changes ([`HostUplink::poll_addresses`]).
 pub const TOKEN_ADDRESSES: u64 = 20 << 56;
@@ -103,6 +107,8 @@ pub fn ready(flags: EventFlags) -> Ready {
         readable: broken || flags.intersects(EventFlags::IN | EventFlags::RDHUP),
         writable: broken || flags.contains(EventFlags::OUT),
         error: flags.contains(EventFlags::ERR),
+        last_edge: broken || flags.intersects(EventFlags::RDHUP | EventFlags::PRI),
+        hung_up: flags.contains(EventFlags::HUP),
     }
 }
 
@@ -110,6 +116,7 @@ pub fn ready(flags: EventFlags) -> Ready {
 const STREAM_EVENTS: EventFlags = EventFlags::IN
     .union(EventFlags::OUT)
     .union(EventFlags::RDHUP)
+    .union(EventFlags::PRI)
     .union(EventFlags::ET);
 /// Keep-alives toward the outside for a guest that sends some itself: whoever asks that often wants to
 /// know within about a minute.
@@ -125,6 +132,8 @@ const ERRORS_BATCH: usize = 32;
 struct Socket {
     fd: OwnedFd,
     family: Family,
+    /// TCP: a short receive has taken all.
+    is_tcp: bool,
     /// What it was registered with.
     token: u64,
     /// TTL, TOS and fragmentation as set on the socket. Guests rarely change theirs, so the options are
@@ -185,7 +194,7 @@ pub struct HostUplink {
     sockets: Vec<Option<Socket>>,
     free: Vec<u32>,
     batch: mmsg::RecvBatch,
-    routes: RouteTable,
+    own: HostAddresses,
     served: VecDeque<ServiceStream>,
     /// Keeps UDP_GRO in use. The kernel patches its code when the first such socket of the machine
     /// opens and when the last one closes (`udp_encap_needed_key`): measured, 140 microseconds per
@@ -216,7 +225,7 @@ impl HostUplink {
             sockets: Vec::new(),
             free: Vec::new(),
             batch: mmsg::RecvBatch::new(),
-            routes: RouteTable::open()?,
+            own: HostAddresses::open()?,
             served: VecDeque::new(),
             _gro: gro,
             random: [0; 256],
@@ -299,6 +308,20 @@ impl HostUplink {
         self.sockets.len() - self.free.len()
     }
 
+    /// As [`HostUplink::keep`], of a connection.
+    fn keep_stream(
+        &mut self,
+        (fd, is_tcp): (OwnedFd, bool),
+        family: Family,
+        owner: SockOwner,
+    ) -> Result<SockId, HostError> {
+        let id = self.keep(fd, family, owner, STREAM_EVENTS)?;
+        if let Some(Some(socket)) = self.sockets.get_mut(id.0 as usize) {
+            socket.is_tcp = is_tcp;
+        }
+        Ok(id)
+    }
+
     fn socket(&self, id: SockId) -> Option<&Socket> {
         let socket = self.sockets.get(id.0 as usize).and_then(Option::as_ref);
         debug_assert!(socket.is_some(), "{id:?} is not open");
@@ -322,6 +345,7 @@ impl HostUplink {
         let socket = Some(Socket {
             fd,
             family,
+            is_tcp: false,
             token: token(owner),
             sends: Sends::default(),
         });
@@ -437,7 +461,7 @@ impl Uplink for HostUplink {
             Ok(()) | Err(Errno::INPROGRESS) => {}
             Err(errno) => return Err(host_error(errno)),
         }
-        self.keep(fd, family, owner, STREAM_EVENTS)
+        self.keep_stream((fd, true), family, owner)
     }
 
     fn tcp_connected(&mut self, socket: SockId) -> Result<bool, HostError> {
@@ -460,8 +484,10 @@ impl Uplink for HostUplink {
         if buffer.is_empty() {
             return Io::Done(0);
         }
+        let room = buffer.len();
         match recv(&socket.fd, buffer, RecvFlags::DONTWAIT) {
             Ok((0, _)) => Io::Eof,
+            Ok((len, _)) if len < room && socket.is_tcp => Io::Drained(len),
             Ok((len, _)) => Io::Done(len),
             Err(errno) => failed(errno),
         }
@@ -536,7 +562,8 @@ impl Uplink for HostUplink {
             // The client may have reset it already, which the first receive tells.
             let _ = tune(&fd);
         }
-        Ok(Some((self.keep(fd, family, owner, STREAM_EVENTS)?, peer)))
+        let socket = self.keep_stream((fd, peer.is_some()), family, owner)?;
+        Ok(Some((socket, peer)))
     }
 
     fn hand_over(&mut self, socket: SockId, owner: SockOwner) {
@@ -559,7 +586,7 @@ impl Uplink for HostUplink {
             Err(Errno::NOENT | Errno::AGAIN | Errno::NOTSOCK) => return Err(HostError::Refused),
             Err(errno) => return Err(host_error(errno)),
         }
-        self.keep(fd, Family::V4, owner, STREAM_EVENTS)
+        self.keep_stream((fd, false), Family::V4, owner)
     }
 
     fn service_connect(
@@ -574,7 +601,7 @@ impl Uplink for HostUplink {
         let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
         let (ours, theirs) =
             socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(host_error)?;
-        let socket = self.keep(ours, Family::V4, owner, STREAM_EVENTS)?;
+        let socket = self.keep_stream((ours, false), Family::V4, owner)?;
         self.served.push_back(ServiceStream {
             service,
             port,
@@ -745,7 +772,7 @@ impl Uplink for HostUplink {
     }
 
     fn is_host_address(&mut self, address: IpAddr) -> bool {
-        self.routes.is_local(address)
+        self.own.is_local(address)
     }
 
     fn random(&mut self) -> u64 {

@@ -407,7 +407,7 @@ pub(super) fn send_again<U: Uplink + ?Sized>(
         outcome = up.send_to(socket, to, payload, options);
     }
     Err(match outcome {
-        Io::Done(len) => return Ok(len),
+        Io::Done(len) | Io::Drained(len) => return Ok(len),
         Io::Blocked | Io::Eof | Io::Failed(HostError::Exhausted) => (DropReason::HostFull, None),
         Io::Failed(HostError::TooBig) => (DropReason::TooBig, None),
         Io::Failed(HostError::NetUnreachable) => {

@@ -512,12 +512,19 @@ impl TcpNat {
         };
         flow.host_readable |= ready.readable | ready.error;
         flow.host_writable |= ready.writable;
+        flow.last_edge |= ready.last_edge;
         // The error is taken with the question: from here on the flow remembers it.
         if ready.error && !flow.is_connecting() && up.tcp_connected(flow.host).is_err() {
             flow.broken_at.get_or_insert(now);
         }
         if let State::Connecting(syn) = &flow.state {
-            match up.tcp_connected(flow.host) {
+            // Room to send and nothing wrong: only a connected socket is so.
+            let is_connected = ready.writable && !ready.error && !ready.hung_up;
+            let connected = match is_connected {
+                true => Ok(true),
+                false => up.tcp_connected(flow.host),
+            };
+            match connected {
                 Ok(false) => return,
                 Ok(true) => {
                     let Some(socket) = self.arena.socket(rx_ring_bytes(flows)) else {
@@ -536,8 +543,6 @@ impl TcpNat {
                     flow.state = State::Open(Box::new(engine));
                     let port = flow.port;
                     flow.active_at = now;
-                    // The first bytes may have come with the same edge.
-                    flow.host_readable = true;
                     flow.host_writable = true;
                     self.connecting -= 1;
                     self.load(port).connecting -= 1;

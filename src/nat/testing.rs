@@ -547,6 +547,8 @@ fn ready(socket: &FakeSocket) -> Ready {
                 readable: failed || (connected && (!tcp.inbound.is_empty() || tcp.peer_fin)),
                 writable: failed || (connected && tcp.send_room > 0),
                 error: failed,
+                last_edge: failed || tcp.peer_fin,
+                hung_up: failed,
             }
         }
         Kind::Listener { waiting } => Ready {
@@ -557,6 +559,7 @@ fn ready(socket: &FakeSocket) -> Ready {
             readable: !socket.datagrams.is_empty() || !socket.reported.is_empty(),
             writable: false,
             error: !socket.reported.is_empty(),
+            ..Ready::default()
         },
     }
 }
@@ -600,7 +603,11 @@ impl Uplink for FakeUplink {
             for (to, byte) in buffer.iter_mut().zip(tcp.inbound.drain(..len)) {
                 *to = byte;
             }
-            return Io::Done(len);
+            // As the kernel's: what a limit holds back may be there.
+            return match tcp.inbound.is_empty() && len < buffer.len().min(recv_max) {
+                true => Io::Drained(len),
+                false => Io::Done(len),
+            };
         }
         match tcp.broken {
             Some(error) => Io::Failed(error),
@@ -1111,7 +1118,7 @@ mod tests {
         up.peer_shutdown(socket);
         up.recv_max = 3;
         assert_eq!(up.tcp_recv(socket, &mut buffer), Io::Done(3));
-        assert_eq!(up.tcp_recv(socket, &mut buffer), Io::Done(2));
+        assert_eq!(up.tcp_recv(socket, &mut buffer), Io::Drained(2));
         assert_eq!(up.tcp_recv(socket, &mut buffer), Io::Eof);
         while up.poll_event().is_some() {}
 

@@ -202,6 +202,24 @@ impl RouteSocket {
             .map(|(kind, _, body)| (kind, body.to_vec()))
             .collect())
     }
+
+    /// Throws the multicasts away that wait, `max` at most. Returns how many there were; lost ones
+    /// (ENOBUFS) count too.
+    ///
+    /// # Errors
+    /// Those of recv(2) that say nothing about multicasts.
+    pub fn discard_notifications(&self, max: usize) -> io::Result<usize> {
+        // What does not fit is cut off by the kernel, and nobody looks at it.
+        let mut head = [0; HEADER_LEN];
+        for count in 0..max {
+            match rustix::net::recv(&self.fd, &mut head[..], RecvFlags::DONTWAIT) {
+                Ok(_) | Err(Errno::NOBUFS) => {}
+                Err(Errno::AGAIN) => return Ok(count),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(max)
+    }
 }
 
 impl AsFd for RouteSocket {

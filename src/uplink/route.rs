@@ -4,14 +4,24 @@
 //! RTM_GETROUTE answers for the whole table in one system call each way (3 microseconds), for
 //! secondary addresses and `local` prefixes too. Connecting a UDP socket and comparing its own address
 //! does not: for a secondary address the kernel picks the primary one as source.
+//!
+//! [`HostAddresses`] remembers the answers. It must not be the one who hears last: the kernel queues
+//! its multicast about an address before the address works (net/ipv4/devinet.c, `__inet_insert_ifa`:
+//! RTM_NEWADDR, then the notifier that adds the local route), so looking into that queue before each
+//! answer makes a remembered one as good as a fresh one, for a tenth of the time.
 
 use std::io;
 use std::net::{IpAddr, Ipv6Addr};
 use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+use hashbrown::HashMap;
 
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socket_with,
 };
+
+use crate::sys::netlink::RouteSocket;
 
 /// linux/rtnetlink.h: RTM_NEWROUTE, RTM_GETROUTE, RTN_*, RTA_DST.
 const RTM_NEWROUTE: u16 = 24;
@@ -41,6 +51,63 @@ const REPLIES_MAX: usize = 8;
 /// Somewhere in the IPv6 Internet: the first address of what IANA has given out (2000::/3). Only the
 /// routing table is asked; nothing is sent there.
 const OUTSIDE6: Ipv6Addr = Ipv6Addr::new(0x2000, 0, 0, 0, 0, 0, 0, 1);
+
+/// Multicasts after which an address may be the host's that was not before: links, addresses, routes and
+/// rules (linux/rtnetlink.h: RTMGRP_*, and RTNLGRP_IPV6_RULE, which has no name of that kind).
+const GROUPS: u32 = 0x1 | 0x10 | 0x40 | 0x80 | 0x100 | 0x400 | 1 << 18;
+/// Addresses remembered; a guest that scans the Internet makes it start over. 24 bytes each.
+const KNOWN_MAX: usize = 1_024;
+/// How long an answer is good for, should a change not be told of: at 10,000 connections per second to
+/// one server the question is rare by far with this.
+const KNOWN_FOR: Duration = Duration::from_secs(1);
+/// Multicasts taken per question, so that a host whose routes change all the time holds up nobody.
+const NOTICES_MAX: usize = 64;
+
+/// Which addresses are the host's own, with a memory.
+#[derive(Debug)]
+pub struct HostAddresses {
+    table: RouteTable,
+    /// Without it nothing is remembered.
+    changes: Option<RouteSocket>,
+    known: HashMap<IpAddr, bool>,
+    /// When the oldest of them was asked.
+    since: Instant,
+}
+
+impl HostAddresses {
+    /// Nothing is remembered yet.
+    ///
+    /// # Errors
+    /// As [`RouteTable::open`].
+    pub fn open() -> io::Result<Self> {
+        Ok(Self {
+            // First: what changes from here on is heard.
+            changes: RouteSocket::open(GROUPS).ok(),
+            table: RouteTable::open()?,
+            known: HashMap::new(),
+            since: Instant::now(),
+        })
+    }
+
+    /// As [`RouteTable::is_local`].
+    pub fn is_local(&mut self, address: IpAddr) -> bool {
+        let Some(changes) = &self.changes else {
+            return self.table.is_local(address);
+        };
+        let quiet = matches!(changes.discard_notifications(NOTICES_MAX), Ok(0));
+        if !quiet || self.known.len() >= KNOWN_MAX || self.since.elapsed() >= KNOWN_FOR {
+            self.known.clear();
+        }
+        if self.known.is_empty() {
+            self.since = Instant::now();
+        }
+        let table = &mut self.table;
+        *self
+            .known
+            .entry(address)
+            .or_insert_with(|| table.is_local(address))
+    }
+}
 
 /// A netlink socket kept for questions.
 #[derive(Debug)]
@@ -160,6 +227,30 @@ mod tests {
         ] {
             assert!(!table.is_local(foreign.parse().unwrap()), "{foreign}");
         }
+    }
+
+    #[test]
+    fn what_is_remembered_is_forgotten_in_time_and_bounded() {
+        let mut own = HostAddresses::open().unwrap();
+        let (local, foreign) = ([127, 0, 0, 1].into(), [192, 0, 2, 1].into());
+        for _ in 0..3 {
+            assert!(own.is_local(local));
+            assert!(!own.is_local(foreign));
+        }
+        // Made wrong, it is believed until it is too old. A change elsewhere may have come between.
+        own.known.insert(foreign, true);
+        let believed = own.is_local(foreign);
+        own.since = Instant::now()
+            .checked_sub(KNOWN_FOR)
+            .expect("the machine is up for longer");
+        assert!(!own.is_local(foreign), "{believed}");
+        for n in 0..2 * KNOWN_MAX as u32 {
+            own.is_local(IpAddr::V4((0xc000_0200 + n).into()));
+            assert!(own.known.len() <= KNOWN_MAX);
+        }
+        own.changes = None;
+        own.known.insert(foreign, true);
+        assert!(!own.is_local(foreign), "nothing is remembered unheard");
     }
 
     #[test]

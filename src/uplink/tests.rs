@@ -97,7 +97,7 @@ fn tcp_both_ways_with_half_close() {
 
     stream.write_all(b"to guest").unwrap();
     stream.shutdown(std::net::Shutdown::Write).unwrap();
-    assert_eq!(recv_wait(&mut up, socket, &mut buffer), Io::Done(8));
+    assert_eq!(recv_wait(&mut up, socket, &mut buffer), Io::Drained(8));
     assert_eq!(&buffer[..8], b"to guest");
     assert_eq!(recv_wait(&mut up, socket, &mut buffer), Io::Eof);
 
@@ -724,7 +724,7 @@ fn a_forwards_listener_gives_its_clients() {
     client.write_all(b"hello").unwrap();
     up.hand_over(socket, TCP);
     let mut buffer = [0; 8];
-    assert_eq!(recv_wait(&mut up, socket, &mut buffer), Io::Done(5));
+    assert_eq!(recv_wait(&mut up, socket, &mut buffer), Io::Drained(5));
     up.tcp_abort_on_close(socket);
     up.close(socket);
     assert!(client.read(&mut buffer).is_err(), "a reset");

@@ -281,9 +281,11 @@ impl Sessions {
         };
         match sent {
             Io::Done(len) if len >= udp.payload.len() => Ok(()),
-            Io::Done(_) | Io::Blocked | Io::Eof | Io::Failed(HostError::Exhausted) => {
-                Err(DropReason::HostFull)
-            }
+            Io::Done(_)
+            | Io::Drained(_)
+            | Io::Blocked
+            | Io::Eof
+            | Io::Failed(HostError::Exhausted) => Err(DropReason::HostFull),
             Io::Failed(HostError::TooBig) => Err(DropReason::TooBig),
             Io::Failed(_) => Err(DropReason::HostRefused),
         }

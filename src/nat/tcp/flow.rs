@@ -50,6 +50,8 @@ pub struct Flow {
     /// The host socket may have something to read (edge-triggered: true until it says "blocked").
     pub host_readable: bool,
     pub host_writable: bool,
+    /// A short receive may not have taken all: read on until the socket says "blocked" or ends.
+    pub last_edge: bool,
     /// The guest chose where it goes, so the egress policy decided about it.
     pub is_judged: bool,
     /// The connection came from outside, through a forward.
@@ -102,6 +104,8 @@ impl Flow {
             state,
             host_readable: from_outside,
             host_writable: from_outside,
+            // What edges came before this flow had the socket nobody knows.
+            last_edge: from_outside,
             is_judged: false,
             from_outside,
             host_finished: false,
@@ -136,7 +140,7 @@ impl Flow {
                 continue;
             }
             engine.recv(|bytes| match up.tcp_send(self.host, bytes) {
-                Io::Done(sent) => {
+                Io::Done(sent) | Io::Drained(sent) => {
                     self.active_at = now;
                     sent
                 }
@@ -152,7 +156,10 @@ impl Flow {
         }
         if !self.guest_finished && self.broken_at.is_none() && engine.guest_finished() {
             self.guest_finished = true;
-            up.tcp_shutdown(self.host);
+            // Where that was the last thing to happen, closing the socket says it as well.
+            if !(self.host_finished && engine.phase() == Phase::Closed) {
+                up.tcp_shutdown(self.host);
+            }
         }
 
         // Host to guest.
@@ -165,29 +172,32 @@ impl Flow {
             if !self.host_readable || self.host_finished || room == 0 || budget == 0 {
                 break;
             }
-            engine.send(room, |room| match up.tcp_recv(self.host, room) {
-                Io::Done(received) => {
-                    budget = budget.saturating_sub(received);
-                    self.active_at = now;
-                    self.touched = true;
-                    received
+            let mut received = 0;
+            engine.send(room, |room| {
+                match up.tcp_recv(self.host, room) {
+                    Io::Done(bytes) => received = bytes,
+                    Io::Drained(bytes) => {
+                        received = bytes;
+                        self.host_readable = self.last_edge;
+                    }
+                    Io::Blocked => self.host_readable = false,
+                    Io::Eof if self.broken_at.is_none() => {
+                        // A sign of life: the guest has the closing timer's time from here on.
+                        self.active_at = now;
+                        self.host_finished = true;
+                    }
+                    Io::Eof | Io::Failed(_) => {
+                        self.broken_at.get_or_insert(now);
+                        self.host_readable = false;
+                    }
                 }
-                Io::Blocked => {
-                    self.host_readable = false;
-                    0
-                }
-                Io::Eof if self.broken_at.is_none() => {
-                    // A sign of life: the guest has the closing timer's time from here on.
-                    self.active_at = now;
-                    self.host_finished = true;
-                    0
-                }
-                Io::Eof | Io::Failed(_) => {
-                    self.broken_at.get_or_insert(now);
-                    self.host_readable = false;
-                    0
-                }
+                received
             });
+            if received > 0 {
+                budget = budget.saturating_sub(received);
+                self.active_at = now;
+                self.touched = true;
+            }
             engine.poll_egress(now, &self.peer, out);
         }
         match self.broken_at {

@@ -51,6 +51,11 @@ impl Process {
         }
     }
 
+    /// Its number.
+    pub(super) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// What it said last on standard error, to go behind a reason.
     pub(super) fn last_words(&self) -> String {
         last_words(&self.log)

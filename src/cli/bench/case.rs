@@ -2,29 +2,43 @@
 
 use serde::{Deserialize, Serialize};
 
-/// Which way the data goes. Connections are opened by the (first) guest in all three: that is what a
-/// NAT is there for.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+/// A part of the report: from where to where data goes, or what the network itself takes. Connections
+/// are opened by the (first) guest: that is what a NAT is there for.
+#[derive(
+    Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, clap::ValueEnum, Serialize, Deserialize,
+)]
 #[serde(rename_all = "kebab-case")]
-pub(super) enum Direction {
+pub(super) enum Section {
+    /// From a guest to another on the same network
     GuestToGuest,
+    /// From a guest to the outside
     GuestToOutside,
+    /// From the outside to a guest that has connected to it
     OutsideToGuest,
+    /// Memory and processor time that lanlet itself takes
+    Costs,
 }
 
-impl Direction {
-    pub(super) const ALL: [Direction; 3] = [
-        Direction::GuestToGuest,
-        Direction::GuestToOutside,
-        Direction::OutsideToGuest,
+impl Section {
+    pub(super) const ALL: [Section; 4] = [
+        Section::GuestToGuest,
+        Section::GuestToOutside,
+        Section::OutsideToGuest,
+        Section::Costs,
     ];
 
     pub(super) fn name(self) -> &'static str {
         match self {
-            Direction::GuestToGuest => "guest to guest",
-            Direction::GuestToOutside => "guest to outside",
-            Direction::OutsideToGuest => "outside to guest",
+            Section::GuestToGuest => "guest to guest",
+            Section::GuestToOutside => "guest to outside",
+            Section::OutsideToGuest => "outside to guest",
+            Section::Costs => "memory and idle time",
         }
+    }
+
+    /// Whether it is measured between the ends of a way ([`super::way::Ends`]).
+    pub(super) fn has_ends(self) -> bool {
+        self != Section::Costs
     }
 }
 
@@ -44,6 +58,26 @@ pub(super) enum Load {
     RoundTrips { flows: usize },
     /// Connections that are opened, closed by the server, and closed.
     Connects,
+    /// Nothing is sent for its speed: what the network's processes take is looked at.
+    Cost(Cost),
+}
+
+/// What a network's memory and processor time are looked at for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Cost {
+    /// Being there, with two guests that say nothing.
+    Rest,
+    /// A VMM's port.
+    Port,
+    /// An address leased by DHCP.
+    Lease,
+    /// A TCP connection through the NAT that was used and idles.
+    TcpFlow,
+    /// A UDP mapping of the NAT.
+    UdpMapping,
+    /// Eight TCP streams up, then down, then nothing.
+    Burst,
 }
 
 /// A figure of a case.
@@ -75,6 +109,11 @@ const fn less(name: &'static str, unit: &'static str) -> Metric {
         more_is_better: false,
     }
 }
+const fn resident(name: &'static str) -> Metric {
+    less(name, "MiB")
+}
+/// Resident memory of all processes of a network, divided by the number of what was added.
+const EACH: Metric = less("", "KiB");
 const P50: Metric = less("p50", "µs");
 const P99: Metric = less("p99", "µs");
 const P999: Metric = less("p99.9", "µs");
@@ -93,14 +132,31 @@ impl Load {
             Load::RoundTrips { flows: 1 } => &[P50, P99, P999],
             Load::RoundTrips { .. } => &[P50, CPU],
             Load::Connects => &[CONNECTS],
+            Load::Cost(Cost::Rest) => {
+                const {
+                    &[
+                        resident("resident"),
+                        resident("of it private"),
+                        resident("helper, private"),
+                        less("CPU of one core", "%"),
+                    ]
+                }
+            }
+            Load::Cost(Cost::Burst) => {
+                const { &[resident("before"), resident("highest"), resident("after")] }
+            }
+            Load::Cost(_) => &[EACH],
         }
     }
 
-    /// Whether it goes this way: what the guest asks for and waits for is the same from either end.
-    pub(super) fn goes(self, direction: Direction) -> bool {
-        match self {
-            Load::Tcp { .. } | Load::Udp { .. } => true,
-            Load::RoundTrips { .. } | Load::Connects => direction != Direction::OutsideToGuest,
+    /// Whether it is part of a section: what the guest asks for and waits for is the same from either
+    /// end.
+    pub(super) fn goes(self, section: Section) -> bool {
+        match (self, section) {
+            (Load::Cost(_), Section::Costs) => true,
+            (Load::Cost(_), _) | (_, Section::Costs) => false,
+            (Load::Tcp { .. } | Load::Udp { .. }, _) => true,
+            (Load::RoundTrips { .. } | Load::Connects, _) => section != Section::OutsideToGuest,
         }
     }
 }
@@ -134,6 +190,8 @@ impl Measured {
                 self.busy_secs * 1e6 / self.units.max(1) as f64,
             ],
             Load::Connects => vec![per_second(self.units)],
+            // Nobody counts it: it is looked up (super::costs).
+            Load::Cost(_) => Vec::new(),
         }
     }
 }
@@ -158,6 +216,10 @@ const fn case(name: &'static str, group: &'static str, title: &'static str, load
     }
 }
 
+const fn cost(name: &'static str, title: &'static str, cost: Cost) -> Case {
+    case(name, "costs", title, Load::Cost(cost))
+}
+
 const fn udp(bytes: u16, flows: usize, trains: bool) -> Load {
     Load::Udp {
         bytes,
@@ -167,7 +229,7 @@ const fn udp(bytes: u16, flows: usize, trains: bool) -> Load {
 }
 
 /// All cases. A datagram of 1,448 bytes fits an MTU of 1,500 under IPv4 and IPv6 headers.
-pub(super) const CASES: [Case; 13] = [
+pub(super) const CASES: [Case; 19] = [
     case("tcp-1", "tcp", "TCP, 1 stream", Load::Tcp { streams: 1 }),
     case("tcp-8", "tcp", "TCP, 8 streams", Load::Tcp { streams: 8 }),
     case("udp-64", "udp", "UDP, 64 bytes", udp(64, 1, false)),
@@ -216,6 +278,12 @@ pub(super) const CASES: [Case; 13] = [
         "round trip, 10,000 flows",
         Load::RoundTrips { flows: 10_000 },
     ),
+    cost("rest", "a network with two idle guests", Cost::Rest),
+    cost("per-port", "a VMM's port", Cost::Port),
+    cost("per-lease", "a DHCP lease", Cost::Lease),
+    cost("per-flow", "an idle TCP flow", Cost::TcpFlow),
+    cost("per-mapping", "a UDP mapping", Cost::UdpMapping),
+    cost("burst", "TCP, 8 streams, resident", Cost::Burst),
 ];
 
 /// The words that `--cases` takes: groups, then single cases.
@@ -268,7 +336,8 @@ mod tests {
             round_trip_us: [50.0, 90.0, 200.0],
             busy_secs: 1.0,
         };
-        for case in CASES {
+        let is_cost = |case: &Case| matches!(case.load, Load::Cost(_));
+        for case in CASES.into_iter().filter(|case| !is_cost(case)) {
             let values = measured.values(case.load);
             assert_eq!(values.len(), case.load.metrics().len(), "{}", case.name);
         }
@@ -283,8 +352,12 @@ mod tests {
 
     #[test]
     fn only_what_flows_has_a_way_back() {
-        let down = |load: Load| load.goes(Direction::OutsideToGuest);
+        let down = |load: Load| load.goes(Section::OutsideToGuest);
         assert!(down(Load::Tcp { streams: 1 }));
         assert!(!down(Load::Connects) && !down(Load::RoundTrips { flows: 1 }));
+        for case in CASES {
+            let is_cost = matches!(case.load, Load::Cost(_));
+            assert_eq!(case.load.goes(Section::Costs), is_cost, "{}", case.name);
+        }
     }
 }

@@ -1,7 +1,8 @@
 //! The controller: in the world, it builds the ways, runs every case on each of them in turn, and
 //! tells what happens on standard output, one line of JSON per event.
 
-use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -9,20 +10,22 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::super::{Failure, print};
-use super::case::{CASES, Case, Direction, Load, Measured};
+use super::case::{CASES, Case, Load, Measured, Section};
+use super::costs;
 use super::peer::{Reply, Request};
 use super::way::{Ends, Way, masquerade};
 use super::world::World;
 
 /// What a reply may take beyond the time measured: opening 10,000 connections on a slow path has 10 s
 /// of its own, a stream has 2 s to begin and a margin.
-const REPLY_TIME_MAX: Duration = Duration::from_secs(6);
+pub(super) const REPLY_TIME_MAX: Duration = Duration::from_secs(6);
 const OPEN_TIME_MAX: Duration = Duration::from_secs(16);
 
 /// What to measure.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Plan {
     pub(super) ways: Vec<Way>,
+    pub(super) sections: Vec<Section>,
     /// Names of cases.
     pub(super) cases: Vec<String>,
     pub(super) rounds: u32,
@@ -32,6 +35,15 @@ pub(super) struct Plan {
 }
 
 impl Plan {
+    /// The sections that have a case, in order.
+    pub(super) fn sections(&self) -> Vec<Section> {
+        let cases = self.cases();
+        let is_wanted = |section: &Section| {
+            self.sections.contains(section) && cases.iter().any(|case| case.load.goes(*section))
+        };
+        Section::ALL.into_iter().filter(is_wanted).collect()
+    }
+
     pub(super) fn cases(&self) -> Vec<Case> {
         let is_wanted = |case: &Case| self.cases.iter().any(|name| name == case.name);
         CASES.into_iter().filter(is_wanted).collect()
@@ -41,7 +53,7 @@ impl Plan {
 /// One thing measured.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
 pub(super) struct Run {
-    pub(super) direction: Direction,
+    pub(super) section: Section,
     /// A case's name.
     pub(super) case: String,
     pub(super) way: Way,
@@ -50,10 +62,10 @@ pub(super) struct Run {
 /// What happened.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Event {
-    /// A way can't be measured, or not in this direction.
+    /// A way can't be measured, or not in this section.
     Unmeasured {
         way: Way,
-        direction: Option<Direction>,
+        section: Option<Section>,
         reason: String,
     },
     /// Everything is up; so many runs follow.
@@ -83,7 +95,8 @@ pub(super) fn control(plan: &str) -> Result<ExitCode, Failure> {
     let plan: Plan = serde_json::from_str(plan).map_err(std::io::Error::from)?;
     let mut bench = Bench {
         world: World::new()?,
-        ways: BTreeMap::new(),
+        ends: BTreeMap::new(),
+        closed: BTreeSet::new(),
         plan,
     };
     bench.start()?;
@@ -106,45 +119,62 @@ fn end_with_command() -> Result<(), Failure> {
 struct Bench {
     plan: Plan,
     world: World,
-    /// Those that run, and where they don't go.
-    ways: BTreeMap<Way, (Option<Ends>, Vec<Direction>)>,
+    /// Those that run.
+    ends: BTreeMap<Way, Ends>,
+    /// What can't be measured.
+    closed: BTreeSet<(Way, Section)>,
 }
 
 impl Bench {
     fn start(&mut self) -> Result<(), Failure> {
         for way in self.plan.ways.clone() {
-            let unmeasured = |direction, reason: String| Event::Unmeasured {
-                way,
-                direction,
-                reason,
-            };
+            for section in self.plan.sections() {
+                if let Some(reason) = way.lacks(section) {
+                    self.close(way, &[section], reason)?;
+                }
+            }
+            let is_open = |section: &Section| !self.closed.contains(&(way, *section));
+            let open: Vec<_> = self.plan.sections().into_iter().filter(is_open).collect();
+            if !open.iter().any(|section| section.has_ends()) {
+                continue;
+            }
             let base = self.plan.base.as_deref();
             let started = way
                 .prepare(&self.world)
                 .and_then(|()| way.start(&self.world, base));
-            let ends = match started {
-                Ok(ends) => ends,
+            match started {
+                Ok(ends) => drop(self.ends.insert(way, ends)),
                 Err(reason) => {
-                    tell(&unmeasured(None, reason))?;
+                    self.closed
+                        .extend(open.iter().map(|&section| (way, section)));
+                    tell(&Event::Unmeasured {
+                        way,
+                        section: None,
+                        reason,
+                    })?;
                     continue;
-                }
-            };
-            let mut closed = Vec::new();
-            for direction in Direction::ALL {
-                if let Some(reason) = way.lacks(direction) {
-                    closed.push(direction);
-                    tell(&unmeasured(Some(direction), reason.to_owned()))?;
                 }
             }
             if way == Way::Kernel
                 && let Err(reason) = masquerade()
             {
-                for direction in [Direction::GuestToOutside, Direction::OutsideToGuest] {
-                    closed.push(direction);
-                    tell(&unmeasured(Some(direction), reason.clone()))?;
-                }
+                let nat = [Section::GuestToOutside, Section::OutsideToGuest];
+                self.close(way, &nat, &reason)?;
             }
-            self.ways.insert(way, (Some(ends), closed));
+        }
+        Ok(())
+    }
+
+    /// Some sections of a way can't be measured.
+    fn close(&mut self, way: Way, sections: &[Section], reason: &str) -> Result<(), Failure> {
+        for &section in sections {
+            if self.plan.sections().contains(&section) && self.closed.insert((way, section)) {
+                tell(&Event::Unmeasured {
+                    way,
+                    section: Some(section),
+                    reason: reason.to_owned(),
+                })?;
+            }
         }
         Ok(())
     }
@@ -153,12 +183,12 @@ impl Bench {
     /// so that what else the machine does meets them alike.
     fn runs(&self) -> Vec<(Run, Load)> {
         let mut runs = Vec::new();
-        for direction in Direction::ALL {
+        for section in self.plan.sections() {
             for case in self.plan.cases() {
-                for (&way, (_, closed)) in &self.ways {
-                    if case.load.goes(direction) && !closed.contains(&direction) {
+                for &way in &self.plan.ways {
+                    if case.load.goes(section) && !self.closed.contains(&(way, section)) {
                         let run = Run {
-                            direction,
+                            section,
                             case: case.name.to_owned(),
                             way,
                         };
@@ -194,12 +224,16 @@ impl Bench {
 
     fn run(&mut self, run: &Run, load: Load) -> Result<Vec<f64>, String> {
         let base = self.plan.base.as_deref();
-        let (ends, _) = self.ways.get_mut(&run.way).ok_or("it does not run")?;
-        if ends.is_none() {
-            *ends = Some(run.way.start(&self.world, base)?);
+        if let Load::Cost(cost) = load {
+            let program = run.way.program(&self.world, base)?;
+            let name = run.way.name();
+            return costs::measure(&self.world, &name, program, cost, self.plan.secs);
         }
-        let live = ends.as_mut().ok_or("it does not run")?;
-        let measured = measure(live, run.direction, load, self.plan.secs);
+        let ends = match self.ends.entry(run.way) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => entry.insert(run.way.start(&self.world, base)?),
+        };
+        let measured = measure(ends, run.section, load, self.plan.secs);
         let values = measured.and_then(|measured| {
             let values = measured.values(load);
             let is_there = values.first().is_some_and(|&value| value > 0.0);
@@ -209,29 +243,29 @@ impl Bench {
         });
         if values.is_err() {
             // What hangs is ended, and what is left of half a case does not disturb the next.
-            *ends = None;
+            self.ends.remove(&run.way);
         }
         values
     }
 }
 
 /// One run.
-fn measure(
+pub(super) fn measure(
     ends: &mut Ends,
-    direction: Direction,
+    section: Section,
     load: Load,
     secs: f64,
 ) -> Result<Measured, String> {
-    let reverse = direction == Direction::OutsideToGuest;
-    let (server, at) = match (direction, &mut ends.second) {
-        (Direction::GuestToGuest, Some((second, address))) => (second, *address),
-        (Direction::GuestToGuest, None) => return Err("there is no other guest".to_owned()),
+    let reverse = section == Section::OutsideToGuest;
+    let (server, at) = match (section, &mut ends.second) {
+        (Section::GuestToGuest, Some((second, address))) => (second, *address),
+        (Section::GuestToGuest, None) => return Err("there is no other guest".to_owned()),
         _ => (&mut ends.outside, ends.server),
     };
     let serve = Request::Serve {
         load,
         reverse,
-        at,
+        at: (at, 0).into(),
         secs,
     };
     let to = match server.ask(&serve, REPLY_TIME_MAX)? {

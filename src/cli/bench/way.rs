@@ -4,7 +4,6 @@
 //! its processes are thrown away.
 
 use std::net::{IpAddr, Ipv4Addr};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -12,16 +11,15 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 use super::agent::{Agent, POLL, Process};
-use super::case::Direction;
-use super::world::{self, OUTSIDE, RESOLVER, SERVER, SERVER6, UPLINK, World, installed, ip};
+use super::case::Section;
+use super::network::{Network, with_address};
+use super::world::{self, OUTSIDE, SERVER, SERVER6, UPLINK, World, installed, ip};
 
 /// What pasta and slirp4netns are fastest with.
 const MTU_LARGE: u32 = 65_520;
 const MTU: u32 = 1_500;
-/// The network's name, in a directory of its own per way.
-const NETWORK: &str = "bench";
-/// How long `lanlet up` may take.
-const NETWORK_TIME_MAX: Duration = Duration::from_secs(5);
+/// How long QEMU may take to have its tap.
+const TAP_TIME_MAX: Duration = Duration::from_secs(5);
 
 /// One way.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, ValueEnum, Serialize, Deserialize)]
@@ -66,12 +64,12 @@ impl Way {
     }
 
     /// Head of a column.
-    pub(super) fn title(self, direction: Direction) -> &'static str {
-        match (self, direction) {
+    pub(super) fn title(self, section: Section) -> &'static str {
+        match (self, section) {
             (Way::Lanlet, _) => "lanlet",
             (Way::LanletIpv6, _) => "lanlet IPv6",
             (Way::Base, _) => "base",
-            (Way::Kernel, Direction::GuestToGuest) => "kernel bridge",
+            (Way::Kernel, Section::GuestToGuest) => "kernel bridge",
             (Way::Kernel, _) => "kernel NAT",
             (Way::Pasta, _) => "pasta",
             (Way::PastaLarge, _) => "pasta 64K",
@@ -90,12 +88,17 @@ impl Way {
     }
 
     /// Why it does not go there, if so whatever the machine.
-    pub(super) fn lacks(self, direction: Direction) -> Option<&'static str> {
-        match (self, direction) {
-            (Way::Direct, Direction::GuestToGuest) => Some("there is no guest"),
+    pub(super) fn lacks(self, section: Section) -> Option<&'static str> {
+        match (self, section) {
+            (Way::Lanlet | Way::Base, Section::Costs) => None,
+            (Way::LanletIpv6, Section::Costs) => {
+                Some("what is told of lanlet is for both families")
+            }
+            (_, Section::Costs) => Some("only lanlet's own processes are looked at"),
+            (Way::Direct, Section::GuestToGuest) => Some("there is no guest"),
             (
                 Way::Pasta | Way::PastaLarge | Way::Slirp | Way::SlirpLarge | Way::Qemu,
-                Direction::GuestToGuest,
+                Section::GuestToGuest,
             ) => Some("it serves one guest alone"),
             _ => None,
         }
@@ -131,11 +134,13 @@ impl Way {
     pub(super) fn start(self, world: &World, base: Option<&Path>) -> Result<Ends, String> {
         let name = self.name();
         let mut processes = Vec::new();
+        let mut network = None;
         let (guest, second) = match self {
-            Way::Lanlet | Way::LanletIpv6 => lanlet(world, &name, world.program(), &mut processes)?,
-            Way::Base => {
-                let program = base.ok_or("--base names no program")?;
-                lanlet(world, &name, program, &mut processes)?
+            Way::Lanlet | Way::LanletIpv6 | Way::Base => {
+                let program = self.program(world, base)?;
+                let network = network.insert(Network::up(world, &name, program, &[])?);
+                let guest = |n| network.guest(world, n, &[]);
+                (guest(0)?, Some(guest(1)?))
             }
             Way::Kernel => {
                 let guest = |n| {
@@ -157,25 +162,36 @@ impl Way {
             world.log(&format!("{name}-outside")),
         )?;
         let mut ends = Ends {
-            guest,
-            second: None,
-            outside,
-            server: self.server(),
-            _processes: processes,
+            processes,
+            network,
+            ..Ends::new(guest, outside, self.server())
         };
         let ready = ends.guest.wait_for_route(ends.server);
         if let Err(error) = ready {
             // What the guest's network said is nearer to the cause.
-            for process in &mut ends._processes {
-                process.check()?;
-            }
+            ends.check()?;
             return Err(error);
         }
-        if let Some(mut second) = second {
-            let address = second.wait_for_route(ends.server)?;
-            ends.second = Some((second, address));
+        if let Some(second) = second {
+            ends.second = Some(with_address(second, ends.server)?);
         }
         Ok(ends)
+    }
+
+    /// The lanlet program whose networks this way is made of. `base`: that of [`Way::Base`].
+    ///
+    /// # Errors
+    /// There is none.
+    pub(super) fn program<'a>(
+        self,
+        world: &'a World,
+        base: Option<&'a Path>,
+    ) -> Result<&'a Path, String> {
+        match self {
+            Way::Lanlet | Way::LanletIpv6 => Ok(world.program()),
+            Way::Base => base.ok_or_else(|| "--base names no program".to_owned()),
+            _ => Err("it is not lanlet".to_owned()),
+        }
     }
 }
 
@@ -187,51 +203,28 @@ pub(super) struct Ends {
     pub(super) outside: Agent,
     /// Where the outside's servers are.
     pub(super) server: IpAddr,
-    _processes: Vec<Process>,
+    network: Option<Network>,
+    processes: Vec<Process>,
 }
 
-/// A network, and two guests on it.
-fn lanlet(
-    world: &World,
-    name: &str,
-    program: &Path,
-    processes: &mut Vec<Process>,
-) -> Result<(Agent, Option<Agent>), String> {
-    let dir = world.private_dir(name)?;
-    let command = |words: &[&str]| {
-        let mut command = world.at(&["--user"]);
-        command
-            .arg(program)
-            .args(words)
-            .env("LANLET_RUNTIME_DIR", &dir);
-        command
-    };
-    let up = command(&[
-        "up",
-        "--name",
-        NETWORK,
-        "--dns",
-        RESOLVER,
-        "--lease-file",
-        "none",
-    ]);
-    let mut network = Process::spawn_mute(up, world.log(name))?;
-    let begun = Instant::now();
-    let socket = dir.join(format!("{NETWORK}.sock"));
-    while UnixStream::connect(&socket).is_err() {
-        network.check()?;
-        if begun.elapsed() > NETWORK_TIME_MAX {
-            return Err(format!("the network is not up{}", network.last_words()));
+impl Ends {
+    /// A guest alone, and the outside.
+    pub(super) fn new(guest: Agent, outside: Agent, server: IpAddr) -> Self {
+        Self {
+            guest,
+            second: None,
+            outside,
+            server,
+            network: None,
+            processes: Vec::new(),
         }
-        std::thread::sleep(POLL);
     }
-    processes.push(network);
-    let guest = |n| {
-        let mut exec = command(&["exec", "--name", NETWORK, "--"]);
-        exec.args(world.agent_words());
-        Agent::spawn(exec, world.log(&format!("{name}-{n}")))
-    };
-    Ok((guest(0)?, Some(guest(1)?)))
+
+    /// An error if a process between the ends has ended.
+    fn check(&mut self) -> Result<(), String> {
+        self.network.as_mut().map_or(Ok(()), Network::check)?;
+        self.processes.iter_mut().try_for_each(Process::check)
+    }
 }
 
 /// Two guests on a kernel bridge, and masquerade behind it: what libvirt makes.
@@ -332,7 +325,7 @@ fn qemu(world: &World, name: &str, processes: &mut Vec<Process>) -> Result<Agent
     let begun = Instant::now();
     while let Err(error) = ip(Some(name), &lines) {
         process.check()?;
-        if begun.elapsed() > NETWORK_TIME_MAX {
+        if begun.elapsed() > TAP_TIME_MAX {
             return Err(error);
         }
         std::thread::sleep(POLL);
@@ -355,11 +348,12 @@ mod tests {
     fn the_nat_goes_everywhere_but_for_those_with_one_guest() {
         for &way in Way::value_variants() {
             assert!(!way.name().is_empty());
-            for direction in [Direction::GuestToOutside, Direction::OutsideToGuest] {
-                assert_eq!(way.lacks(direction), None, "{way:?}");
+            for section in [Section::GuestToOutside, Section::OutsideToGuest] {
+                assert_eq!(way.lacks(section), None, "{way:?}");
             }
         }
-        assert_eq!(Way::Lanlet.lacks(Direction::GuestToGuest), None);
-        assert!(Way::Qemu.lacks(Direction::GuestToGuest).is_some());
+        assert_eq!(Way::Lanlet.lacks(Section::GuestToGuest), None);
+        assert_eq!(Way::Lanlet.lacks(Section::Costs), None);
+        assert!(Way::Qemu.lacks(Section::GuestToGuest).is_some());
     }
 }

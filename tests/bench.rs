@@ -5,13 +5,15 @@ mod common;
 
 use std::collections::BTreeSet;
 
-use common::{World, skip, world_missing};
+use common::{World, guests_missing, heavy, skip, world_missing};
 
 /// Cases of a quick bench in each section: the round trips and connections have no way back.
-const CASES: [(&str, usize); 3] = [
+const CASES: [(&str, usize); 5] = [
     ("guest-to-guest", 12),
     ("guest-to-outside", 12),
     ("outside-to-guest", 7),
+    ("outside-to-published", 4),
+    ("published-to-outside", 2),
 ];
 
 #[test]
@@ -21,7 +23,8 @@ fn every_case_gives_a_figure_or_a_reason() {
     }
     let world = World::new();
     let outcome = world.run(
-        "step bench lanlet bench --sections guest-to-guest,guest-to-outside,outside-to-guest --quick --secs 0.05 --only lanlet,kernel,pasta \
+        "step bench lanlet bench --quick --secs 0.05 --sections \
+         guest-to-guest,guest-to-outside,outside-to-guest,outside-to-published,published-to-outside --only lanlet,kernel,pasta \
          --json \"$TMP/report.json\" --html \"$TMP/report.html\"",
     );
     let outcome = outcome.passed();
@@ -69,6 +72,27 @@ fn every_case_gives_a_figure_or_a_reason() {
 
 fn text(value: &serde_json::Value) -> String {
     value.as_str().expect("a text").to_owned()
+}
+
+/// A VM boots on each path that has one, and its figures come over the serial line.
+#[test]
+fn vms_are_measured() {
+    if let Some(reason) = guests_missing() {
+        return skip(&reason);
+    }
+    let _alone = heavy();
+    let outcome = World::new().run(
+        "step bench lanlet bench --quick --sections vm-to-outside --cases tcp-1,rtt \
+         --only lanlet,kernel,pasta,qemu --guest-image \"$LAB/out\"",
+    );
+    let outcome = outcome.passed();
+    assert!(!outcome.stdout.contains("failed"), "{}", outcome.text());
+    let mut lines = outcome.stdout.lines();
+    let head = lines.find(|line| line.starts_with("VM TO OUTSIDE"));
+    let head: Vec<_> = head.expect("a table").split("  ").map(str::trim).collect();
+    for path in ["lanlet", "kernel NAT", "passt", "QEMU user"] {
+        assert!(head.contains(&path), "{path}: {}", outcome.text());
+    }
 }
 
 /// What the card promises: MiB resident at rest, KiB per idle flow.

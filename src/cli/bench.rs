@@ -18,6 +18,7 @@ mod resident;
 mod results;
 mod statistics;
 mod table;
+mod vm;
 mod way;
 mod world;
 
@@ -94,6 +95,9 @@ pub(super) struct Args {
     /// Another lanlet program to measure beside this one, say of the version before
     #[arg(long, value_name = "FILE")]
     base: Option<PathBuf>,
+    /// Directory with vmlinuz and initrd.gz, as lab/guest-image/build makes them, for QEMU guests
+    #[arg(long, value_name = "DIR")]
+    guest_image: Option<PathBuf>,
     /// Write every figure to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -179,6 +183,7 @@ impl Args {
             rounds: self.rounds.unwrap_or(rounds),
             secs: self.secs.unwrap_or(secs),
             base,
+            guest_image: self.guest_image.as_deref().map(image).transpose()?,
         })
     }
 }
@@ -187,6 +192,18 @@ impl Args {
 fn program(path: &Path) -> Result<PathBuf, Failure> {
     let found = path.canonicalize().ok().filter(|path| path.is_file());
     found.ok_or_else(|| Failure::Usage(format!("--base: there is no program {}", path.display())))
+}
+
+/// The absolute path of a directory with a guest image.
+fn image(path: &Path) -> Result<PathBuf, Failure> {
+    for file in [vm::KERNEL, vm::INITRD] {
+        if !path.join(file).is_file() {
+            let path = path.display();
+            let error = format!("--guest-image: there is no {file} in {path} (make image)");
+            return Err(Failure::Usage(error));
+        }
+    }
+    path.canonicalize().map_err(Failure::from)
 }
 
 /// A file to write to, made before anything is measured for it.

@@ -3,7 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 /// A part of the report: from where to where data goes, or what the network itself takes. Connections
-/// are opened by the (first) guest: that is what a NAT is there for.
+/// are opened by the (first) guest, as that is what a NAT is there for; those to a published port by the
+/// outside.
 #[derive(
     Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, clap::ValueEnum, Serialize, Deserialize,
 )]
@@ -15,15 +16,27 @@ pub(super) enum Section {
     GuestToOutside,
     /// From the outside to a guest that has connected to it
     OutsideToGuest,
+    /// From the outside to a guest, by a connection to a port of the host
+    OutsideToPublished,
+    /// The way back of such a connection
+    PublishedToOutside,
+    /// From a QEMU guest to the outside; takes --guest-image
+    VmToOutside,
+    /// From the outside to a QEMU guest that has connected to it; takes --guest-image
+    OutsideToVm,
     /// Memory and processor time that lanlet itself takes
     Costs,
 }
 
 impl Section {
-    pub(super) const ALL: [Section; 4] = [
+    pub(super) const ALL: [Section; 8] = [
         Section::GuestToGuest,
         Section::GuestToOutside,
         Section::OutsideToGuest,
+        Section::OutsideToPublished,
+        Section::PublishedToOutside,
+        Section::VmToOutside,
+        Section::OutsideToVm,
         Section::Costs,
     ];
 
@@ -32,14 +45,47 @@ impl Section {
             Section::GuestToGuest => "guest to guest",
             Section::GuestToOutside => "guest to outside",
             Section::OutsideToGuest => "outside to guest",
+            Section::OutsideToPublished => "outside to published port",
+            Section::PublishedToOutside => "published port to outside",
+            Section::VmToOutside => "VM to outside",
+            Section::OutsideToVm => "outside to VM",
             Section::Costs => "memory and idle time",
         }
     }
 
-    /// Whether it is measured between the ends of a way ([`super::way::Ends`]).
-    pub(super) fn has_ends(self) -> bool {
-        self != Section::Costs
+    /// Where the guests of its ways are ([`super::way::Ends`]); `None`: it has none.
+    pub(super) fn guests(self) -> Option<Guests> {
+        match self {
+            Section::VmToOutside | Section::OutsideToVm => Some(Guests::Vms),
+            Section::Costs => None,
+            _ => Some(Guests::Namespaces),
+        }
     }
+
+    /// Whether the outside opens the connections, and the guest serves.
+    pub(super) fn is_published(self) -> bool {
+        matches!(
+            self,
+            Section::OutsideToPublished | Section::PublishedToOutside
+        )
+    }
+
+    /// Whether data goes to whoever has opened the connection.
+    pub(super) fn is_way_back(self) -> bool {
+        matches!(
+            self,
+            Section::OutsideToGuest | Section::PublishedToOutside | Section::OutsideToVm
+        )
+    }
+}
+
+/// What guests are.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub(super) enum Guests {
+    /// Network namespaces.
+    Namespaces,
+    /// QEMU's, booted from the image that --guest-image names.
+    Vms,
 }
 
 /// What the load generators do.
@@ -152,12 +198,19 @@ impl Load {
     /// Whether it is part of a section: what the guest asks for and waits for is the same from either
     /// end.
     pub(super) fn goes(self, section: Section) -> bool {
-        match (self, section) {
-            (Load::Cost(_), Section::Costs) => true,
-            (Load::Cost(_), _) | (_, Section::Costs) => false,
-            (Load::Tcp { .. } | Load::Udp { .. }, _) => true,
-            (Load::RoundTrips { .. } | Load::Connects, _) => section != Section::OutsideToGuest,
+        let is_cost = matches!(self, Load::Cost(_));
+        if is_cost || section == Section::Costs {
+            return is_cost && section == Section::Costs;
         }
+        let goes_back = matches!(self, Load::Tcp { .. } | Load::Udp { .. });
+        // Ports are forwarded, and VMs emulated, at a cost per connection and byte; what datagrams and
+        // many flows cost the rest shows.
+        let is_basic = match self {
+            Load::Tcp { .. } | Load::Connects | Load::RoundTrips { flows: 1 } => true,
+            Load::Udp { .. } | Load::RoundTrips { .. } | Load::Cost(_) => false,
+        };
+        let is_plain = section.guests() == Some(Guests::Namespaces) && !section.is_published();
+        (is_basic || is_plain) && (goes_back || !section.is_way_back())
     }
 }
 

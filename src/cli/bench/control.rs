@@ -1,7 +1,6 @@
 //! The controller: in the world, it builds the ways, runs every case on each of them in turn, and
 //! tells what happens on standard output, one line of JSON per event.
 
-use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -10,9 +9,10 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::super::{Failure, print};
-use super::case::{CASES, Case, Load, Measured, Section};
+use super::case::{CASES, Case, Guests, Load, Measured, Section};
 use super::costs;
 use super::peer::{Reply, Request};
+use super::vm;
 use super::way::{Ends, Way, masquerade};
 use super::world::World;
 
@@ -20,6 +20,10 @@ use super::world::World;
 /// of its own, a stream has 2 s to begin and a margin.
 pub(super) const REPLY_TIME_MAX: Duration = Duration::from_secs(6);
 const OPEN_TIME_MAX: Duration = Duration::from_secs(16);
+
+/// Why no VM is measured.
+const NO_GUEST_IMAGE: &str =
+    "VMs take --guest-image DIR, with the vmlinuz and initrd.gz of lab/guest-image/build";
 
 /// What to measure.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -32,6 +36,8 @@ pub(super) struct Plan {
     pub(super) secs: f64,
     /// The program of [`Way::Base`].
     pub(super) base: Option<PathBuf>,
+    /// Directory with what VMs boot.
+    pub(super) guest_image: Option<PathBuf>,
 }
 
 impl Plan {
@@ -42,6 +48,12 @@ impl Plan {
             self.sections.contains(section) && cases.iter().any(|case| case.load.goes(*section))
         };
         Section::ALL.into_iter().filter(is_wanted).collect()
+    }
+
+    /// Whether nothing but VMs is measured.
+    fn is_of_vms(&self) -> bool {
+        let mut sections = self.sections().into_iter();
+        sections.all(|section| section.guests() == Some(Guests::Vms))
     }
 
     pub(super) fn cases(&self) -> Vec<Case> {
@@ -120,7 +132,7 @@ struct Bench {
     plan: Plan,
     world: World,
     /// Those that run.
-    ends: BTreeMap<Way, Ends>,
+    ends: BTreeMap<(Guests, Way), Ends>,
     /// What can't be measured.
     closed: BTreeSet<(Way, Section)>,
 }
@@ -128,41 +140,69 @@ struct Bench {
 impl Bench {
     fn start(&mut self) -> Result<(), Failure> {
         for way in self.plan.ways.clone() {
+            let mut sections = Vec::new();
             for section in self.plan.sections() {
-                if let Some(reason) = way.lacks(section) {
-                    self.close(way, &[section], reason)?;
+                let image = self.plan.guest_image.as_deref();
+                let missing = match section.guests() {
+                    Some(Guests::Vms) if image.is_none() => Some(NO_GUEST_IMAGE),
+                    _ => way.lacks(section),
+                };
+                match missing {
+                    Some(reason) => self.close(way, &[section], reason)?,
+                    None => sections.push(section),
                 }
             }
-            let is_open = |section: &Section| !self.closed.contains(&(way, *section));
-            let open: Vec<_> = self.plan.sections().into_iter().filter(is_open).collect();
-            if !open.iter().any(|section| section.has_ends()) {
+            if sections.iter().all(|section| section.guests().is_none()) {
                 continue;
             }
-            let base = self.plan.base.as_deref();
-            let started = way
-                .prepare(&self.world)
-                .and_then(|()| way.start(&self.world, base));
-            match started {
-                Ok(ends) => drop(self.ends.insert(way, ends)),
-                Err(reason) => {
-                    self.closed
-                        .extend(open.iter().map(|&section| (way, section)));
-                    tell(&Event::Unmeasured {
-                        way,
-                        section: None,
-                        reason,
-                    })?;
+            if let Err(reason) = way.prepare(&self.world) {
+                self.close_all(way, reason)?;
+                continue;
+            }
+            for guests in [Guests::Namespaces, Guests::Vms] {
+                let is_of = |section: &&Section| section.guests() == Some(guests);
+                let sections: Vec<_> = sections.iter().filter(is_of).copied().collect();
+                if sections.is_empty() {
                     continue;
+                }
+                match (self.start_ends(way, guests), guests) {
+                    // VMs boot when it is their turn, and do not disturb others before.
+                    (Ok(_), Guests::Vms) if !self.plan.is_of_vms() => {}
+                    (Ok(ends), _) => drop(self.ends.insert((guests, way), ends)),
+                    (Err(reason), Guests::Namespaces) => self.close_all(way, reason)?,
+                    (Err(reason), Guests::Vms) => self.close(way, &sections, &reason)?,
                 }
             }
             if way == Way::Kernel
                 && let Err(reason) = masquerade()
             {
-                let nat = [Section::GuestToOutside, Section::OutsideToGuest];
+                let is_nat = |section: &Section| *section != Section::GuestToGuest;
+                let nat: Vec<_> = sections.into_iter().filter(is_nat).collect();
                 self.close(way, &nat, &reason)?;
             }
         }
         Ok(())
+    }
+
+    fn start_ends(&self, way: Way, guests: Guests) -> Result<Ends, String> {
+        let base = self.plan.base.as_deref();
+        match (guests, &self.plan.guest_image) {
+            (Guests::Namespaces, _) => way.start(&self.world, base),
+            (Guests::Vms, Some(image)) => vm::start(way, &self.world, base, image),
+            (Guests::Vms, None) => Err(NO_GUEST_IMAGE.to_owned()),
+        }
+    }
+
+    /// A way can't be measured at all.
+    fn close_all(&mut self, way: Way, reason: String) -> Result<(), Failure> {
+        let sections = self.plan.sections();
+        self.closed
+            .extend(sections.iter().map(|&section| (way, section)));
+        tell(&Event::Unmeasured {
+            way,
+            section: None,
+            reason,
+        })
     }
 
     /// Some sections of a way can't be measured.
@@ -229,10 +269,15 @@ impl Bench {
             let name = run.way.name();
             return costs::measure(&self.world, &name, program, cost, self.plan.secs);
         }
-        let ends = match self.ends.entry(run.way) {
-            Entry::Occupied(entry) => entry.into_mut(),
-            Entry::Vacant(entry) => entry.insert(run.way.start(&self.world, base)?),
-        };
+        let guests = run.section.guests().ok_or("there are no guests")?;
+        self.ends
+            .retain(|(others, _), _| *others == Guests::Namespaces || guests == Guests::Vms);
+        let key = (guests, run.way);
+        if !self.ends.contains_key(&key) {
+            let ends = self.start_ends(run.way, guests)?;
+            self.ends.insert(key, ends);
+        }
+        let ends = self.ends.get_mut(&key).ok_or("it does not run")?;
         let measured = measure(ends, run.section, load, self.plan.secs);
         let values = measured.and_then(|measured| {
             let values = measured.values(load);
@@ -243,7 +288,7 @@ impl Bench {
         });
         if values.is_err() {
             // What hangs is ended, and what is left of half a case does not disturb the next.
-            self.ends.remove(&run.way);
+            self.ends.remove(&key);
         }
         values
     }
@@ -256,23 +301,35 @@ pub(super) fn measure(
     load: Load,
     secs: f64,
 ) -> Result<Measured, String> {
-    let reverse = section == Section::OutsideToGuest;
-    let (server, at) = match (section, &mut ends.second) {
-        (Section::GuestToGuest, Some((second, address))) => (second, *address),
-        (Section::GuestToGuest, None) => return Err("there is no other guest".to_owned()),
-        _ => (&mut ends.outside, ends.server),
+    let reverse = section.is_way_back();
+    let missing = |what: &str| format!("there is no {what}");
+    let mut published = None;
+    let (opener, server, at) = match section {
+        Section::GuestToGuest => {
+            let second = ends.second.as_mut();
+            let (second, address) = second.ok_or_else(|| missing("other guest"))?;
+            (&mut ends.guest, second, (*address, 0).into())
+        }
+        _ if section.is_published() => {
+            let port = ends.published.as_ref();
+            let port = port.ok_or_else(|| missing("published port"))?;
+            published = Some(port.outside);
+            (&mut ends.outside, &mut ends.guest, port.inside)
+        }
+        _ => (&mut ends.guest, &mut ends.outside, (ends.server, 0).into()),
     };
     let serve = Request::Serve {
         load,
         reverse,
-        at: (at, 0).into(),
+        at,
         secs,
     };
-    let to = match server.ask(&serve, REPLY_TIME_MAX)? {
-        Reply::Serving(to) => to,
+    let at = match server.ask(&serve, REPLY_TIME_MAX)? {
+        Reply::Serving(at) => at,
         Reply::Failed(reason) => return Err(reason),
         other => return Err(format!("unexpected {other:?}")),
     };
+    let to = published.unwrap_or(at);
     let run = Request::Run {
         load,
         reverse,
@@ -283,7 +340,7 @@ pub(super) fn measure(
         Load::RoundTrips { .. } => OPEN_TIME_MAX,
         _ => REPLY_TIME_MAX,
     };
-    let ran = ends.guest.ask(&run, Duration::from_secs_f64(secs) + more)?;
+    let ran = opener.ask(&run, Duration::from_secs_f64(secs) + more)?;
     let served = server.ask(&Request::Finish, REPLY_TIME_MAX)?;
     let is_at_server = !reverse && matches!(load, Load::Tcp { .. } | Load::Udp { .. });
     match (ran, served) {

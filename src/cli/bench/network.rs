@@ -66,12 +66,16 @@ impl Network {
         number: u32,
         options: &[&str],
     ) -> Result<Agent, String> {
-        let mut exec = command(world, &self.program, &self.dir);
-        exec.args(["exec", "--name", NETWORK])
-            .args(options)
-            .arg("--")
-            .args(world.agent_words());
+        let mut exec = self.command(world, "exec");
+        exec.args(options).arg("--").args(world.agent_words());
         Agent::spawn(exec, world.log(&format!("{}-{number}", self.name)))
+    }
+
+    /// A command that attaches something to it: `run`, `qemu` or `exec`.
+    pub(super) fn command(&self, world: &World, word: &str) -> Command {
+        let mut command = command(world, &self.program, &self.dir);
+        command.args([word, "--name", NETWORK]);
+        command
     }
 
     /// A connection to its control socket.

@@ -76,6 +76,8 @@ pub(super) enum Request {
 /// What it hears.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Reply {
+    /// Said by a VM's script, before the load generators start.
+    Ready,
     Source(IpAddr),
     Serving(SocketAddr),
     Measured(Measured),

@@ -3,7 +3,9 @@
 //! A way is prepared once (its namespaces), and started as often as needed: after a run that hangs,
 //! its processes are thrown away.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -13,13 +15,20 @@ use serde::{Deserialize, Serialize};
 use super::agent::{Agent, POLL, Process};
 use super::case::Section;
 use super::network::{Network, with_address};
-use super::world::{self, OUTSIDE, SERVER, SERVER6, UPLINK, World, installed, ip};
+use super::world::{self, HOST, HOST6, OUTSIDE, SERVER, SERVER6, UPLINK, World, installed, ip};
 
 /// What pasta and slirp4netns are fastest with.
 const MTU_LARGE: u32 = 65_520;
 const MTU: u32 = 1_500;
-/// How long QEMU may take to have its tap.
+/// How long QEMU may take to have its tap, and slirp4netns its API.
 const TAP_TIME_MAX: Duration = Duration::from_secs(5);
+/// Where a guest serves that the outside reaches by a port of the host.
+const GUEST_PORT: u16 = 7000;
+/// The kernel's bridge, and its gateway.
+pub(super) const BRIDGE: &str = "br0";
+pub(super) const BRIDGE_GATEWAY: Ipv4Addr = Ipv4Addr::new(192, 168, 150, 1);
+/// The address that slirp4netns gives.
+const SLIRP_GUEST: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 100);
 
 /// One way.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, ValueEnum, Serialize, Deserialize)]
@@ -71,6 +80,8 @@ impl Way {
             (Way::Base, _) => "base",
             (Way::Kernel, Section::GuestToGuest) => "kernel bridge",
             (Way::Kernel, _) => "kernel NAT",
+            (Way::Pasta, Section::VmToOutside | Section::OutsideToVm) => "passt",
+            (Way::PastaLarge, Section::VmToOutside | Section::OutsideToVm) => "passt 64K",
             (Way::Pasta, _) => "pasta",
             (Way::PastaLarge, _) => "pasta 64K",
             (Way::Slirp, _) => "slirp4netns",
@@ -95,7 +106,15 @@ impl Way {
                 Some("what is told of lanlet is for both families")
             }
             (_, Section::Costs) => Some("only lanlet's own processes are looked at"),
-            (Way::Direct, Section::GuestToGuest) => Some("there is no guest"),
+            (Way::Direct, Section::GuestToGuest | Section::VmToOutside | Section::OutsideToVm) => {
+                Some("there is no guest")
+            }
+            (Way::LanletIpv6, Section::VmToOutside | Section::OutsideToVm) => {
+                Some("the guest image asks for IPv4 alone")
+            }
+            (Way::Slirp | Way::SlirpLarge, Section::VmToOutside | Section::OutsideToVm) => {
+                Some("it serves namespaces alone")
+            }
             (
                 Way::Pasta | Way::PastaLarge | Way::Slirp | Way::SlirpLarge | Way::Qemu,
                 Section::GuestToGuest,
@@ -135,12 +154,15 @@ impl Way {
         let name = self.name();
         let mut processes = Vec::new();
         let mut network = None;
+        let published = self.published();
+        let port = published.outside.port();
         let (guest, second) = match self {
             Way::Lanlet | Way::LanletIpv6 | Way::Base => {
                 let program = self.program(world, base)?;
                 let network = network.insert(Network::up(world, &name, program, &[])?);
-                let guest = |n| network.guest(world, n, &[]);
-                (guest(0)?, Some(guest(1)?))
+                let forward = format!("{}:{GUEST_PORT}", published.outside);
+                let first = network.guest(world, 0, &["--publish", &forward])?;
+                (first, Some(network.guest(world, 1, &[])?))
             }
             Way::Kernel => {
                 let guest = |n| {
@@ -149,11 +171,12 @@ impl Way {
                 };
                 (guest(0)?, Some(guest(1)?))
             }
-            Way::Pasta | Way::PastaLarge => (pasta(world, &name, self.mtu())?, None),
+            Way::Pasta | Way::PastaLarge => (pasta(world, &name, self.mtu(), port)?, None),
             Way::Slirp | Way::SlirpLarge => {
-                (slirp4netns(world, &name, self.mtu(), &mut processes)?, None)
+                let guest = slirp4netns(world, &name, self.mtu(), port, &mut processes)?;
+                (guest, None)
             }
-            Way::Qemu => (qemu(world, &name, &mut processes)?, None),
+            Way::Qemu => (qemu(world, &name, port, &mut processes)?, None),
             Way::Direct => (Agent::spawn(world.agent_at(&[]), world.log(&name))?, None),
         };
         let place = ["--net", OUTSIDE];
@@ -164,6 +187,7 @@ impl Way {
         let mut ends = Ends {
             processes,
             network,
+            published: Some(published),
             ..Ends::new(guest, outside, self.server())
         };
         let ready = ends.guest.wait_for_route(ends.server);
@@ -176,6 +200,25 @@ impl Way {
             ends.second = Some(with_address(second, ends.server)?);
         }
         Ok(ends)
+    }
+
+    /// The port of the host that leads to the first guest. Every way has one of its own, as all share the
+    /// host; where there is no guest, the server has it itself.
+    fn published(self) -> Published {
+        let ways = Self::value_variants().iter();
+        let index = ways.take_while(|way| **way != self).count();
+        let port = match self {
+            Way::Direct => GUEST_PORT,
+            _ => GUEST_PORT + 1 + index as u16,
+        };
+        let (any, host): (IpAddr, _) = match self {
+            Way::LanletIpv6 => (Ipv6Addr::UNSPECIFIED.into(), HOST6),
+            _ => (Ipv4Addr::UNSPECIFIED.into(), HOST),
+        };
+        Published {
+            inside: (any, GUEST_PORT).into(),
+            outside: (host, port).into(),
+        }
     }
 
     /// The lanlet program whose networks this way is made of. `base`: that of [`Way::Base`].
@@ -203,8 +246,17 @@ pub(super) struct Ends {
     pub(super) outside: Agent,
     /// Where the outside's servers are.
     pub(super) server: IpAddr,
-    network: Option<Network>,
-    processes: Vec<Process>,
+    pub(super) published: Option<Published>,
+    pub(super) network: Option<Network>,
+    pub(super) processes: Vec<Process>,
+}
+
+/// A port of the host that leads to a guest.
+pub(super) struct Published {
+    /// Where the guest serves.
+    pub(super) inside: SocketAddr,
+    /// What the outside connects to.
+    pub(super) outside: SocketAddr,
 }
 
 impl Ends {
@@ -215,13 +267,14 @@ impl Ends {
             second: None,
             outside,
             server,
+            published: None,
             network: None,
             processes: Vec::new(),
         }
     }
 
     /// An error if a process between the ends has ended.
-    fn check(&mut self) -> Result<(), String> {
+    pub(super) fn check(&mut self) -> Result<(), String> {
         self.network.as_mut().map_or(Ok(()), Network::check)?;
         self.processes.iter_mut().try_for_each(Process::check)
     }
@@ -232,9 +285,11 @@ fn bridge(world: &World) -> Result<(), String> {
     let name = Way::Kernel.name();
     ip(
         None,
-        "link add br0 type bridge
-        address add 192.168.150.1/24 dev br0
-        link set br0 up",
+        &format!(
+            "link add {BRIDGE} type bridge
+            address add {BRIDGE_GATEWAY}/24 dev {BRIDGE}
+            link set {BRIDGE} up"
+        ),
     )?;
     for n in 0..2 {
         let net = format!("{name}-{n}");
@@ -243,24 +298,30 @@ fn bridge(world: &World) -> Result<(), String> {
             None,
             &format!(
                 "link add br0p{n} type veth peer name eth0 netns {net}
-                link set br0p{n} master br0 up"
+                link set br0p{n} master {BRIDGE} up"
             ),
         )?;
         ip(
             Some(&net),
             &format!(
                 "link set lo up
-                address add 192.168.150.{}/24 dev eth0
+                address add {}/24 dev eth0
                 link set eth0 up
-                route add default via 192.168.150.1",
-                n + 2
+                route add default via {BRIDGE_GATEWAY}",
+                bridge_guest(n)
             ),
         )?;
     }
     Ok(())
 }
 
-/// The NAT of [`Way::Kernel`]. Without it there is still the bridge.
+/// Address of a guest on the bridge.
+pub(super) fn bridge_guest(number: u8) -> Ipv4Addr {
+    let [a, b, c, gateway] = BRIDGE_GATEWAY.octets();
+    Ipv4Addr::new(a, b, c, gateway + 1 + number)
+}
+
+/// The NAT of [`Way::Kernel`], and its published port. Without it there is still the bridge.
 pub(super) fn masquerade() -> Result<(), String> {
     std::fs::write("/proc/sys/net/ipv4/ip_forward", "1")
         .map_err(|error| format!("cannot turn forwarding on: {error}"))?;
@@ -270,20 +331,27 @@ pub(super) fn masquerade() -> Result<(), String> {
                 type nat hook postrouting priority 100;
                 oifname {UPLINK} masquerade
             }}
-        }}"
+            chain pre {{
+                type nat hook prerouting priority -100;
+                iifname {UPLINK} tcp dport {} dnat to {}:{GUEST_PORT}
+            }}
+        }}",
+        Way::Kernel.published().outside.port(),
+        bridge_guest(0)
     );
     world::run("nft", &["-f", "-"], &rules)
 }
 
 /// pasta makes the guest itself, around a command. It refuses to run as root; below the world's root
 /// it is nobody special.
-fn pasta(world: &World, name: &str, mtu: u32) -> Result<Agent, String> {
+fn pasta(world: &World, name: &str, mtu: u32, port: u16) -> Result<Agent, String> {
     let mut command = world.at(&["--user"]);
     command
         .arg(installed("pasta")?)
         .args(["--quiet", "--config-net", "-4"])
-        // No forwards: it would look for ports to forward all the time.
-        .args(["-t", "none", "-u", "none", "-T", "none", "-U", "none"])
+        // No forwards but one: it would look for ports to forward all the time.
+        .args(["-t", &format!("{port}:{GUEST_PORT}")])
+        .args(["-u", "none", "-T", "none", "-U", "none"])
         .args(["--mtu", &mtu.to_string(), "--"])
         .args(world.agent_words());
     Agent::spawn(command, world.log(name))
@@ -293,30 +361,75 @@ fn slirp4netns(
     world: &World,
     name: &str,
     mtu: u32,
+    port: u16,
     processes: &mut Vec<Process>,
 ) -> Result<Agent, String> {
+    let api = world.private_dir(name)?.join("api.sock");
+    // One that was left behind is in the way.
+    let _ = std::fs::remove_file(&api);
     let mut command = world.at(&[]);
     command
         .arg(installed("slirp4netns")?)
         .args(["--configure", "--netns-type=path"])
         .arg(format!("--mtu={mtu}"))
+        .arg("--api-socket")
+        .arg(&api)
         .args([&world::netns_path(name), "tap0"]);
-    processes.push(Process::spawn_mute(command, world.log(name))?);
+    let mut process = Process::spawn_mute(command, world.log(name))?;
+    let forward = serde_json::json!({
+        "execute": "add_hostfwd",
+        "arguments": {
+            "proto": "tcp", "host_addr": HOST, "host_port": port,
+            "guest_addr": SLIRP_GUEST, "guest_port": GUEST_PORT,
+        },
+    });
+    let begun = Instant::now();
+    let said = loop {
+        match ask_slirp4netns(&api, &forward.to_string()) {
+            Ok(said) => break said,
+            Err(error) if begun.elapsed() > TAP_TIME_MAX => {
+                return Err(format!("its API does not answer: {error}"));
+            }
+            Err(_) => process.check()?,
+        }
+        std::thread::sleep(POLL);
+    };
+    if said.contains("error") {
+        return Err(format!("it forwards no port: {}", said.trim()));
+    }
+    processes.push(process);
     guest_of(world, name)
 }
 
+/// A request to slirp4netns's API: one per connection, which it ends.
+fn ask_slirp4netns(api: &Path, request: &str) -> std::io::Result<String> {
+    let mut stream = UnixStream::connect(api)?;
+    stream.set_read_timeout(Some(TAP_TIME_MAX))?;
+    stream.write_all(request.as_bytes())?;
+    stream.shutdown(std::net::Shutdown::Write)?;
+    let mut said = String::new();
+    stream.read_to_string(&mut said)?;
+    Ok(said)
+}
+
 /// QEMU without a VM: its user network and a tap in the guest's namespace on one hub.
-fn qemu(world: &World, name: &str, processes: &mut Vec<Process>) -> Result<Agent, String> {
+fn qemu(
+    world: &World,
+    name: &str,
+    port: u16,
+    processes: &mut Vec<Process>,
+) -> Result<Agent, String> {
+    let (address, gateway) = (Ipv4Addr::new(10, 0, 2, 15), Ipv4Addr::new(10, 0, 2, 2));
+    let user = format!("user,id=u,hostfwd=tcp:{HOST}:{port}-{address}:{GUEST_PORT}");
     let mut command = world.at(&["--user", "--net", name, "--tap", "eth0"]);
     command
         .arg(installed("qemu-system-x86_64")?)
         .args(["-machine", "none", "-nodefaults"])
         .args(["-display", "none", "-monitor", "none", "-serial", "none"])
-        .args(["-netdev", "user,id=u", "-netdev", "tap,id=t,fd={fd}"])
+        .args(["-netdev", &user, "-netdev", "tap,id=t,fd={fd}"])
         .args(["-netdev", "hubport,id=hu,hubid=0,netdev=u"])
         .args(["-netdev", "hubport,id=ht,hubid=0,netdev=t"]);
     let mut process = Process::spawn_mute(command, world.log(name))?;
-    let (address, gateway) = (Ipv4Addr::new(10, 0, 2, 15), Ipv4Addr::new(10, 0, 2, 2));
     let lines = format!(
         "address add {address}/24 dev eth0
         link set eth0 up

@@ -5,13 +5,15 @@ mod common;
 
 use std::collections::BTreeSet;
 
-use common::{World, skip, world_missing};
+use common::{World, guests_missing, heavy, skip, world_missing};
 
-/// Cases of a quick bench in each direction: the round trips and connections have no way back.
-const CASES: [(&str, usize); 3] = [
+/// Cases of a quick bench in each section: the round trips and connections have no way back.
+const CASES: [(&str, usize); 5] = [
     ("guest-to-guest", 12),
     ("guest-to-outside", 12),
     ("outside-to-guest", 7),
+    ("outside-to-published", 4),
+    ("published-to-outside", 2),
 ];
 
 #[test]
@@ -21,17 +23,18 @@ fn every_case_gives_a_figure_or_a_reason() {
     }
     let world = World::new();
     let outcome = world.run(
-        "step bench lanlet bench --quick --secs 0.05 --only lanlet,kernel,pasta \
+        "step bench lanlet bench --quick --secs 0.05 --sections \
+         guest-to-guest,guest-to-outside,outside-to-guest,outside-to-published,published-to-outside --only lanlet,kernel,pasta \
          --json \"$TMP/report.json\" --html \"$TMP/report.html\"",
     );
     let outcome = outcome.passed();
     let report = world.temp().read("report.json");
     let report: serde_json::Value = serde_json::from_str(&report).expect("JSON");
     let results = report["results"].as_array().expect("results");
-    for (direction, cases) in CASES {
+    for (section, cases) in CASES {
         for path in ["lanlet", "kernel", "pasta"] {
             let is_ours = |of: &serde_json::Value| {
-                of["path"] == path && (of["direction"] == direction || of["direction"].is_null())
+                of["path"] == path && (of["section"] == section || of["section"].is_null())
             };
             let found: Vec<_> = results.iter().filter(|result| is_ours(result)).collect();
             let names: BTreeSet<_> = found
@@ -43,7 +46,7 @@ fn every_case_gives_a_figure_or_a_reason() {
             let reason = unmeasured.iter().find(|reason| is_ours(reason));
             match reason {
                 Some(reason) => assert!(!text(&reason["reason"]).is_empty()),
-                None => assert_eq!(names.len(), cases, "{path}, {direction}: {names:?}"),
+                None => assert_eq!(names.len(), cases, "{path}, {section}: {names:?}"),
             }
             for result in found {
                 let median = result["median"].as_f64();
@@ -69,6 +72,64 @@ fn every_case_gives_a_figure_or_a_reason() {
 
 fn text(value: &serde_json::Value) -> String {
     value.as_str().expect("a text").to_owned()
+}
+
+/// A VM boots on each path that has one, and its figures come over the serial line.
+#[test]
+fn vms_are_measured() {
+    if let Some(reason) = guests_missing() {
+        return skip(&reason);
+    }
+    let _alone = heavy();
+    let outcome = World::new().run(
+        "step bench lanlet bench --quick --sections vm-to-outside --cases tcp-1,rtt \
+         --only lanlet,kernel,pasta,qemu --guest-image \"$LAB/out\"",
+    );
+    let outcome = outcome.passed();
+    assert!(!outcome.stdout.contains("failed"), "{}", outcome.text());
+    let mut lines = outcome.stdout.lines();
+    let head = lines.find(|line| line.starts_with("VM TO OUTSIDE"));
+    let head: Vec<_> = head.expect("a table").split("  ").map(str::trim).collect();
+    for path in ["lanlet", "kernel NAT", "passt", "QEMU user"] {
+        assert!(head.contains(&path), "{path}: {}", outcome.text());
+    }
+}
+
+/// What the card promises: MiB resident at rest, KiB per idle flow.
+const REST_MIB_MAX: f64 = 20.0;
+const FLOW_KIB_MAX: f64 = 10.0;
+/// Percent of a core that an idle network may take.
+const REST_CPU_MAX: f64 = 0.5;
+/// What may stay after a burst, MiB: heap, stacks and pages of the program first used in it.
+const AFTER_BURST_MIB_MAX: f64 = 3.0;
+
+#[test]
+fn what_a_network_takes_is_within_bounds() {
+    if let Some(reason) = world_missing() {
+        return skip(&reason);
+    }
+    let world = World::new();
+    let outcome = world
+        .run("step bench lanlet bench --quick --sections costs --json \"$TMP/costs.json\"")
+        .passed();
+    let report = world.temp().read("costs.json");
+    let report: serde_json::Value = serde_json::from_str(&report).expect("JSON");
+    let figure = |case: &str, metric: &str| {
+        let mut results = report["results"].as_array().expect("results").iter();
+        let found = results.find(|result| result["case"] == case && result["metric"] == metric);
+        let median = found.and_then(|result| result["median"].as_f64());
+        median.unwrap_or_else(|| panic!("no {case}, {metric}:\n{}", outcome.text()))
+    };
+    let rest = figure("rest", "resident") + figure("rest", "helper, private");
+    assert!(rest <= REST_MIB_MAX, "{}", outcome.text());
+    let cpu = figure("rest", "CPU of one core");
+    assert!(cpu <= REST_CPU_MAX, "{}", outcome.text());
+    assert!(figure("per-flow", "") <= FLOW_KIB_MAX, "{}", outcome.text());
+    for case in ["per-port", "per-lease", "per-mapping"] {
+        assert!(figure(case, "") > 0.0, "{case}: {}", outcome.text());
+    }
+    let kept = figure("burst", "after") - figure("burst", "before");
+    assert!(kept <= AFTER_BURST_MIB_MAX, "{}", outcome.text());
 }
 
 /// Ended by a signal it shows what it has, ended by SIGKILL nothing: no process is left either way.

@@ -8,13 +8,17 @@ mod about;
 mod agent;
 mod case;
 mod control;
+mod costs;
 mod html;
+mod network;
 mod peer;
 mod plot;
 mod progress;
+mod resident;
 mod results;
 mod statistics;
 mod table;
+mod vm;
 mod way;
 mod world;
 
@@ -28,6 +32,7 @@ use clap::ValueEnum;
 use clap::builder::PossibleValuesParser;
 use rustix::event::{PollFd, PollFlags};
 
+use self::case::Section;
 use self::control::{Event, Plan};
 use self::progress::Progress;
 use self::results::Results;
@@ -50,7 +55,7 @@ const SECS_RANGE: std::ops::RangeInclusive<f64> = 0.05..=60.0;
 ///
 /// Builds guests, a host and an outside in namespaces of its own and measures between them: TCP with 1
 /// and 8 streams, UDP by size, latency, connections per second, and latency and processor time with
-/// 10 to 10,000 flows. Needs no root and no other program than 'ip'; peers are measured where they
+/// 10 to 10,000 flows; then what memory and time lanlet itself takes. Needs no root and no other program than 'ip'; peers are measured where they
 /// are installed. Every round measures each case on all paths in turn; figures are medians, with
 /// half of the range as spread. Nothing leaves the machine, nothing is left behind.
 ///
@@ -77,6 +82,9 @@ pub(super) struct Args {
     /// The paths to measure [default: all that are installed]
     #[arg(long, value_name = "PATH,…", value_delimiter = ',')]
     only: Vec<Way>,
+    /// The parts of the report [default: all]
+    #[arg(long, value_name = "SECTION,…", value_delimiter = ',')]
+    sections: Vec<Section>,
     /// The cases to measure, single ones or groups [default: all]
     #[arg(long, value_name = "CASE,…", value_delimiter = ',',
           value_parser = PossibleValuesParser::new(case::words()))]
@@ -87,6 +95,9 @@ pub(super) struct Args {
     /// Another lanlet program to measure beside this one, say of the version before
     #[arg(long, value_name = "FILE")]
     base: Option<PathBuf>,
+    /// Directory with vmlinuz and initrd.gz, as lab/guest-image/build makes them, for QEMU guests
+    #[arg(long, value_name = "DIR")]
+    guest_image: Option<PathBuf>,
     /// Write every figure to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -165,9 +176,14 @@ impl Args {
                 .map(|case| case.name.to_owned())
                 .filter(|name| is_wanted(name))
                 .collect(),
+            sections: match self.sections.is_empty() {
+                true => Section::ALL.to_vec(),
+                false => self.sections.clone(),
+            },
             rounds: self.rounds.unwrap_or(rounds),
             secs: self.secs.unwrap_or(secs),
             base,
+            guest_image: self.guest_image.as_deref().map(image).transpose()?,
         })
     }
 }
@@ -176,6 +192,18 @@ impl Args {
 fn program(path: &Path) -> Result<PathBuf, Failure> {
     let found = path.canonicalize().ok().filter(|path| path.is_file());
     found.ok_or_else(|| Failure::Usage(format!("--base: there is no program {}", path.display())))
+}
+
+/// The absolute path of a directory with a guest image.
+fn image(path: &Path) -> Result<PathBuf, Failure> {
+    for file in [vm::KERNEL, vm::INITRD] {
+        if !path.join(file).is_file() {
+            let path = path.display();
+            let error = format!("--guest-image: there is no {file} in {path} (make image)");
+            return Err(Failure::Usage(error));
+        }
+    }
+    path.canonicalize().map_err(Failure::from)
 }
 
 /// A file to write to, made before anything is measured for it.

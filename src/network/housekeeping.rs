@@ -1,5 +1,5 @@
 //! What has to be looked after while a network runs: the lease file, whether the host has IPv6, and
-//! whether the workers share the load.
+//! whether the workers share the load, and memory that nobody wants any more.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
@@ -10,6 +10,7 @@ use super::{Shared, lock};
 use crate::control::lease_file::LeaseFile;
 use crate::dhcp::lease::LeaseTable;
 use crate::frame;
+use crate::sys::arena;
 use crate::uplink::route::RouteTable;
 use crate::worker::Command;
 
@@ -118,7 +119,7 @@ impl HostIpv6 {
     }
 }
 
-/// Keeps the lease file, the guests' IPv6 route and the spread of ports current.
+/// Keeps the lease file, the guests' IPv6 route and the spread of ports current, and memory small.
 pub(super) async fn housekeep(
     shared: &Arc<Shared>,
     keeper: Option<&Arc<Mutex<LeaseKeeper>>>,
@@ -130,6 +131,7 @@ pub(super) async fn housekeep(
         tick.tick().await;
         host_ipv6.follow(shared);
         balancer.follow(shared);
+        arena::release_unused();
         if let Some(keeper) = keeper {
             let (keeper, shared) = (Arc::clone(keeper), Arc::clone(shared));
             // A slow disk must not hold up the resolver on this thread. A panic was reported.

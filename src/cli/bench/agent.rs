@@ -51,6 +51,11 @@ impl Process {
         }
     }
 
+    /// Its number.
+    pub(super) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// What it said last on standard error, to go behind a reason.
     pub(super) fn last_words(&self) -> String {
         last_words(&self.log)
@@ -113,14 +118,29 @@ impl Agent {
         }
     }
 
+    /// Waits until it says that it listens: one whose input is lost before.
+    pub(super) fn wait_until_ready(&mut self, limit: Duration) -> Result<(), String> {
+        match self.hear(limit)? {
+            Reply::Ready => Ok(()),
+            other => Err(format!("unexpected {other:?}")),
+        }
+    }
+
     /// Asks, and waits for the reply. After an error it is of no further use.
     pub(super) fn ask(&mut self, request: &Request, limit: Duration) -> Result<Reply, String> {
         let mut line = serde_json::to_string(request).map_err(|error| error.to_string())?;
         line.push('\n');
-        let ended = |words: String| format!("the load generator ended{words}");
         if self.stdin.write_all(line.as_bytes()).is_err() {
-            return Err(ended(self.process.last_words()));
+            return Err(self.ended());
         }
+        self.hear(limit)
+    }
+
+    fn ended(&self) -> String {
+        format!("the load generator ended{}", self.process.last_words())
+    }
+
+    fn hear(&mut self, limit: Duration) -> Result<Reply, String> {
         let end = Instant::now() + limit;
         loop {
             if let Some(reply) = self.take_reply() {
@@ -135,7 +155,7 @@ impl Agent {
             if rustix::event::poll(&mut fds, Some(&left)) == Ok(1) {
                 let mut buffer = [0; 4096];
                 match self.stdout.read(&mut buffer) {
-                    Ok(0) => return Err(ended(self.process.last_words())),
+                    Ok(0) => return Err(self.ended()),
                     Ok(count) => self.unread.extend_from_slice(&buffer[..count]),
                     Err(error) => return Err(error.to_string()),
                 }

@@ -2,30 +2,90 @@
 
 use serde::{Deserialize, Serialize};
 
-/// Which way the data goes. Connections are opened by the (first) guest in all three: that is what a
-/// NAT is there for.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+/// A part of the report: from where to where data goes, or what the network itself takes. Connections
+/// are opened by the (first) guest, as that is what a NAT is there for; those to a published port by the
+/// outside.
+#[derive(
+    Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, clap::ValueEnum, Serialize, Deserialize,
+)]
 #[serde(rename_all = "kebab-case")]
-pub(super) enum Direction {
+pub(super) enum Section {
+    /// From a guest to another on the same network
     GuestToGuest,
+    /// From a guest to the outside
     GuestToOutside,
+    /// From the outside to a guest that has connected to it
     OutsideToGuest,
+    /// From the outside to a guest, by a connection to a port of the host
+    OutsideToPublished,
+    /// The way back of such a connection
+    PublishedToOutside,
+    /// From a QEMU guest to the outside; takes --guest-image
+    VmToOutside,
+    /// From the outside to a QEMU guest that has connected to it; takes --guest-image
+    OutsideToVm,
+    /// Memory and processor time that lanlet itself takes
+    Costs,
 }
 
-impl Direction {
-    pub(super) const ALL: [Direction; 3] = [
-        Direction::GuestToGuest,
-        Direction::GuestToOutside,
-        Direction::OutsideToGuest,
+impl Section {
+    pub(super) const ALL: [Section; 8] = [
+        Section::GuestToGuest,
+        Section::GuestToOutside,
+        Section::OutsideToGuest,
+        Section::OutsideToPublished,
+        Section::PublishedToOutside,
+        Section::VmToOutside,
+        Section::OutsideToVm,
+        Section::Costs,
     ];
 
     pub(super) fn name(self) -> &'static str {
         match self {
-            Direction::GuestToGuest => "guest to guest",
-            Direction::GuestToOutside => "guest to outside",
-            Direction::OutsideToGuest => "outside to guest",
+            Section::GuestToGuest => "guest to guest",
+            Section::GuestToOutside => "guest to outside",
+            Section::OutsideToGuest => "outside to guest",
+            Section::OutsideToPublished => "outside to published port",
+            Section::PublishedToOutside => "published port to outside",
+            Section::VmToOutside => "VM to outside",
+            Section::OutsideToVm => "outside to VM",
+            Section::Costs => "memory and idle time",
         }
     }
+
+    /// Where the guests of its ways are ([`super::way::Ends`]); `None`: it has none.
+    pub(super) fn guests(self) -> Option<Guests> {
+        match self {
+            Section::VmToOutside | Section::OutsideToVm => Some(Guests::Vms),
+            Section::Costs => None,
+            _ => Some(Guests::Namespaces),
+        }
+    }
+
+    /// Whether the outside opens the connections, and the guest serves.
+    pub(super) fn is_published(self) -> bool {
+        matches!(
+            self,
+            Section::OutsideToPublished | Section::PublishedToOutside
+        )
+    }
+
+    /// Whether data goes to whoever has opened the connection.
+    pub(super) fn is_way_back(self) -> bool {
+        matches!(
+            self,
+            Section::OutsideToGuest | Section::PublishedToOutside | Section::OutsideToVm
+        )
+    }
+}
+
+/// What guests are.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub(super) enum Guests {
+    /// Network namespaces.
+    Namespaces,
+    /// QEMU's, booted from the image that --guest-image names.
+    Vms,
 }
 
 /// What the load generators do.
@@ -44,6 +104,26 @@ pub(super) enum Load {
     RoundTrips { flows: usize },
     /// Connections that are opened, closed by the server, and closed.
     Connects,
+    /// Nothing is sent for its speed: what the network's processes take is looked at.
+    Cost(Cost),
+}
+
+/// What a network's memory and processor time are looked at for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Cost {
+    /// Being there, with two guests that say nothing.
+    Rest,
+    /// A VMM's port.
+    Port,
+    /// An address leased by DHCP.
+    Lease,
+    /// A TCP connection through the NAT that was used and idles.
+    TcpFlow,
+    /// A UDP mapping of the NAT.
+    UdpMapping,
+    /// Eight TCP streams up, then down, then nothing.
+    Burst,
 }
 
 /// A figure of a case.
@@ -75,6 +155,11 @@ const fn less(name: &'static str, unit: &'static str) -> Metric {
         more_is_better: false,
     }
 }
+const fn resident(name: &'static str) -> Metric {
+    less(name, "MiB")
+}
+/// Resident memory of all processes of a network, divided by the number of what was added.
+const EACH: Metric = less("", "KiB");
 const P50: Metric = less("p50", "µs");
 const P99: Metric = less("p99", "µs");
 const P999: Metric = less("p99.9", "µs");
@@ -93,15 +178,39 @@ impl Load {
             Load::RoundTrips { flows: 1 } => &[P50, P99, P999],
             Load::RoundTrips { .. } => &[P50, CPU],
             Load::Connects => &[CONNECTS],
+            Load::Cost(Cost::Rest) => {
+                const {
+                    &[
+                        resident("resident"),
+                        resident("of it private"),
+                        resident("helper, private"),
+                        less("CPU of one core", "%"),
+                    ]
+                }
+            }
+            Load::Cost(Cost::Burst) => {
+                const { &[resident("before"), resident("highest"), resident("after")] }
+            }
+            Load::Cost(_) => &[EACH],
         }
     }
 
-    /// Whether it goes this way: what the guest asks for and waits for is the same from either end.
-    pub(super) fn goes(self, direction: Direction) -> bool {
-        match self {
-            Load::Tcp { .. } | Load::Udp { .. } => true,
-            Load::RoundTrips { .. } | Load::Connects => direction != Direction::OutsideToGuest,
+    /// Whether it is part of a section: what the guest asks for and waits for is the same from either
+    /// end.
+    pub(super) fn goes(self, section: Section) -> bool {
+        let is_cost = matches!(self, Load::Cost(_));
+        if is_cost || section == Section::Costs {
+            return is_cost && section == Section::Costs;
         }
+        let goes_back = matches!(self, Load::Tcp { .. } | Load::Udp { .. });
+        // Ports are forwarded, and VMs emulated, at a cost per connection and byte; what datagrams and
+        // many flows cost the rest shows.
+        let is_basic = match self {
+            Load::Tcp { .. } | Load::Connects | Load::RoundTrips { flows: 1 } => true,
+            Load::Udp { .. } | Load::RoundTrips { .. } | Load::Cost(_) => false,
+        };
+        let is_plain = section.guests() == Some(Guests::Namespaces) && !section.is_published();
+        (is_basic || is_plain) && (goes_back || !section.is_way_back())
     }
 }
 
@@ -134,6 +243,8 @@ impl Measured {
                 self.busy_secs * 1e6 / self.units.max(1) as f64,
             ],
             Load::Connects => vec![per_second(self.units)],
+            // Nobody counts it: it is looked up (super::costs).
+            Load::Cost(_) => Vec::new(),
         }
     }
 }
@@ -158,6 +269,10 @@ const fn case(name: &'static str, group: &'static str, title: &'static str, load
     }
 }
 
+const fn cost(name: &'static str, title: &'static str, cost: Cost) -> Case {
+    case(name, "costs", title, Load::Cost(cost))
+}
+
 const fn udp(bytes: u16, flows: usize, trains: bool) -> Load {
     Load::Udp {
         bytes,
@@ -167,7 +282,7 @@ const fn udp(bytes: u16, flows: usize, trains: bool) -> Load {
 }
 
 /// All cases. A datagram of 1,448 bytes fits an MTU of 1,500 under IPv4 and IPv6 headers.
-pub(super) const CASES: [Case; 13] = [
+pub(super) const CASES: [Case; 19] = [
     case("tcp-1", "tcp", "TCP, 1 stream", Load::Tcp { streams: 1 }),
     case("tcp-8", "tcp", "TCP, 8 streams", Load::Tcp { streams: 8 }),
     case("udp-64", "udp", "UDP, 64 bytes", udp(64, 1, false)),
@@ -216,6 +331,12 @@ pub(super) const CASES: [Case; 13] = [
         "round trip, 10,000 flows",
         Load::RoundTrips { flows: 10_000 },
     ),
+    cost("rest", "a network with two idle guests", Cost::Rest),
+    cost("per-port", "a VMM's port", Cost::Port),
+    cost("per-lease", "a DHCP lease", Cost::Lease),
+    cost("per-flow", "an idle TCP flow", Cost::TcpFlow),
+    cost("per-mapping", "a UDP mapping", Cost::UdpMapping),
+    cost("burst", "TCP, 8 streams, resident", Cost::Burst),
 ];
 
 /// The words that `--cases` takes: groups, then single cases.
@@ -268,7 +389,8 @@ mod tests {
             round_trip_us: [50.0, 90.0, 200.0],
             busy_secs: 1.0,
         };
-        for case in CASES {
+        let is_cost = |case: &Case| matches!(case.load, Load::Cost(_));
+        for case in CASES.into_iter().filter(|case| !is_cost(case)) {
             let values = measured.values(case.load);
             assert_eq!(values.len(), case.load.metrics().len(), "{}", case.name);
         }
@@ -283,8 +405,12 @@ mod tests {
 
     #[test]
     fn only_what_flows_has_a_way_back() {
-        let down = |load: Load| load.goes(Direction::OutsideToGuest);
+        let down = |load: Load| load.goes(Section::OutsideToGuest);
         assert!(down(Load::Tcp { streams: 1 }));
         assert!(!down(Load::Connects) && !down(Load::RoundTrips { flows: 1 }));
+        for case in CASES {
+            let is_cost = matches!(case.load, Load::Cost(_));
+            assert_eq!(case.load.goes(Section::Costs), is_cost, "{}", case.name);
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! The controller: in the world, it builds the ways, runs every case on each of them in turn, and
 //! tells what happens on standard output, one line of JSON per event.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -9,29 +9,53 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::super::{Failure, print};
-use super::case::{CASES, Case, Direction, Load, Measured};
+use super::case::{CASES, Case, Guests, Load, Measured, Section};
+use super::costs;
 use super::peer::{Reply, Request};
+use super::vm;
 use super::way::{Ends, Way, masquerade};
 use super::world::World;
 
 /// What a reply may take beyond the time measured: opening 10,000 connections on a slow path has 10 s
 /// of its own, a stream has 2 s to begin and a margin.
-const REPLY_TIME_MAX: Duration = Duration::from_secs(6);
+pub(super) const REPLY_TIME_MAX: Duration = Duration::from_secs(6);
 const OPEN_TIME_MAX: Duration = Duration::from_secs(16);
+
+/// Why no VM is measured.
+const NO_GUEST_IMAGE: &str =
+    "VMs take --guest-image DIR, with the vmlinuz and initrd.gz of lab/guest-image/build";
 
 /// What to measure.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Plan {
     pub(super) ways: Vec<Way>,
+    pub(super) sections: Vec<Section>,
     /// Names of cases.
     pub(super) cases: Vec<String>,
     pub(super) rounds: u32,
     pub(super) secs: f64,
     /// The program of [`Way::Base`].
     pub(super) base: Option<PathBuf>,
+    /// Directory with what VMs boot.
+    pub(super) guest_image: Option<PathBuf>,
 }
 
 impl Plan {
+    /// The sections that have a case, in order.
+    pub(super) fn sections(&self) -> Vec<Section> {
+        let cases = self.cases();
+        let is_wanted = |section: &Section| {
+            self.sections.contains(section) && cases.iter().any(|case| case.load.goes(*section))
+        };
+        Section::ALL.into_iter().filter(is_wanted).collect()
+    }
+
+    /// Whether nothing but VMs is measured.
+    fn is_of_vms(&self) -> bool {
+        let mut sections = self.sections().into_iter();
+        sections.all(|section| section.guests() == Some(Guests::Vms))
+    }
+
     pub(super) fn cases(&self) -> Vec<Case> {
         let is_wanted = |case: &Case| self.cases.iter().any(|name| name == case.name);
         CASES.into_iter().filter(is_wanted).collect()
@@ -41,7 +65,7 @@ impl Plan {
 /// One thing measured.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
 pub(super) struct Run {
-    pub(super) direction: Direction,
+    pub(super) section: Section,
     /// A case's name.
     pub(super) case: String,
     pub(super) way: Way,
@@ -50,10 +74,10 @@ pub(super) struct Run {
 /// What happened.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Event {
-    /// A way can't be measured, or not in this direction.
+    /// A way can't be measured, or not in this section.
     Unmeasured {
         way: Way,
-        direction: Option<Direction>,
+        section: Option<Section>,
         reason: String,
     },
     /// Everything is up; so many runs follow.
@@ -83,7 +107,8 @@ pub(super) fn control(plan: &str) -> Result<ExitCode, Failure> {
     let plan: Plan = serde_json::from_str(plan).map_err(std::io::Error::from)?;
     let mut bench = Bench {
         world: World::new()?,
-        ways: BTreeMap::new(),
+        ends: BTreeMap::new(),
+        closed: BTreeSet::new(),
         plan,
     };
     bench.start()?;
@@ -106,45 +131,90 @@ fn end_with_command() -> Result<(), Failure> {
 struct Bench {
     plan: Plan,
     world: World,
-    /// Those that run, and where they don't go.
-    ways: BTreeMap<Way, (Option<Ends>, Vec<Direction>)>,
+    /// Those that run.
+    ends: BTreeMap<(Guests, Way), Ends>,
+    /// What can't be measured.
+    closed: BTreeSet<(Way, Section)>,
 }
 
 impl Bench {
     fn start(&mut self) -> Result<(), Failure> {
         for way in self.plan.ways.clone() {
-            let unmeasured = |direction, reason: String| Event::Unmeasured {
-                way,
-                direction,
-                reason,
-            };
-            let base = self.plan.base.as_deref();
-            let started = way
-                .prepare(&self.world)
-                .and_then(|()| way.start(&self.world, base));
-            let ends = match started {
-                Ok(ends) => ends,
-                Err(reason) => {
-                    tell(&unmeasured(None, reason))?;
+            let mut sections = Vec::new();
+            for section in self.plan.sections() {
+                let image = self.plan.guest_image.as_deref();
+                let missing = match section.guests() {
+                    Some(Guests::Vms) if image.is_none() => Some(NO_GUEST_IMAGE),
+                    _ => way.lacks(section),
+                };
+                match missing {
+                    Some(reason) => self.close(way, &[section], reason)?,
+                    None => sections.push(section),
+                }
+            }
+            if sections.iter().all(|section| section.guests().is_none()) {
+                continue;
+            }
+            if let Err(reason) = way.prepare(&self.world) {
+                self.close_all(way, reason)?;
+                continue;
+            }
+            for guests in [Guests::Namespaces, Guests::Vms] {
+                let is_of = |section: &&Section| section.guests() == Some(guests);
+                let sections: Vec<_> = sections.iter().filter(is_of).copied().collect();
+                if sections.is_empty() {
                     continue;
                 }
-            };
-            let mut closed = Vec::new();
-            for direction in Direction::ALL {
-                if let Some(reason) = way.lacks(direction) {
-                    closed.push(direction);
-                    tell(&unmeasured(Some(direction), reason.to_owned()))?;
+                match (self.start_ends(way, guests), guests) {
+                    // VMs boot when it is their turn, and do not disturb others before.
+                    (Ok(_), Guests::Vms) if !self.plan.is_of_vms() => {}
+                    (Ok(ends), _) => drop(self.ends.insert((guests, way), ends)),
+                    (Err(reason), Guests::Namespaces) => self.close_all(way, reason)?,
+                    (Err(reason), Guests::Vms) => self.close(way, &sections, &reason)?,
                 }
             }
             if way == Way::Kernel
                 && let Err(reason) = masquerade()
             {
-                for direction in [Direction::GuestToOutside, Direction::OutsideToGuest] {
-                    closed.push(direction);
-                    tell(&unmeasured(Some(direction), reason.clone()))?;
-                }
+                let is_nat = |section: &Section| *section != Section::GuestToGuest;
+                let nat: Vec<_> = sections.into_iter().filter(is_nat).collect();
+                self.close(way, &nat, &reason)?;
             }
-            self.ways.insert(way, (Some(ends), closed));
+        }
+        Ok(())
+    }
+
+    fn start_ends(&self, way: Way, guests: Guests) -> Result<Ends, String> {
+        let base = self.plan.base.as_deref();
+        match (guests, &self.plan.guest_image) {
+            (Guests::Namespaces, _) => way.start(&self.world, base),
+            (Guests::Vms, Some(image)) => vm::start(way, &self.world, base, image),
+            (Guests::Vms, None) => Err(NO_GUEST_IMAGE.to_owned()),
+        }
+    }
+
+    /// A way can't be measured at all.
+    fn close_all(&mut self, way: Way, reason: String) -> Result<(), Failure> {
+        let sections = self.plan.sections();
+        self.closed
+            .extend(sections.iter().map(|&section| (way, section)));
+        tell(&Event::Unmeasured {
+            way,
+            section: None,
+            reason,
+        })
+    }
+
+    /// Some sections of a way can't be measured.
+    fn close(&mut self, way: Way, sections: &[Section], reason: &str) -> Result<(), Failure> {
+        for &section in sections {
+            if self.plan.sections().contains(&section) && self.closed.insert((way, section)) {
+                tell(&Event::Unmeasured {
+                    way,
+                    section: Some(section),
+                    reason: reason.to_owned(),
+                })?;
+            }
         }
         Ok(())
     }
@@ -153,12 +223,12 @@ impl Bench {
     /// so that what else the machine does meets them alike.
     fn runs(&self) -> Vec<(Run, Load)> {
         let mut runs = Vec::new();
-        for direction in Direction::ALL {
+        for section in self.plan.sections() {
             for case in self.plan.cases() {
-                for (&way, (_, closed)) in &self.ways {
-                    if case.load.goes(direction) && !closed.contains(&direction) {
+                for &way in &self.plan.ways {
+                    if case.load.goes(section) && !self.closed.contains(&(way, section)) {
                         let run = Run {
-                            direction,
+                            section,
                             case: case.name.to_owned(),
                             way,
                         };
@@ -194,12 +264,21 @@ impl Bench {
 
     fn run(&mut self, run: &Run, load: Load) -> Result<Vec<f64>, String> {
         let base = self.plan.base.as_deref();
-        let (ends, _) = self.ways.get_mut(&run.way).ok_or("it does not run")?;
-        if ends.is_none() {
-            *ends = Some(run.way.start(&self.world, base)?);
+        if let Load::Cost(cost) = load {
+            let program = run.way.program(&self.world, base)?;
+            let name = run.way.name();
+            return costs::measure(&self.world, &name, program, cost, self.plan.secs);
         }
-        let live = ends.as_mut().ok_or("it does not run")?;
-        let measured = measure(live, run.direction, load, self.plan.secs);
+        let guests = run.section.guests().ok_or("there are no guests")?;
+        self.ends
+            .retain(|(others, _), _| *others == Guests::Namespaces || guests == Guests::Vms);
+        let key = (guests, run.way);
+        if !self.ends.contains_key(&key) {
+            let ends = self.start_ends(run.way, guests)?;
+            self.ends.insert(key, ends);
+        }
+        let ends = self.ends.get_mut(&key).ok_or("it does not run")?;
+        let measured = measure(ends, run.section, load, self.plan.secs);
         let values = measured.and_then(|measured| {
             let values = measured.values(load);
             let is_there = values.first().is_some_and(|&value| value > 0.0);
@@ -209,24 +288,35 @@ impl Bench {
         });
         if values.is_err() {
             // What hangs is ended, and what is left of half a case does not disturb the next.
-            *ends = None;
+            self.ends.remove(&key);
         }
         values
     }
 }
 
 /// One run.
-fn measure(
+pub(super) fn measure(
     ends: &mut Ends,
-    direction: Direction,
+    section: Section,
     load: Load,
     secs: f64,
 ) -> Result<Measured, String> {
-    let reverse = direction == Direction::OutsideToGuest;
-    let (server, at) = match (direction, &mut ends.second) {
-        (Direction::GuestToGuest, Some((second, address))) => (second, *address),
-        (Direction::GuestToGuest, None) => return Err("there is no other guest".to_owned()),
-        _ => (&mut ends.outside, ends.server),
+    let reverse = section.is_way_back();
+    let missing = |what: &str| format!("there is no {what}");
+    let mut published = None;
+    let (opener, server, at) = match section {
+        Section::GuestToGuest => {
+            let second = ends.second.as_mut();
+            let (second, address) = second.ok_or_else(|| missing("other guest"))?;
+            (&mut ends.guest, second, (*address, 0).into())
+        }
+        _ if section.is_published() => {
+            let port = ends.published.as_ref();
+            let port = port.ok_or_else(|| missing("published port"))?;
+            published = Some(port.outside);
+            (&mut ends.outside, &mut ends.guest, port.inside)
+        }
+        _ => (&mut ends.guest, &mut ends.outside, (ends.server, 0).into()),
     };
     let serve = Request::Serve {
         load,
@@ -234,11 +324,12 @@ fn measure(
         at,
         secs,
     };
-    let to = match server.ask(&serve, REPLY_TIME_MAX)? {
-        Reply::Serving(to) => to,
+    let at = match server.ask(&serve, REPLY_TIME_MAX)? {
+        Reply::Serving(at) => at,
         Reply::Failed(reason) => return Err(reason),
         other => return Err(format!("unexpected {other:?}")),
     };
+    let to = published.unwrap_or(at);
     let run = Request::Run {
         load,
         reverse,
@@ -249,7 +340,7 @@ fn measure(
         Load::RoundTrips { .. } => OPEN_TIME_MAX,
         _ => REPLY_TIME_MAX,
     };
-    let ran = ends.guest.ask(&run, Duration::from_secs_f64(secs) + more)?;
+    let ran = opener.ask(&run, Duration::from_secs_f64(secs) + more)?;
     let served = server.ask(&Request::Finish, REPLY_TIME_MAX)?;
     let is_at_server = !reverse && matches!(load, Load::Tcp { .. } | Load::Udp { .. });
     match (ran, served) {

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use clap::ValueEnum;
 
-use super::case::{Direction, Load};
+use super::case::{Load, Section};
 use super::plot::{Bar, Curve, bars, curves, escaped};
 use super::results::{Cell, Results, Row};
 use super::table::{cell, label};
@@ -56,8 +56,8 @@ pub(super) fn render(results: &Results) -> String {
         let _ = writeln!(page, "<dt>{}<dd>{}", escaped(what), escaped(value));
     }
     page.push_str("</dl>\n");
-    for direction in Direction::ALL {
-        section(&mut page, results, direction);
+    for section in Section::ALL {
+        write_section(&mut page, results, section);
     }
     let reasons = results.reasons();
     if !reasons.is_empty() {
@@ -70,16 +70,16 @@ pub(super) fn render(results: &Results) -> String {
     page
 }
 
-fn section(page: &mut String, results: &Results, direction: Direction) {
-    let (rows, ways) = (results.rows(direction), results.ways(direction));
+fn write_section(page: &mut String, results: &Results, section: Section) {
+    let (rows, ways) = (results.rows(section), results.ways(section));
     if rows.is_empty() || ways.is_empty() {
         return;
     }
-    let _ = writeln!(page, "<h2>{}</h2>", capital(direction.name()));
+    let _ = writeln!(page, "<h2>{}</h2>", capital(section.name()));
     for row in rows.iter().filter(|row| flows(row).is_none()) {
         heading(page, &label(row.case.title, &row.metric), row);
         let each = ways.iter().zip(&row.cells).map(|(&way, cell)| Bar {
-            name: way.title(direction),
+            name: way.title(section),
             color: color(way),
             value: match cell {
                 Cell::Figure(summary) => Ok(*summary),
@@ -111,7 +111,7 @@ fn section(page: &mut String, results: &Results, direction: Direction) {
             first,
         );
         let each = ways.iter().enumerate().map(|(index, &way)| Curve {
-            name: way.title(direction),
+            name: way.title(section),
             color: color(way),
             points: of_name
                 .iter()
@@ -124,14 +124,14 @@ fn section(page: &mut String, results: &Results, direction: Direction) {
         let each: Vec<_> = each.filter(|curve| !curve.points.is_empty()).collect();
         page.push_str(&curves(&each, first.metric.unit, "flows"));
     }
-    figures(page, &rows, &ways, direction);
+    figures(page, &rows, &ways, section);
 }
 
-/// All figures of a direction, as a table.
-fn figures(page: &mut String, rows: &[Row], ways: &[Way], direction: Direction) {
+/// All figures of a section, as a table.
+fn figures(page: &mut String, rows: &[Row], ways: &[Way], section: Section) {
     page.push_str("<h3>All figures <span class=\"soft\">grey: lanlet's divided by this one</span></h3>\n<div class=\"wide\"><table>\n<tr><th><th>");
     for way in ways {
-        let _ = write!(page, "<th>{}", escaped(way.title(direction)));
+        let _ = write!(page, "<th>{}", escaped(way.title(section)));
     }
     page.push('\n');
     for row in rows {

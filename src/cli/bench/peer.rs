@@ -13,7 +13,7 @@ mod tcp;
 mod udp;
 
 use std::io::{BufRead, Write};
-use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsFd;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -38,6 +38,8 @@ const CONNECT_TIME_MAX: Duration = Duration::from_secs(3);
 /// Connections that may wait to be accepted: net.core.somaxconn's default, where std has 128. Eight
 /// openers outrun a server that shares a processor with them, and a SYN too many costs a second.
 const BACKLOG: i32 = 4096;
+/// Said of a case that is looked up.
+const NO_LOAD: &str = "this case has no load";
 /// Descriptors beside those of the flows.
 const FDS_SPARE: u64 = 64;
 
@@ -46,11 +48,11 @@ const FDS_SPARE: u64 = 64;
 pub(super) enum Request {
     /// The address by which `to` is reached: an error where there is none yet.
     Source { to: IpAddr },
-    /// Serve at this address.
+    /// Serve at this address; port 0: at any.
     Serve {
         load: Load,
         reverse: bool,
-        at: IpAddr,
+        at: SocketAddr,
         secs: f64,
     },
     /// Run against a server; `reverse`: the server sends.
@@ -62,14 +64,24 @@ pub(super) enum Request {
     },
     /// End serving.
     Finish,
+    /// Open so many connections (or sockets) more to a server of this load, use each once, and keep
+    /// them until the process ends.
+    Hold {
+        load: Load,
+        to: SocketAddr,
+        count: usize,
+    },
 }
 
 /// What it hears.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Reply {
+    /// Said by a VM's script, before the load generators start.
+    Ready,
     Source(IpAddr),
     Serving(SocketAddr),
     Measured(Measured),
+    Held,
     Failed(String),
 }
 
@@ -91,6 +103,13 @@ impl Server {
     }
 }
 
+/// What is kept open.
+#[derive(Default)]
+struct Held {
+    streams: Vec<TcpStream>,
+    datagrams: Vec<UdpSocket>,
+}
+
 /// What a load has to know.
 #[derive(Clone, Copy)]
 struct Task {
@@ -101,10 +120,10 @@ struct Task {
 
 pub(super) fn run() -> Result<ExitCode, Failure> {
     raise_open_files();
-    let mut server = None;
+    let (mut server, mut held) = (None, Held::default());
     for line in std::io::stdin().lock().lines() {
         let request = serde_json::from_str(&line?).map_err(std::io::Error::from)?;
-        let reply = answer(request, &mut server).unwrap_or_else(Reply::Failed);
+        let reply = answer(request, &mut server, &mut held).unwrap_or_else(Reply::Failed);
         let mut text = serde_json::to_string(&reply).map_err(std::io::Error::from)?;
         text.push('\n');
         print(&text)?;
@@ -114,7 +133,7 @@ pub(super) fn run() -> Result<ExitCode, Failure> {
     std::process::exit(0)
 }
 
-fn answer(request: Request, server: &mut Option<Server>) -> Result<Reply, String> {
+fn answer(request: Request, server: &mut Option<Server>, held: &mut Held) -> Result<Reply, String> {
     match request {
         Request::Source { to } => source(to).map(Reply::Source).map_err(say),
         Request::Serve {
@@ -143,6 +162,7 @@ fn answer(request: Request, server: &mut Option<Server>) -> Result<Reply, String
                 Load::Udp { .. } => udp::run(task, to),
                 Load::RoundTrips { flows } => round_trips::run(task, flows, to),
                 Load::Connects => connects::run(task, to),
+                Load::Cost(_) => return Err(NO_LOAD.to_owned()),
             }
             .map(Reply::Measured)
         }
@@ -150,6 +170,13 @@ fn answer(request: Request, server: &mut Option<Server>) -> Result<Reply, String
             Some(server) => Ok(Reply::Measured(server.finish())),
             None => Err("nothing was served".to_owned()),
         },
+        Request::Hold { load, to, count } => {
+            match load {
+                Load::Udp { .. } => held.datagrams.extend(udp::hold(count, to).map_err(say)?),
+                _ => held.streams.extend(round_trips::hold(count, to)?),
+            }
+            Ok(Reply::Held)
+        }
     }
 }
 
@@ -171,8 +198,9 @@ fn task(load: Load, reverse: bool, secs: f64) -> Result<Task, String> {
     })
 }
 
-fn serve(task: Task, at: IpAddr) -> Result<Server, String> {
+fn serve(task: Task, at: SocketAddr) -> Result<Server, String> {
     match task.load {
+        Load::Cost(_) => return Err(NO_LOAD.to_owned()),
         Load::Tcp { .. } => tcp::serve(task, at),
         Load::Udp { .. } => udp::serve(task, at),
         Load::RoundTrips { .. } => round_trips::serve(at),
@@ -205,8 +233,8 @@ fn raise_open_files() {
 }
 
 /// A listener that takes connections by the thousand.
-fn listen(at: IpAddr) -> std::io::Result<TcpListener> {
-    let listener = TcpListener::bind((at, 0))?;
+fn listen(at: SocketAddr) -> std::io::Result<TcpListener> {
+    let listener = TcpListener::bind(at)?;
     // A second listen changes the backlog alone.
     rustix::net::listen(&listener, BACKLOG)?;
     Ok(listener)
@@ -241,21 +269,24 @@ fn say(error: impl std::fmt::Display) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::bench::case::CASES;
+    use crate::cli::bench::case::{CASES, Case};
 
     /// Every load over the loopback, both ways where there are two.
     #[test]
     fn every_load_measures_something() {
         let loopback: IpAddr = [127, 0, 0, 1].into();
-        for case in CASES.iter().filter(|case| case.name != "flows-10k") {
+        let is_run = |case: &&Case| case.name != "flows-10k" && !matches!(case.load, Load::Cost(_));
+        for case in CASES.iter().filter(is_run) {
             for reverse in [false, true] {
                 let (load, secs) = (case.load, 0.05);
                 let mut server = None;
-                let ask = |request, server: &mut _| answer(request, server).unwrap();
+                let ask = |request, server: &mut _| {
+                    answer(request, server, &mut Held::default()).unwrap()
+                };
                 let serve = Request::Serve {
                     load,
                     reverse,
-                    at: loopback,
+                    at: (loopback, 0).into(),
                     secs,
                 };
                 let Reply::Serving(to) = ask(serve, &mut server) else {
@@ -284,6 +315,29 @@ mod tests {
                     case.name
                 );
             }
+        }
+    }
+
+    #[test]
+    fn what_is_held_stays_open() {
+        let at = "127.0.0.1:0".parse().unwrap();
+        for load in [Load::RoundTrips { flows: 1 }, CASES[2].load] {
+            let (mut server, mut held) = (None, Held::default());
+            let serve = Request::Serve {
+                load,
+                reverse: false,
+                at,
+                secs: 0.0,
+            };
+            let Ok(Reply::Serving(to)) = answer(serve, &mut server, &mut held) else {
+                panic!("{load:?}")
+            };
+            for _ in 0..2 {
+                let hold = Request::Hold { load, to, count: 3 };
+                let reply = answer(hold, &mut server, &mut held);
+                assert!(matches!(reply, Ok(Reply::Held)), "{reply:?}");
+            }
+            assert_eq!(held.streams.len() + held.datagrams.len(), 6);
         }
     }
 

@@ -53,11 +53,11 @@ impl Progress {
         match event {
             Event::Unmeasured {
                 way,
-                direction,
+                section,
                 reason,
             } => {
                 // What never goes somewhere is told with the results.
-                if direction.is_none_or(|direction| way.lacks(direction).is_none()) {
+                if section.is_none_or(|section| way.lacks(section).is_none()) {
                     self.clear();
                     write(&format!("not measured: {}: {reason}\n", way.name()));
                 }
@@ -68,11 +68,11 @@ impl Progress {
             }
             Event::Begun { round, run } => {
                 let is_next = self.now.as_ref().is_none_or(|(before, last)| {
-                    (before, last.direction, &last.case) != (round, run.direction, &run.case)
+                    (before, last.section, &last.case) != (round, run.section, &run.case)
                 });
                 if is_next && !self.is_terminal {
                     self.end();
-                    let (place, case) = (run.direction.name(), &run.case);
+                    let (place, case) = (run.section.name(), &run.case);
                     self.line = format!("round {round}/{}, {place}, {case}:", self.rounds);
                 }
                 self.now = Some((*round, run.clone()));
@@ -114,7 +114,7 @@ impl Progress {
             self.done,
             self.runs,
             self.rounds,
-            run.direction.name(),
+            run.section.name(),
             run.case,
             run.way.name()
         ));

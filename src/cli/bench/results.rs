@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use super::case::{Case, Direction, Metric};
+use super::case::{Case, Metric, Section};
 use super::control::{Event, Plan, Run};
 use super::statistics::Summary;
 use super::way::Way;
@@ -16,7 +16,7 @@ pub(super) struct Results {
     pub(super) about: Vec<(String, String)>,
     /// Each run's figures of every round, and what failed.
     runs: BTreeMap<Run, (Vec<Vec<f64>>, Vec<String>)>,
-    unmeasured: Vec<(Way, Option<Direction>, String)>,
+    unmeasured: Vec<(Way, Option<Section>, String)>,
     /// Whether it was ended before its time.
     pub(super) is_cut_short: bool,
 }
@@ -54,9 +54,9 @@ impl Results {
         match event {
             Event::Unmeasured {
                 way,
-                direction,
+                section,
                 reason,
-            } => self.unmeasured.push((way, direction, reason)),
+            } => self.unmeasured.push((way, section, reason)),
             Event::Ended { run, outcome } => {
                 let (samples, failures) = self.runs.entry(run).or_default();
                 match outcome {
@@ -68,23 +68,23 @@ impl Results {
         }
     }
 
-    /// The ways with a figure in this direction, in order.
-    pub(super) fn ways(&self, direction: Direction) -> Vec<Way> {
+    /// The ways with a figure in this section, in order.
+    pub(super) fn ways(&self, section: Section) -> Vec<Way> {
         let has_run = |way: &Way| {
             let mut runs = self.runs.iter();
-            runs.any(|(run, _)| run.direction == direction && run.way == *way)
+            runs.any(|(run, _)| run.section == section && run.way == *way)
         };
         self.plan.ways.iter().copied().filter(has_run).collect()
     }
 
-    /// The figures of a direction.
-    pub(super) fn rows(&self, direction: Direction) -> Vec<Row> {
-        let ways = self.ways(direction);
+    /// The figures of a section.
+    pub(super) fn rows(&self, section: Section) -> Vec<Row> {
+        let ways = self.ways(section);
         let mut rows = Vec::new();
         for case in self.plan.cases() {
             for (index, &metric) in case.load.metrics().iter().enumerate() {
-                if case.load.goes(direction) {
-                    let cell = |&way| self.cell(direction, case, index, way);
+                if case.load.goes(section) {
+                    let cell = |&way| self.cell(section, case, index, way);
                     rows.push(Row {
                         case,
                         metric,
@@ -105,9 +105,9 @@ impl Results {
             .collect()
     }
 
-    fn cell(&self, direction: Direction, case: Case, index: usize, way: Way) -> Cell {
+    fn cell(&self, section: Section, case: Case, index: usize, way: Way) -> Cell {
         let run = Run {
-            direction,
+            section,
             case: case.name.to_owned(),
             way,
         };
@@ -146,8 +146,8 @@ impl Results {
     pub(super) fn reasons(&self) -> Vec<String> {
         // Ways that share a reason share a line.
         let mut ways: Vec<(String, Vec<String>)> = Vec::new();
-        for (way, direction, reason) in &self.unmeasured {
-            let place = direction.map_or_else(String::new, |d| format!(", {}", d.name()));
+        for (way, section, reason) in &self.unmeasured {
+            let place = section.map_or_else(String::new, |d| format!(", {}", d.name()));
             let rest = format!("{place}: {reason}");
             match ways.iter_mut().find(|(other, _)| *other == rest) {
                 Some((_, names)) => names.push(way.name()),
@@ -163,7 +163,7 @@ impl Results {
                 reasons.push(format!(
                     "{}, {}, {}: {} of {} runs failed: {last}",
                     run.way.name(),
-                    run.direction.name(),
+                    run.section.name(),
                     run.case,
                     failures.len(),
                     failures.len() + samples.len()
@@ -175,8 +175,8 @@ impl Results {
 
     /// Whether this program itself has a figure in every row of what was begun.
     pub(super) fn lanlet_is_whole(&self) -> bool {
-        let is_broken = |(way, direction, _): &(Way, Option<Direction>, String)| {
-            *way == Way::Lanlet && direction.is_none()
+        let is_broken = |(way, section, _): &(Way, Option<Section>, String)| {
+            *way == Way::Lanlet && section.is_none()
         };
         let mut runs = self.runs.iter();
         !self.unmeasured.iter().any(is_broken)
@@ -196,7 +196,7 @@ impl Results {
                 results.push(JsonResult {
                     path: run.way.name(),
                     mtu: run.way.mtu(),
-                    direction: run.direction,
+                    section: run.section,
                     case: case.name,
                     metric: metric.name,
                     unit: metric.unit,
@@ -216,9 +216,9 @@ impl Results {
             secs: self.plan.secs,
             results,
             unmeasured: unmeasured
-                .map(|(way, direction, reason)| JsonUnmeasured {
+                .map(|(way, section, reason)| JsonUnmeasured {
                     path: way.name(),
-                    direction: *direction,
+                    section: *section,
                     reason,
                 })
                 .collect(),
@@ -240,7 +240,7 @@ struct Json<'a> {
 struct JsonResult<'a> {
     path: String,
     mtu: u32,
-    direction: Direction,
+    section: Section,
     case: &'a str,
     metric: &'a str,
     unit: &'a str,
@@ -256,7 +256,7 @@ struct JsonResult<'a> {
 #[derive(Serialize)]
 struct JsonUnmeasured<'a> {
     path: String,
-    direction: Option<Direction>,
+    section: Option<Section>,
     reason: &'a str,
 }
 
@@ -268,15 +268,17 @@ pub(super) fn example() -> Results {
         cases: ["tcp-1", "rtt", "flows-10", "flows-1k"]
             .map(str::to_owned)
             .to_vec(),
+        sections: Section::ALL.to_vec(),
         rounds: 2,
         secs: 1.0,
         base: None,
+        guest_image: None,
     };
     let about = vec![("date".to_owned(), "2026-01-02".to_owned())];
     let mut results = Results::new(plan, about);
     results.take(Event::Unmeasured {
         way: Way::Pasta,
-        direction: Some(Direction::GuestToGuest),
+        section: Some(Section::GuestToGuest),
         reason: "it serves <one> guest".to_owned(),
     });
     let outcomes = [
@@ -292,7 +294,7 @@ pub(super) fn example() -> Results {
     ];
     for (way, case, outcome) in outcomes {
         let run = Run {
-            direction: Direction::GuestToOutside,
+            section: Section::GuestToOutside,
             case: case.to_owned(),
             way,
         };
@@ -308,10 +310,10 @@ mod tests {
     #[test]
     fn every_place_has_a_figure_or_a_reason() {
         let results = example();
-        let ways = results.ways(Direction::GuestToOutside);
+        let ways = results.ways(Section::GuestToOutside);
         assert_eq!(ways, [Way::Lanlet, Way::Kernel, Way::Pasta]);
-        assert!(results.ways(Direction::GuestToGuest).is_empty());
-        let rows = results.rows(Direction::GuestToOutside);
+        assert!(results.ways(Section::GuestToGuest).is_empty());
+        let rows = results.rows(Section::GuestToOutside);
         assert_eq!(rows.len(), 1 + 3 + 2 + 2);
         let Cell::Figure(summary) = rows[0].cells[0] else {
             panic!()
@@ -342,7 +344,7 @@ mod tests {
             .unwrap();
         assert_eq!(of_lanlet["samples"], serde_json::json!([9.0, 11.0]));
         assert_eq!(of_lanlet["median"], 10.0);
-        assert_eq!(first["direction"], "guest-to-outside");
+        assert_eq!(first["section"], "guest-to-outside");
         assert_eq!(json["unmeasured"][0]["path"], "pasta");
         assert_eq!(json["about"]["date"], "2026-01-02");
     }

@@ -1,6 +1,6 @@
 //! The results on a terminal.
 
-use super::case::{Direction, Metric};
+use super::case::{Metric, Section};
 use super::results::{Cell, Results};
 
 /// A figure with three significant digits.
@@ -53,14 +53,14 @@ pub(super) fn cell(cell: &Cell) -> String {
 /// All tables, and what is not in them.
 pub(super) fn render(results: &Results) -> String {
     let mut text = String::new();
-    for direction in Direction::ALL {
-        let rows = results.rows(direction);
-        let ways = results.ways(direction);
+    for section in Section::ALL {
+        let rows = results.rows(section);
+        let ways = results.ways(section);
         if rows.is_empty() || ways.is_empty() {
             continue;
         }
         let head = ["", "unit"].map(str::to_owned).into_iter();
-        let titles = ways.iter().map(|way| way.title(direction).to_owned());
+        let titles = ways.iter().map(|way| way.title(section).to_owned());
         let mut lines = vec![head.chain(titles).collect::<Vec<_>>()];
         for row in &rows {
             let mut line = vec![
@@ -70,7 +70,7 @@ pub(super) fn render(results: &Results) -> String {
             line.extend(row.cells.iter().map(cell));
             lines.push(line);
         }
-        lines[0][0] = direction.name().to_uppercase();
+        lines[0][0] = section.name().to_uppercase();
         text.push_str(&aligned(&lines));
         text.push('\n');
     }

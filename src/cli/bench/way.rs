@@ -3,7 +3,8 @@
 //! A way is prepared once (its namespaces), and started as often as needed: after a run that hangs,
 //! its processes are thrown away.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -12,16 +13,22 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 use super::agent::{Agent, POLL, Process};
-use super::case::Direction;
-use super::world::{self, OUTSIDE, RESOLVER, SERVER, SERVER6, UPLINK, World, installed, ip};
+use super::case::Section;
+use super::network::{Network, with_address};
+use super::world::{self, HOST, HOST6, OUTSIDE, SERVER, SERVER6, UPLINK, World, installed, ip};
 
 /// What pasta and slirp4netns are fastest with.
 const MTU_LARGE: u32 = 65_520;
 const MTU: u32 = 1_500;
-/// The network's name, in a directory of its own per way.
-const NETWORK: &str = "bench";
-/// How long `lanlet up` may take.
-const NETWORK_TIME_MAX: Duration = Duration::from_secs(5);
+/// How long QEMU may take to have its tap, and slirp4netns its API.
+const TAP_TIME_MAX: Duration = Duration::from_secs(5);
+/// Where a guest serves that the outside reaches by a port of the host.
+const GUEST_PORT: u16 = 7000;
+/// The kernel's bridge, and its gateway.
+pub(super) const BRIDGE: &str = "br0";
+pub(super) const BRIDGE_GATEWAY: Ipv4Addr = Ipv4Addr::new(192, 168, 150, 1);
+/// The address that slirp4netns gives.
+const SLIRP_GUEST: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 100);
 
 /// One way.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, ValueEnum, Serialize, Deserialize)]
@@ -66,13 +73,15 @@ impl Way {
     }
 
     /// Head of a column.
-    pub(super) fn title(self, direction: Direction) -> &'static str {
-        match (self, direction) {
+    pub(super) fn title(self, section: Section) -> &'static str {
+        match (self, section) {
             (Way::Lanlet, _) => "lanlet",
             (Way::LanletIpv6, _) => "lanlet IPv6",
             (Way::Base, _) => "base",
-            (Way::Kernel, Direction::GuestToGuest) => "kernel bridge",
+            (Way::Kernel, Section::GuestToGuest) => "kernel bridge",
             (Way::Kernel, _) => "kernel NAT",
+            (Way::Pasta, Section::VmToOutside | Section::OutsideToVm) => "passt",
+            (Way::PastaLarge, Section::VmToOutside | Section::OutsideToVm) => "passt 64K",
             (Way::Pasta, _) => "pasta",
             (Way::PastaLarge, _) => "pasta 64K",
             (Way::Slirp, _) => "slirp4netns",
@@ -90,12 +99,25 @@ impl Way {
     }
 
     /// Why it does not go there, if so whatever the machine.
-    pub(super) fn lacks(self, direction: Direction) -> Option<&'static str> {
-        match (self, direction) {
-            (Way::Direct, Direction::GuestToGuest) => Some("there is no guest"),
+    pub(super) fn lacks(self, section: Section) -> Option<&'static str> {
+        match (self, section) {
+            (Way::Lanlet | Way::Base, Section::Costs) => None,
+            (Way::LanletIpv6, Section::Costs) => {
+                Some("what is told of lanlet is for both families")
+            }
+            (_, Section::Costs) => Some("only lanlet's own processes are looked at"),
+            (Way::Direct, Section::GuestToGuest | Section::VmToOutside | Section::OutsideToVm) => {
+                Some("there is no guest")
+            }
+            (Way::LanletIpv6, Section::VmToOutside | Section::OutsideToVm) => {
+                Some("the guest image asks for IPv4 alone")
+            }
+            (Way::Slirp | Way::SlirpLarge, Section::VmToOutside | Section::OutsideToVm) => {
+                Some("it serves namespaces alone")
+            }
             (
                 Way::Pasta | Way::PastaLarge | Way::Slirp | Way::SlirpLarge | Way::Qemu,
-                Direction::GuestToGuest,
+                Section::GuestToGuest,
             ) => Some("it serves one guest alone"),
             _ => None,
         }
@@ -131,11 +153,16 @@ impl Way {
     pub(super) fn start(self, world: &World, base: Option<&Path>) -> Result<Ends, String> {
         let name = self.name();
         let mut processes = Vec::new();
+        let mut network = None;
+        let published = self.published();
+        let port = published.outside.port();
         let (guest, second) = match self {
-            Way::Lanlet | Way::LanletIpv6 => lanlet(world, &name, world.program(), &mut processes)?,
-            Way::Base => {
-                let program = base.ok_or("--base names no program")?;
-                lanlet(world, &name, program, &mut processes)?
+            Way::Lanlet | Way::LanletIpv6 | Way::Base => {
+                let program = self.program(world, base)?;
+                let network = network.insert(Network::up(world, &name, program, &[])?);
+                let forward = format!("{}:{GUEST_PORT}", published.outside);
+                let first = network.guest(world, 0, &["--publish", &forward])?;
+                (first, Some(network.guest(world, 1, &[])?))
             }
             Way::Kernel => {
                 let guest = |n| {
@@ -144,11 +171,12 @@ impl Way {
                 };
                 (guest(0)?, Some(guest(1)?))
             }
-            Way::Pasta | Way::PastaLarge => (pasta(world, &name, self.mtu())?, None),
+            Way::Pasta | Way::PastaLarge => (pasta(world, &name, self.mtu(), port)?, None),
             Way::Slirp | Way::SlirpLarge => {
-                (slirp4netns(world, &name, self.mtu(), &mut processes)?, None)
+                let guest = slirp4netns(world, &name, self.mtu(), port, &mut processes)?;
+                (guest, None)
             }
-            Way::Qemu => (qemu(world, &name, &mut processes)?, None),
+            Way::Qemu => (qemu(world, &name, port, &mut processes)?, None),
             Way::Direct => (Agent::spawn(world.agent_at(&[]), world.log(&name))?, None),
         };
         let place = ["--net", OUTSIDE];
@@ -157,25 +185,56 @@ impl Way {
             world.log(&format!("{name}-outside")),
         )?;
         let mut ends = Ends {
-            guest,
-            second: None,
-            outside,
-            server: self.server(),
-            _processes: processes,
+            processes,
+            network,
+            published: Some(published),
+            ..Ends::new(guest, outside, self.server())
         };
         let ready = ends.guest.wait_for_route(ends.server);
         if let Err(error) = ready {
             // What the guest's network said is nearer to the cause.
-            for process in &mut ends._processes {
-                process.check()?;
-            }
+            ends.check()?;
             return Err(error);
         }
-        if let Some(mut second) = second {
-            let address = second.wait_for_route(ends.server)?;
-            ends.second = Some((second, address));
+        if let Some(second) = second {
+            ends.second = Some(with_address(second, ends.server)?);
         }
         Ok(ends)
+    }
+
+    /// The port of the host that leads to the first guest. Every way has one of its own, as all share the
+    /// host; where there is no guest, the server has it itself.
+    fn published(self) -> Published {
+        let ways = Self::value_variants().iter();
+        let index = ways.take_while(|way| **way != self).count();
+        let port = match self {
+            Way::Direct => GUEST_PORT,
+            _ => GUEST_PORT + 1 + index as u16,
+        };
+        let (any, host): (IpAddr, _) = match self {
+            Way::LanletIpv6 => (Ipv6Addr::UNSPECIFIED.into(), HOST6),
+            _ => (Ipv4Addr::UNSPECIFIED.into(), HOST),
+        };
+        Published {
+            inside: (any, GUEST_PORT).into(),
+            outside: (host, port).into(),
+        }
+    }
+
+    /// The lanlet program whose networks this way is made of. `base`: that of [`Way::Base`].
+    ///
+    /// # Errors
+    /// There is none.
+    pub(super) fn program<'a>(
+        self,
+        world: &'a World,
+        base: Option<&'a Path>,
+    ) -> Result<&'a Path, String> {
+        match self {
+            Way::Lanlet | Way::LanletIpv6 => Ok(world.program()),
+            Way::Base => base.ok_or_else(|| "--base names no program".to_owned()),
+            _ => Err("it is not lanlet".to_owned()),
+        }
     }
 }
 
@@ -187,51 +246,38 @@ pub(super) struct Ends {
     pub(super) outside: Agent,
     /// Where the outside's servers are.
     pub(super) server: IpAddr,
-    _processes: Vec<Process>,
+    pub(super) published: Option<Published>,
+    pub(super) network: Option<Network>,
+    pub(super) processes: Vec<Process>,
 }
 
-/// A network, and two guests on it.
-fn lanlet(
-    world: &World,
-    name: &str,
-    program: &Path,
-    processes: &mut Vec<Process>,
-) -> Result<(Agent, Option<Agent>), String> {
-    let dir = world.private_dir(name)?;
-    let command = |words: &[&str]| {
-        let mut command = world.at(&["--user"]);
-        command
-            .arg(program)
-            .args(words)
-            .env("LANLET_RUNTIME_DIR", &dir);
-        command
-    };
-    let up = command(&[
-        "up",
-        "--name",
-        NETWORK,
-        "--dns",
-        RESOLVER,
-        "--lease-file",
-        "none",
-    ]);
-    let mut network = Process::spawn_mute(up, world.log(name))?;
-    let begun = Instant::now();
-    let socket = dir.join(format!("{NETWORK}.sock"));
-    while UnixStream::connect(&socket).is_err() {
-        network.check()?;
-        if begun.elapsed() > NETWORK_TIME_MAX {
-            return Err(format!("the network is not up{}", network.last_words()));
+/// A port of the host that leads to a guest.
+pub(super) struct Published {
+    /// Where the guest serves.
+    pub(super) inside: SocketAddr,
+    /// What the outside connects to.
+    pub(super) outside: SocketAddr,
+}
+
+impl Ends {
+    /// A guest alone, and the outside.
+    pub(super) fn new(guest: Agent, outside: Agent, server: IpAddr) -> Self {
+        Self {
+            guest,
+            second: None,
+            outside,
+            server,
+            published: None,
+            network: None,
+            processes: Vec::new(),
         }
-        std::thread::sleep(POLL);
     }
-    processes.push(network);
-    let guest = |n| {
-        let mut exec = command(&["exec", "--name", NETWORK, "--"]);
-        exec.args(world.agent_words());
-        Agent::spawn(exec, world.log(&format!("{name}-{n}")))
-    };
-    Ok((guest(0)?, Some(guest(1)?)))
+
+    /// An error if a process between the ends has ended.
+    pub(super) fn check(&mut self) -> Result<(), String> {
+        self.network.as_mut().map_or(Ok(()), Network::check)?;
+        self.processes.iter_mut().try_for_each(Process::check)
+    }
 }
 
 /// Two guests on a kernel bridge, and masquerade behind it: what libvirt makes.
@@ -239,9 +285,11 @@ fn bridge(world: &World) -> Result<(), String> {
     let name = Way::Kernel.name();
     ip(
         None,
-        "link add br0 type bridge
-        address add 192.168.150.1/24 dev br0
-        link set br0 up",
+        &format!(
+            "link add {BRIDGE} type bridge
+            address add {BRIDGE_GATEWAY}/24 dev {BRIDGE}
+            link set {BRIDGE} up"
+        ),
     )?;
     for n in 0..2 {
         let net = format!("{name}-{n}");
@@ -250,24 +298,30 @@ fn bridge(world: &World) -> Result<(), String> {
             None,
             &format!(
                 "link add br0p{n} type veth peer name eth0 netns {net}
-                link set br0p{n} master br0 up"
+                link set br0p{n} master {BRIDGE} up"
             ),
         )?;
         ip(
             Some(&net),
             &format!(
                 "link set lo up
-                address add 192.168.150.{}/24 dev eth0
+                address add {}/24 dev eth0
                 link set eth0 up
-                route add default via 192.168.150.1",
-                n + 2
+                route add default via {BRIDGE_GATEWAY}",
+                bridge_guest(n)
             ),
         )?;
     }
     Ok(())
 }
 
-/// The NAT of [`Way::Kernel`]. Without it there is still the bridge.
+/// Address of a guest on the bridge.
+pub(super) fn bridge_guest(number: u8) -> Ipv4Addr {
+    let [a, b, c, gateway] = BRIDGE_GATEWAY.octets();
+    Ipv4Addr::new(a, b, c, gateway + 1 + number)
+}
+
+/// The NAT of [`Way::Kernel`], and its published port. Without it there is still the bridge.
 pub(super) fn masquerade() -> Result<(), String> {
     std::fs::write("/proc/sys/net/ipv4/ip_forward", "1")
         .map_err(|error| format!("cannot turn forwarding on: {error}"))?;
@@ -277,20 +331,27 @@ pub(super) fn masquerade() -> Result<(), String> {
                 type nat hook postrouting priority 100;
                 oifname {UPLINK} masquerade
             }}
-        }}"
+            chain pre {{
+                type nat hook prerouting priority -100;
+                iifname {UPLINK} tcp dport {} dnat to {}:{GUEST_PORT}
+            }}
+        }}",
+        Way::Kernel.published().outside.port(),
+        bridge_guest(0)
     );
     world::run("nft", &["-f", "-"], &rules)
 }
 
 /// pasta makes the guest itself, around a command. It refuses to run as root; below the world's root
 /// it is nobody special.
-fn pasta(world: &World, name: &str, mtu: u32) -> Result<Agent, String> {
+fn pasta(world: &World, name: &str, mtu: u32, port: u16) -> Result<Agent, String> {
     let mut command = world.at(&["--user"]);
     command
         .arg(installed("pasta")?)
         .args(["--quiet", "--config-net", "-4"])
-        // No forwards: it would look for ports to forward all the time.
-        .args(["-t", "none", "-u", "none", "-T", "none", "-U", "none"])
+        // No forwards but one: it would look for ports to forward all the time.
+        .args(["-t", &format!("{port}:{GUEST_PORT}")])
+        .args(["-u", "none", "-T", "none", "-U", "none"])
         .args(["--mtu", &mtu.to_string(), "--"])
         .args(world.agent_words());
     Agent::spawn(command, world.log(name))
@@ -300,30 +361,75 @@ fn slirp4netns(
     world: &World,
     name: &str,
     mtu: u32,
+    port: u16,
     processes: &mut Vec<Process>,
 ) -> Result<Agent, String> {
+    let api = world.private_dir(name)?.join("api.sock");
+    // One that was left behind is in the way.
+    let _ = std::fs::remove_file(&api);
     let mut command = world.at(&[]);
     command
         .arg(installed("slirp4netns")?)
         .args(["--configure", "--netns-type=path"])
         .arg(format!("--mtu={mtu}"))
+        .arg("--api-socket")
+        .arg(&api)
         .args([&world::netns_path(name), "tap0"]);
-    processes.push(Process::spawn_mute(command, world.log(name))?);
+    let mut process = Process::spawn_mute(command, world.log(name))?;
+    let forward = serde_json::json!({
+        "execute": "add_hostfwd",
+        "arguments": {
+            "proto": "tcp", "host_addr": HOST, "host_port": port,
+            "guest_addr": SLIRP_GUEST, "guest_port": GUEST_PORT,
+        },
+    });
+    let begun = Instant::now();
+    let said = loop {
+        match ask_slirp4netns(&api, &forward.to_string()) {
+            Ok(said) => break said,
+            Err(error) if begun.elapsed() > TAP_TIME_MAX => {
+                return Err(format!("its API does not answer: {error}"));
+            }
+            Err(_) => process.check()?,
+        }
+        std::thread::sleep(POLL);
+    };
+    if said.contains("error") {
+        return Err(format!("it forwards no port: {}", said.trim()));
+    }
+    processes.push(process);
     guest_of(world, name)
 }
 
+/// A request to slirp4netns's API: one per connection, which it ends.
+fn ask_slirp4netns(api: &Path, request: &str) -> std::io::Result<String> {
+    let mut stream = UnixStream::connect(api)?;
+    stream.set_read_timeout(Some(TAP_TIME_MAX))?;
+    stream.write_all(request.as_bytes())?;
+    stream.shutdown(std::net::Shutdown::Write)?;
+    let mut said = String::new();
+    stream.read_to_string(&mut said)?;
+    Ok(said)
+}
+
 /// QEMU without a VM: its user network and a tap in the guest's namespace on one hub.
-fn qemu(world: &World, name: &str, processes: &mut Vec<Process>) -> Result<Agent, String> {
+fn qemu(
+    world: &World,
+    name: &str,
+    port: u16,
+    processes: &mut Vec<Process>,
+) -> Result<Agent, String> {
+    let (address, gateway) = (Ipv4Addr::new(10, 0, 2, 15), Ipv4Addr::new(10, 0, 2, 2));
+    let user = format!("user,id=u,hostfwd=tcp:{HOST}:{port}-{address}:{GUEST_PORT}");
     let mut command = world.at(&["--user", "--net", name, "--tap", "eth0"]);
     command
         .arg(installed("qemu-system-x86_64")?)
         .args(["-machine", "none", "-nodefaults"])
         .args(["-display", "none", "-monitor", "none", "-serial", "none"])
-        .args(["-netdev", "user,id=u", "-netdev", "tap,id=t,fd={fd}"])
+        .args(["-netdev", &user, "-netdev", "tap,id=t,fd={fd}"])
         .args(["-netdev", "hubport,id=hu,hubid=0,netdev=u"])
         .args(["-netdev", "hubport,id=ht,hubid=0,netdev=t"]);
     let mut process = Process::spawn_mute(command, world.log(name))?;
-    let (address, gateway) = (Ipv4Addr::new(10, 0, 2, 15), Ipv4Addr::new(10, 0, 2, 2));
     let lines = format!(
         "address add {address}/24 dev eth0
         link set eth0 up
@@ -332,7 +438,7 @@ fn qemu(world: &World, name: &str, processes: &mut Vec<Process>) -> Result<Agent
     let begun = Instant::now();
     while let Err(error) = ip(Some(name), &lines) {
         process.check()?;
-        if begun.elapsed() > NETWORK_TIME_MAX {
+        if begun.elapsed() > TAP_TIME_MAX {
             return Err(error);
         }
         std::thread::sleep(POLL);
@@ -355,11 +461,12 @@ mod tests {
     fn the_nat_goes_everywhere_but_for_those_with_one_guest() {
         for &way in Way::value_variants() {
             assert!(!way.name().is_empty());
-            for direction in [Direction::GuestToOutside, Direction::OutsideToGuest] {
-                assert_eq!(way.lacks(direction), None, "{way:?}");
+            for section in [Section::GuestToOutside, Section::OutsideToGuest] {
+                assert_eq!(way.lacks(section), None, "{way:?}");
             }
         }
-        assert_eq!(Way::Lanlet.lacks(Direction::GuestToGuest), None);
-        assert!(Way::Qemu.lacks(Direction::GuestToGuest).is_some());
+        assert_eq!(Way::Lanlet.lacks(Section::GuestToGuest), None);
+        assert_eq!(Way::Lanlet.lacks(Section::Costs), None);
+        assert!(Way::Qemu.lacks(Section::GuestToGuest).is_some());
     }
 }

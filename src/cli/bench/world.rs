@@ -34,6 +34,9 @@ use crate::tap::TapError;
 /// The servers' addresses.
 pub(super) const SERVER: IpAddr = IpAddr::V4(Ipv4Addr::new(203, 0, 113, 1));
 pub(super) const SERVER6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 2, 0, 0, 0, 0, 1));
+/// The host's own, which the outside connects to.
+pub(super) const HOST: IpAddr = IpAddr::V4(Ipv4Addr::new(198, 51, 100, 1));
+pub(super) const HOST6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0, 1));
 /// The resolver that guests are told of; nothing is resolved.
 pub(super) const RESOLVER: &str = "198.51.100.2";
 /// The host's interface to the outside.
@@ -78,6 +81,9 @@ pub(super) struct EnterArgs {
     /// the descriptor's number for `{fd}`.
     #[arg(long)]
     tap: Option<String>,
+    /// The tap has virtio-net headers.
+    #[arg(long, requires = "tap")]
+    vnet: bool,
     /// The command.
     #[arg(last = true, required = true)]
     command: Vec<OsString>,
@@ -93,11 +99,13 @@ pub(super) fn become_command(args: &EnterArgs) -> Result<ExitCode, Failure> {
     }
     // Kept open by its number until the command has it.
     let tap = match &args.tap {
-        Some(name) => Some(
-            tun::open_plain(name)
-                .map_err(Failure::io("cannot make a tap"))?
-                .0,
-        ),
+        Some(name) => {
+            let opened = match args.vnet {
+                true => tun::open_vnet(name, false),
+                false => tun::open_plain(name),
+            };
+            Some(opened.map_err(Failure::io("cannot make a tap"))?.0)
+        }
         None => None,
     };
     if let Some(tap) = &tap {
@@ -173,7 +181,7 @@ impl World {
             &format!(
                 "link set lo up
                 link add {UPLINK} index 100 type veth peer name up1 netns {OUTSIDE}
-                address add 198.51.100.1/24 dev {UPLINK}
+                address add {HOST}/24 dev {UPLINK}
                 link set {UPLINK} up
                 route add default via 198.51.100.2"
             ),
@@ -199,7 +207,7 @@ impl World {
             ip(
                 None,
                 &format!(
-                    "address add 2001:db8:1::1/64 dev {UPLINK} nodad
+                    "address add {HOST6}/64 dev {UPLINK} nodad
                     route add default via 2001:db8:1::2"
                 ),
             )

@@ -4,7 +4,7 @@
 //! don't run out of ports.
 
 use std::io::Read;
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -18,7 +18,7 @@ const PARALLEL: usize = 4;
 /// How long the server's end of a connection may take to arrive.
 const END_TIME_MAX: Duration = Duration::from_secs(1);
 
-pub(super) fn serve(at: IpAddr) -> std::io::Result<Server> {
+pub(super) fn serve(at: SocketAddr) -> std::io::Result<Server> {
     let listener = listen(at)?;
     tick(&listener)?;
     let address = listener.local_addr()?;

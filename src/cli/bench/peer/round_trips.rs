@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -31,7 +31,7 @@ const EVENTS: usize = 256;
 /// Ticks per second in /proc/stat: USER_HZ, the same on every Linux port but Alpha and IA-64.
 const USER_HZ: f64 = 100.0;
 
-pub(super) fn serve(at: IpAddr) -> std::io::Result<Server> {
+pub(super) fn serve(at: SocketAddr) -> std::io::Result<Server> {
     let listener = listen(at)?;
     listener.set_nonblocking(true)?;
     let address = listener.local_addr()?;
@@ -107,6 +107,13 @@ pub(super) fn run(task: Task, flows: usize, to: SocketAddr) -> Result<Measured, 
     let measured = take_turns(&mut streams, task.time);
     streams.iter().for_each(close);
     measured
+}
+
+/// Opens connections and uses each once.
+pub(super) fn hold(flows: usize, to: SocketAddr) -> Result<Vec<TcpStream>, String> {
+    let mut streams = open(flows, to)?;
+    streams.iter_mut().try_for_each(round_trip)?;
+    Ok(streams)
 }
 
 fn open(flows: usize, to: SocketAddr) -> Result<Vec<TcpStream>, String> {

@@ -1,7 +1,7 @@
 //! TCP streams that send as fast as they can.
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -15,7 +15,7 @@ const BUFFER_BYTES: usize = 128 * 1024;
 /// How long the first byte may take: a peer that stalls goes on within a few retransmissions.
 const FIRST_BYTE_TIME_MAX: Duration = Duration::from_secs(2);
 
-pub(super) fn serve(task: Task, at: IpAddr) -> std::io::Result<Server> {
+pub(super) fn serve(task: Task, at: SocketAddr) -> std::io::Result<Server> {
     let listener = listen(at)?;
     tick(&listener)?;
     let address = listener.local_addr()?;

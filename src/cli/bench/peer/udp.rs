@@ -29,6 +29,9 @@ const HELLOS_MAX: usize = 10;
 /// Datagrams that one of many flows sends before the next has its turn.
 const TURN: usize = 8;
 
+/// Datagrams of sockets that are held, between two pauses.
+const HOLD_TURN: usize = 32;
+
 /// How a load is sent.
 #[derive(Clone, Copy)]
 struct Shape {
@@ -64,7 +67,7 @@ impl Shape {
     }
 }
 
-pub(super) fn serve(task: Task, at: IpAddr) -> std::io::Result<Server> {
+pub(super) fn serve(task: Task, at: SocketAddr) -> std::io::Result<Server> {
     let shape = Shape::of(task.load);
     let socket = open(at, shape.trains)?;
     let address = socket.local_addr()?;
@@ -91,12 +94,8 @@ pub(super) fn serve(task: Task, at: IpAddr) -> std::io::Result<Server> {
 
 pub(super) fn run(task: Task, to: SocketAddr) -> Result<Measured, String> {
     let shape = Shape::of(task.load);
-    let any: IpAddr = match to {
-        SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
-        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
-    };
     let sockets: Vec<_> = (0..shape.flows)
-        .map(|_| open(any, shape.trains))
+        .map(|_| open(any(to), shape.trains))
         .collect::<Result<_, _>>()
         .map_err(say)?;
     let meter = Meter::new(task.time);
@@ -124,8 +123,31 @@ pub(super) fn run(task: Task, to: SocketAddr) -> Result<Measured, String> {
     Ok(meter.measured())
 }
 
-fn open(at: IpAddr, trains: bool) -> std::io::Result<UdpSocket> {
-    let socket = UdpSocket::bind((at, 0))?;
+/// Sockets that have sent a datagram each.
+pub(super) fn hold(count: usize, to: SocketAddr) -> std::io::Result<Vec<UdpSocket>> {
+    let hold = |index: usize| {
+        if index.is_multiple_of(HOLD_TURN) {
+            // The queues on the way take bursts, but not of everything at once.
+            thread::sleep(Duration::from_millis(1));
+        }
+        let socket = UdpSocket::bind(any(to))?;
+        socket.send_to(HELLO, to)?;
+        Ok(socket)
+    };
+    (0..count).map(hold).collect()
+}
+
+/// Any address of the same family, any port.
+fn any(to: SocketAddr) -> SocketAddr {
+    let any: IpAddr = match to {
+        SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    (any, 0).into()
+}
+
+fn open(at: SocketAddr, trains: bool) -> std::io::Result<UdpSocket> {
+    let socket = UdpSocket::bind(at)?;
     let _ = set_socket_recv_buffer_size(&socket, RECV_BUFFER_BYTES);
     if trains {
         // Without it trains arrive as single datagrams.

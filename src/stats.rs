@@ -46,6 +46,8 @@ drop_reasons! {
     EgressError = "egress_error",
     /// The frame does not fit the egress port and can't be segmented.
     EgressTooBig = "egress_too_big",
+    /// The egress port is a vhost-user one without a front-end, or whose guest's driver is not up.
+    Unconnected = "unconnected",
     /// For the gateway's MAC, but no service and no NAT rule wants it.
     Unclaimed = "unclaimed",
     /// A fragment that overlaps or contradicts others of its datagram.

@@ -1,5 +1,6 @@
 //! The ports of a network: their numbers, and what lives and ends with each.
 
+use std::any::Any;
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::sync::{Arc, Weak};
@@ -31,6 +32,8 @@ pub(super) struct Port {
     pub(super) counters: Arc<PortCounters>,
     pub(super) drops: Vec<Arc<dyn DropSource>>,
     pub(super) wire: Option<PortWire>,
+    /// Whatever else ends with the port.
+    pub(super) _attached: Option<Arc<dyn Any + Send + Sync>>,
 }
 
 /// The wire behind a VMM's port.
@@ -47,6 +50,7 @@ pub(super) struct Opened {
     pub(super) drops: Vec<Arc<dyn DropSource>>,
     pub(super) kind: &'static str,
     pub(super) wire: Option<PortWire>,
+    pub(super) attached: Option<Arc<dyn Any + Send + Sync>>,
 }
 
 impl Ports {
@@ -78,6 +82,7 @@ impl Shared {
             drops,
             kind,
             wire,
+            attached,
         } = opened;
         if let Some(group) = &group {
             check_guest_name(group).map_err(|reason| ConfigError::new("group", reason))?;
@@ -109,6 +114,7 @@ impl Shared {
             counters: Arc::clone(&counters),
             drops,
             wire,
+            _attached: attached,
         };
         ports.by_id.insert(id, port);
         // Sent before the lock is gone: nobody can detach the port, and so have the worker remove it,
@@ -190,6 +196,7 @@ mod tests {
             counters: Arc::default(),
             drops: Vec::new(),
             wire: None,
+            _attached: None,
         }
     }
 

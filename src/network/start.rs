@@ -151,8 +151,10 @@ impl Network {
             counters: gateway_counters,
             drops: Vec::new(),
             wire: None,
+            _attached: None,
         };
         let forwards = config.forwards.clone();
+        let ports = config.ports.clone();
         let shared = Arc::new(Shared {
             config,
             lan,
@@ -199,6 +201,9 @@ impl Network {
         network.thread("lanlet-events", move || take_events(&event_queue, &shared))?;
         for spec in forwards {
             network.add_forward(spec)?;
+        }
+        for spec in &ports {
+            network.add_configured(spec)?;
         }
         Ok(network)
     }

@@ -54,6 +54,7 @@ impl Shared {
                 helper,
                 id: wire.id,
             }),
+            attached: None,
         };
         let ifname = wire.vm_ifname;
         Ok((opened, VmmEnd { fd, ifname }))

@@ -115,3 +115,6 @@ impl PortTx for VhostTx {
         self.0.flush();
     }
 }
+
+#[cfg(test)]
+mod tests;

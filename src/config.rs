@@ -5,6 +5,7 @@
 //! range from the subnet) and refuses the whole where one key is wrong, naming it.
 
 mod host;
+mod port;
 mod subnet6;
 mod workers;
 
@@ -24,6 +25,7 @@ pub use self::subnet6::{PREFIX6_LEN, Subnet6};
 pub use self::workers::{WORKERS_MAX, Workers};
 use crate::wire::ipv6;
 pub use host::{HostPorts, HostSettings};
+pub use port::{PortKind, PortSpec};
 
 /// Name of the network where none is given.
 pub const NAME_DEFAULT: &str = "default";
@@ -92,6 +94,8 @@ pub struct NetworkConfig {
     pub udp: UdpBehaviour,
     /// Forwards to begin with; more are added while the network runs.
     pub forwards: Vec<ForwardSpec>,
+    /// Ports to begin with; more are attached while the network runs.
+    pub ports: Vec<PortSpec>,
     /// Egress policy at the start; `None`: guests may go wherever the rest lets them.
     pub policy: Option<Policy>,
     /// Where leases are kept across restarts; `None`: not kept.
@@ -123,6 +127,7 @@ impl Default for NetworkConfig {
             outbound: Outbound::default(),
             udp: UdpBehaviour::default(),
             forwards: Vec::new(),
+            ports: Vec::new(),
             policy: None,
             lease_file: None,
             helper: None,
@@ -212,6 +217,7 @@ impl Settings {
             outbound: self.host.outbound()?,
             udp: self.udp,
             forwards: Vec::new(),
+            ports: Vec::new(),
             policy: None,
             lease_file: None,
             helper: None,

@@ -177,6 +177,17 @@ impl RuntimeDir {
         Ok(path)
     }
 
+    /// Where a socket of this process's own can be, for a VMM that it starts. The directory is made.
+    ///
+    /// # Errors
+    /// The path is too long for a socket, or the directory can't be used.
+    pub fn own_socket(&self, what: &str) -> Result<PathBuf, ControlError> {
+        // No network's name begins with a dot.
+        let path = self.socket(&format!(".{what}-{}", std::process::id()))?;
+        self.create()?;
+        Ok(path)
+    }
+
     fn lock(&self, name: &str) -> PathBuf {
         self.path.join(format!("{name}.lock"))
     }

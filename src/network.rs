@@ -12,6 +12,7 @@ mod policy;
 mod ports;
 mod start;
 mod status;
+mod vhost_user;
 mod wires;
 
 use std::hash::{BuildHasher, Hasher, RandomState};
@@ -31,6 +32,7 @@ pub use self::forwards::{ForwardRefusal, ForwardStatus};
 use self::ports::{Opened, Ports, Queue};
 pub use self::start::open_files_wanted;
 pub use self::status::{FlowStatus, Ipv6Status, LeaseStatus, MacStatus, PortStatus, Status};
+pub use self::vhost_user::{VhostUserPort, VhostUserSocket};
 use crate::config::{ConfigError, NetworkConfig};
 use crate::control::resolver::ResolverHandle;
 use crate::dhcp::lease::LeaseTable;
@@ -212,6 +214,7 @@ impl Network {
             drops,
             kind,
             wire: None,
+            attached: None,
         };
         let leased = options.mac.is_some();
         let named = (options.name, options.group);
@@ -276,7 +279,9 @@ impl Network {
             let _ = thread.join();
         }
         lock(&self.shared.helper).take();
-        lock(&self.shared.ports).by_id.clear();
+        // Dropped with no lock held: some wait for a thread of theirs.
+        let ports = std::mem::take(&mut lock(&self.shared.ports).by_id);
+        drop(ports);
         self.shared.drop_forward_files();
     }
 

@@ -6,10 +6,12 @@
 //! | tap with virtio-net header | [`tap`] | a VMM through the wire of [`crate::tap`], or a namespace's `eth0` |
 //! | packet socket | [`packet`] | the `vm` tap where the kernel can't do the wire |
 //! | plain tap | [`plain`] | any netdev user; no offloads |
+//! | vhost-user | [`vhost_user`] | a VMM or DPDK that shares its guest's memory |
 
 pub mod packet;
 pub mod plain;
 pub mod tap;
+pub mod vhost_user;
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -53,6 +55,14 @@ pub trait PortTx: Send + Sync {
     /// # Errors
     /// The reason to count; the frame is lost.
     fn send(&self, frame: Frame<'_>) -> Result<(), DropReason>;
+
+    /// Whether what was sent reaches the guest with [`PortTx::flush`] only.
+    fn is_batched(&self) -> bool {
+        false
+    }
+
+    /// Ends a batch of [`PortTx::send`]. Never blocks.
+    fn flush(&self) {}
 }
 
 /// Frames that the kernel dropped between a guest and its port.

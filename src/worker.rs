@@ -133,11 +133,16 @@ struct Lan {
     /// Counters of the gateway's port: received is what the gateway sends into the switch.
     gateway: Arc<PortCounters>,
     scratch: Box<[u8]>,
+    /// Ports whose batch is to be ended.
+    unflushed: Vec<usize>,
 }
 
 struct Egress {
     tx: Arc<dyn PortTx>,
     counters: Arc<PortCounters>,
+    is_batched: bool,
+    /// It is among [`Lan::unflushed`].
+    is_unflushed: bool,
 }
 
 impl Worker {
@@ -164,6 +169,7 @@ impl Worker {
                     ports: vec![None],
                     gateway: config.gateway_counters,
                     scratch: vec![0; FRAME_BUFFER_LEN].into_boxed_slice(),
+                    unflushed: Vec::new(),
                 },
                 buffer: vec![0; FRAME_BUFFER_LEN].into_boxed_slice(),
                 gateway: Gateway::new(config.dhcp, config.leases),
@@ -439,7 +445,12 @@ impl Path {
         if self.lan.ports.len() <= index {
             self.lan.ports.resize_with(index + 1, || None);
         }
-        self.lan.ports[index] = Some(Egress { tx, counters });
+        self.lan.ports[index] = Some(Egress {
+            is_batched: tx.is_batched(),
+            is_unflushed: false,
+            tx,
+            counters,
+        });
         if self.common.is_first() {
             self.gateway.ndp.port_added(self.now);
         }
@@ -606,6 +617,7 @@ impl Path {
             // If the control thread is behind, the guest finds the connection closed.
             let _ = events.try_send(Event::Serve(stream));
         }
+        self.lan.flush();
     }
 
     /// Forwards and the news of where guests are, between workers.
@@ -669,6 +681,7 @@ impl Path {
             self.gateway.ndp.handle_timeout(self.now, &mut out);
         }
         self.settle_forwards();
+        self.lan.flush();
     }
 
     /// Says what guests have to know before the network ends.
@@ -678,6 +691,7 @@ impl Path {
             buffer: &mut self.buffer,
         };
         self.gateway.ndp.stop(&mut out);
+        self.lan.flush();
     }
 
     fn add_forward(
@@ -776,8 +790,10 @@ impl Lan {
         match self.switch.decide(ingress, frame.bytes) {
             Verdict::Unicast(PortId::GATEWAY) => Ok(true),
             Verdict::Unicast(port) => {
-                if let Some(Some(egress)) = self.ports.get(usize::from(port.0)) {
+                let index = usize::from(port.0);
+                if let Some(Some(egress)) = self.ports.get_mut(index) {
                     egress.send(frame, &mut self.scratch);
+                    egress.note_unflushed(index, &mut self.unflushed);
                     Ok(false)
                 } else {
                     Err(DropReason::NoPort)
@@ -785,12 +801,13 @@ impl Lan {
             }
             Verdict::Flood { to_gateway } => {
                 let mut receivers = usize::from(to_gateway);
-                for (index, egress) in self.ports.iter().enumerate() {
+                for (index, egress) in self.ports.iter_mut().enumerate() {
                     if let Some(egress) =
-                        egress.as_ref().filter(|_| index != usize::from(ingress.0))
+                        egress.as_mut().filter(|_| index != usize::from(ingress.0))
                     {
                         receivers += 1;
                         egress.send(frame, &mut self.scratch);
+                        egress.note_unflushed(index, &mut self.unflushed);
                     }
                 }
                 if receivers == 0 {
@@ -800,6 +817,17 @@ impl Lan {
                 }
             }
             Verdict::Drop(reason) => Err(reason),
+        }
+    }
+
+    /// Ends the batches of the ports that were sent to.
+    fn flush(&mut self) {
+        for index in self.unflushed.drain(..) {
+            // The port may have gone meanwhile.
+            if let Some(Some(egress)) = self.ports.get_mut(index) {
+                egress.is_unflushed = false;
+                egress.tx.flush();
+            }
         }
     }
 }
@@ -813,6 +841,14 @@ impl Egress {
         };
         if let Err(reason) = offload::fit(frame, self.tx.caps(), PORT_MTU, scratch, &mut send) {
             self.counters.count_drop(reason);
+        }
+    }
+
+    /// Remembers that this port's batch is to be ended.
+    fn note_unflushed(&mut self, index: usize, unflushed: &mut Vec<usize>) {
+        if self.is_batched && !self.is_unflushed {
+            self.is_unflushed = true;
+            unflushed.push(index);
         }
     }
 }

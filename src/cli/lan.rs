@@ -11,7 +11,10 @@ use crate::control::RuntimeDir;
 use crate::control::client::Client;
 use crate::frame::{Mac, PortId};
 use crate::nat::forward::{ForwardId, Guest};
-use crate::network::{GuestAddress, GuestTap, Network, PortOptions, VmmPort};
+use crate::network::{
+    GuestAddress, GuestTap, Network, PortOptions, VhostUserPort, VhostUserSocket, VmmPort,
+};
+use crate::uplink::listen::SocketFile;
 
 /// How long a network waits for its last bytes to be taken, after the command it was for has ended.
 /// Takes milliseconds unless the outside reads slowly, or somebody the command left behind holds a
@@ -65,6 +68,25 @@ impl Lan {
         Ok(match self {
             Lan::Embedded(network) => network.attach_vmm(options)?,
             Lan::Running(client) => client.attach_vmm(&options)?,
+        })
+    }
+
+    /// Attaches a socket for vhost-user front-ends. The port lives as long as this value; the file of the
+    /// socket, where another process runs the network, as long as what is returned.
+    ///
+    /// # Errors
+    /// What is missing, with the remedy.
+    pub(super) fn attach_vhost_user(
+        &mut self,
+        mut socket: VhostUserSocket,
+        options: PortOptions,
+    ) -> Result<(VhostUserPort, Option<SocketFile>), Failure> {
+        Ok(match self {
+            Lan::Embedded(network) => (network.attach_vhost_user(socket, options)?, None),
+            Lan::Running(client) => {
+                let file = socket.file.take();
+                (client.attach_vhost_user(socket.fd.as_fd(), &options)?, file)
+            }
         })
     }
 

@@ -11,13 +11,14 @@ use crate::config::{
     self, AddressRange, HostPorts, HostSettings, NAME_DEFAULT, NetworkConfig, Settings, Subnet,
     Subnet6, Workers,
 };
+use crate::control::RuntimeDir;
 use crate::control::api::guest_mac;
 use crate::frame::Mac;
 use crate::nat::forward::GuestName;
 use crate::nat::mapping::Dependence;
 use crate::nat::policy::parse::check_guest_name;
 use crate::nat::udp::UdpBehaviour;
-use crate::network::PortOptions;
+use crate::network::{PortOptions, VhostUserSocket};
 use crate::tap::QUEUES_MAX;
 
 /// Which network.
@@ -240,6 +241,36 @@ pub(super) struct PortFlags {
     /// A plain tap: no virtio-net header, no offloads (slow; for VMMs that know no better)
     #[arg(long)]
     pub(super) no_offload: bool,
+}
+
+/// How a VMM is attached.
+#[derive(Args, Debug)]
+pub(super) struct VmmFlags {
+    /// Attach by vhost-user: the VMM shares its guest's memory through a unix socket, which is made at
+    /// PATH [default: one beside the control socket]
+    #[arg(
+        long,
+        value_name = "PATH",
+        num_args = 0..=1,
+        require_equals = true,
+        conflicts_with = "no_offload"
+    )]
+    vhost_user: Option<Option<PathBuf>>,
+}
+
+impl VmmFlags {
+    /// The socket for vhost-user, where that is wanted.
+    ///
+    /// # Errors
+    /// It can't be made.
+    pub(super) fn vhost_user(&self) -> Result<Option<VhostUserSocket>, Failure> {
+        let path = match &self.vhost_user {
+            None => return Ok(None),
+            Some(None) => RuntimeDir::from_env().own_socket("vhost-user")?,
+            Some(Some(path)) => std::path::absolute(path)?,
+        };
+        Ok(Some(VhostUserSocket::listen(&path)?))
+    }
 }
 
 impl PortFlags {

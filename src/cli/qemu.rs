@@ -1,5 +1,7 @@
 //! `lanlet qemu`: QEMU with a network card on the LAN.
 
+mod memory;
+
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
@@ -8,20 +10,31 @@ use std::process::ExitCode;
 
 use super::forward::ForwardFlags;
 use super::lan::Lan;
-use super::options::{NameOption, NetworkOptions, PortFlags};
-use super::run::{Tap, with_tap};
+use super::options::{NameOption, NetworkOptions, PortFlags, VmmFlags};
+use super::run::{By, Link, with_link};
 use super::{Failure, child};
+
+/// Of a vhost-user card: the longest queues that QEMU allows. Its default of 256 holds six super-frames.
+const VHOST_USER_CARD: &str = ",rx_queue_size=1024,tx_queue_size=1024";
+
+/// The same where QEMU emulates the CPU: no MSI-X. QEMU 7.2 takes the interrupts of a vhost-user card that
+/// has it to KVM (hw/virtio/virtio-pci.c, `kvm_virtio_pci_irqfd_use`) and crashes where there is none.
+const VHOST_USER_CARD_WITHOUT_KVM: &str = ",rx_queue_size=1024,tx_queue_size=1024,vectors=0";
 
 /// Run QEMU with a virtio network card on the network
 ///
 /// Finds qemu-system for this machine and adds -netdev tap and a virtio-net device with a MAC
 /// address of its own. Where QEMU-ARGS have a -device with netdev=lanlet0, that is the card and none
 /// is added.
+///
+/// With --vhost-user the netdev is a vhost-user one, and the guest's memory, of the size that QEMU-ARGS
+/// say by -m, is made one that can be shared; where they name a memory backend it has to have share=on.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
   lanlet qemu -- -m 1G -drive file=disk.qcow2
   lanlet qemu -p 127.0.0.1:2222:22 -- -m 1G disk.img
+  lanlet qemu --vhost-user -- -enable-kvm -m 2G disk.img
   lanlet qemu --name lab --mac 52:54:00:00:00:07 -- -enable-kvm -m 2G disk.img
   lanlet qemu -- -device virtio-net-pci,netdev=lanlet0,mq=on -m 1G disk.img
   lanlet qemu --qemu qemu-system-aarch64 -- -M virt -cpu cortex-a72 -m 1G disk.img")]
@@ -33,6 +46,8 @@ pub(super) struct Args {
     qemu: Option<PathBuf>,
     #[command(flatten)]
     port: PortFlags,
+    #[command(flatten)]
+    vmm: VmmFlags,
     #[command(flatten)]
     forwards: ForwardFlags,
     /// Arguments for QEMU
@@ -49,34 +64,79 @@ pub(super) fn qemu(args: &Args) -> Result<ExitCode, Failure> {
         None => find()?,
     };
     let lan = Lan::open(&args.name, &args.network)?;
-    with_tap(lan, &signals, (&args.port, &args.forwards), |tap| {
-        command(&program, &args.arguments, tap)
+    let flags = (&args.port, &args.vmm, &args.forwards);
+    with_link(lan, &signals, flags, |link| {
+        command(&program, &args.arguments, link)
     })
 }
 
 /// QEMU's command line with the card added.
-pub(super) fn command(program: &Path, arguments: &[OsString], tap: &Tap) -> Vec<OsString> {
+///
+/// # Errors
+/// The arguments leave no way to share the guest's memory.
+pub(super) fn command(
+    program: &Path,
+    arguments: &[OsString],
+    link: &Link,
+) -> Result<Vec<OsString>, Failure> {
     let (id, card_is_given) = netdev_id(arguments);
     let mut command = vec![program.as_os_str().to_owned()];
     command.extend_from_slice(arguments);
-    command.push("-netdev".into());
-    let fds = match tap.queues {
-        1 => format!("fd={}", tap.fd),
-        _ => format!("fds={}", tap.fds),
-    };
-    command.push(format!("tap,id={id},{fds}").into());
-    if !card_is_given {
-        command.push("-device".into());
-        let card = card(program, arguments);
-        let queues = match tap.queues {
-            1 => String::new(),
-            // By PCI an interrupt for each direction of each queue, for control and for configuration.
-            queues if card == PCI_CARD => format!(",mq=on,vectors={}", 2 * queues + 2),
-            _ => ",mq=on".to_owned(),
-        };
-        command.push(format!("{card},netdev={id},mac={}{queues}", tap.mac).into());
+    let mut add = |option: &str, value: String| command.extend([option.into(), value.into()]);
+    let mut card_options = String::new();
+    match &link.by {
+        By::Tap { queues: 1, fd, .. } => add("-netdev", format!("tap,id={id},fd={fd}")),
+        By::Tap { queues, fds, .. } => {
+            add("-netdev", format!("tap,id={id},fds={fds}"));
+            card_options.push_str(",mq=on");
+            if card(program, arguments) == PCI_CARD {
+                // An interrupt for each direction of each queue, for control and for configuration.
+                let vectors = 2 * queues + 2;
+                card_options.push_str(&format!(",vectors={vectors}"));
+            }
+        }
+        By::VhostUser { socket } => {
+            if let Some(bytes) = memory::to_share(arguments)? {
+                let memory = format!("memory-backend-memfd,id={id}-memory,size={bytes},share=on");
+                add("-object", memory);
+                add("-machine", format!("memory-backend={id}-memory"));
+            }
+            // A comma in a value is written twice.
+            let path = socket.replace(',', ",,");
+            add(
+                "-chardev",
+                format!("socket,id={id}-socket,path={path},reconnect=1"),
+            );
+            add("-netdev", format!("vhost-user,id={id},chardev={id}-socket"));
+            card_options.push_str(match has_kvm(arguments) {
+                true => VHOST_USER_CARD,
+                false => VHOST_USER_CARD_WITHOUT_KVM,
+            });
+        }
     }
-    command
+    if !card_is_given {
+        let card = card(program, arguments);
+        add(
+            "-device",
+            format!("{card},netdev={id},mac={}{card_options}", link.mac),
+        );
+    }
+    Ok(command)
+}
+
+/// Whether the arguments ask for KVM.
+fn has_kvm(arguments: &[OsString]) -> bool {
+    let by_option = arguments
+        .iter()
+        .any(|argument| argument == "-enable-kvm" || argument == "--enable-kvm");
+    let by_accelerator = arguments.windows(2).any(|pair| {
+        let option = pair[0].as_bytes();
+        let value = &pair[1];
+        (option.ends_with(b"-accel") && (has_item(value, "kvm") || has_item(value, "accel=kvm")))
+            || (matches!(option, b"-M" | b"-machine" | b"--machine")
+                && has_item(value, "accel=kvm"))
+    });
+    by_option || by_accelerator
 }
 
 /// Whether an option list like `user,id=x` has this item.
@@ -193,16 +253,61 @@ mod tests {
     use super::*;
 
     fn line(program: &str, arguments: &[&str]) -> String {
-        let tap = Tap {
+        let by = By::Tap {
             fd: "7".into(),
             fds: "7".into(),
             queues: 1,
             ifname: "vm0".into(),
+        };
+        line_by(by, program, arguments).unwrap()
+    }
+
+    fn line_by(by: By, program: &str, arguments: &[&str]) -> Result<String, Failure> {
+        let link = Link {
             mac: "52:54:00:00:00:01".into(),
+            by,
         };
         let arguments: Vec<OsString> = arguments.iter().map(Into::into).collect();
-        let words = command(Path::new(program), &arguments, &tap);
-        words.join(OsStr::new(" ")).into_string().unwrap()
+        let words = command(Path::new(program), &arguments, &link)?;
+        Ok(words.join(OsStr::new(" ")).into_string().unwrap())
+    }
+
+    #[test]
+    fn a_vhost_user_guests_memory_is_shared() {
+        let by = || By::VhostUser {
+            socket: "/run/a,b.sock".into(),
+        };
+        for kvm in [
+            &["-enable-kvm"][..],
+            &["-accel", "kvm"],
+            &["-M", "q35,accel=kvm"],
+        ] {
+            assert!(
+                line_by(by(), "q", kvm)
+                    .unwrap()
+                    .ends_with("tx_queue_size=1024")
+            );
+        }
+        let words = line_by(by(), "q", &["-m", "1G"]).unwrap();
+        assert_eq!(
+            words,
+            "q -m 1G -object memory-backend-memfd,id=lanlet0-memory,size=1073741824,share=on \
+             -machine memory-backend=lanlet0-memory \
+             -chardev socket,id=lanlet0-socket,path=/run/a,,b.sock,reconnect=1 \
+             -netdev vhost-user,id=lanlet0,chardev=lanlet0-socket \
+             -device virtio-net-pci,netdev=lanlet0,mac=52:54:00:00:00:01,rx_queue_size=1024,tx_queue_size=1024,vectors=0"
+        );
+        let shared = "memory-backend-file,id=m,size=1G,mem-path=/dev/shm,share=on";
+        let words = line_by(
+            by(),
+            "q",
+            &["-object", shared, "-M", "q35,memory-backend=m"],
+        )
+        .unwrap();
+        assert!(!words.contains("memfd"), "{words}");
+        let private = "memory-backend-ram,id=m,size=1G";
+        let refused = line_by(by(), "q", &["-object", private, "-numa", "node,memdev=m"]);
+        assert!(refused.is_err());
     }
 
     #[test]
@@ -219,16 +324,14 @@ mod tests {
 
     #[test]
     fn several_queues_are_several_descriptors() {
-        let tap = Tap {
+        let by = By::Tap {
             fd: "7".into(),
             fds: "7:8".into(),
             queues: 2,
             ifname: "vm0".into(),
-            mac: "52:54:00:00:00:01".into(),
         };
-        let words = command(Path::new("q"), &[], &tap).join(OsStr::new(" "));
         assert_eq!(
-            words,
+            line_by(by, "q", &[]).unwrap(),
             "q -netdev tap,id=lanlet0,fds=7:8 \
              -device virtio-net-pci,netdev=lanlet0,mac=52:54:00:00:00:01,mq=on,vectors=6"
         );

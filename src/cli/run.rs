@@ -6,9 +6,9 @@ use std::process::ExitCode;
 
 use super::forward::ForwardFlags;
 use super::lan::Lan;
-use super::options::{NameOption, NetworkOptions, PortFlags};
+use super::options::{NameOption, NetworkOptions, PortFlags, VmmFlags};
 use super::{Failure, child, replace_in};
-use crate::network::VmmPort;
+use crate::network::{VhostUserSocket, VmmPort};
 use crate::sys::signal::SignalFd;
 
 /// Run a VMM (or any command) with a tap of the network as an inherited descriptor
@@ -16,20 +16,28 @@ use crate::sys::signal::SignalFd;
 /// In CMD's arguments {fd} becomes the descriptor's number, {ifname} the tap's name and {mac} the
 /// guest's MAC address; LANLET_FD, LANLET_IFNAME and LANLET_MAC say the same in its environment. With
 /// --queues {fds} becomes the numbers of all queues' descriptors with colons between, as QEMU wants
-/// them, and so is LANLET_FDS; {fd} is the first. The tap is one with virtio-net headers (IFF_VNET_HDR), as QEMU, Cloud Hypervisor and crosvm want it.
-/// The port goes when CMD closes the tap.
+/// them, and so is LANLET_FDS; {fd} is the first. The tap is one with virtio-net headers
+/// (IFF_VNET_HDR), as QEMU, Cloud Hypervisor and crosvm want it. The port goes when CMD closes the tap.
+///
+/// With --vhost-user there is no tap: {socket}, in the environment LANLET_SOCKET, is the path of a unix
+/// socket that CMD connects to as a vhost-user front-end, as often as it likes; the port goes when CMD
+/// ends.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
   lanlet run -- qemu-system-x86_64 -netdev tap,id=n,fd={fd} \\
                 -device virtio-net-pci,netdev=n,mac={mac} -m 1G disk.img
   lanlet run -- cloud-hypervisor --net fd={fd},mac={mac} --kernel vmlinuz --disk path=disk.img
+  lanlet run --vhost-user -- cloud-hypervisor --memory size=1G,shared=on \
+                --net vhost_user=true,socket={socket},mac={mac} --kernel vmlinuz
   lanlet run --subnet 10.9.0.0/24 -- sh -c 'exec crosvm run --net tap-fd=$LANLET_FD vmlinuz'")]
 pub(super) struct Args {
     #[command(flatten)]
     name: NameOption,
     #[command(flatten)]
     port: PortFlags,
+    #[command(flatten)]
+    vmm: VmmFlags,
     #[command(flatten)]
     forwards: ForwardFlags,
     /// The command and its arguments
@@ -42,67 +50,120 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args) -> Result<ExitCode, Failure> {
     let signals = child::block_signals()?;
     let lan = Lan::open(&args.name, &args.network)?;
-    with_tap(lan, &signals, (&args.port, &args.forwards), |tap| {
+    let flags = (&args.port, &args.vmm, &args.forwards);
+    with_link(lan, &signals, flags, |link| {
         let fill = |argument: &OsString| {
-            let argument = replace_in(argument, "{fd}", &tap.fd);
-            let argument = replace_in(&argument, "{fds}", &tap.fds);
-            let argument = replace_in(&argument, "{ifname}", &tap.ifname);
-            replace_in(&argument, "{mac}", &tap.mac)
+            let names = link.names();
+            let begin = argument.clone();
+            names.into_iter().fold(begin, |argument, (name, value)| {
+                replace_in(&argument, &format!("{{{name}}}"), value)
+            })
         };
-        args.command.iter().map(fill).collect()
+        Ok(args.command.iter().map(fill).collect())
     })
 }
 
-/// A tap as its user has to know it.
-pub(super) struct Tap {
-    /// Number of the inherited descriptor, the first of them.
-    pub(super) fd: String,
-    /// All of them, with colons between.
-    pub(super) fds: String,
-    /// How many queues it has.
-    pub(super) queues: usize,
-    /// Name of the device in lanlet's namespace.
-    pub(super) ifname: String,
+/// How a VMM reaches the network, as its command line has to say it.
+pub(super) struct Link {
     /// The guest's MAC.
     pub(super) mac: String,
+    /// By what.
+    pub(super) by: By,
 }
 
-impl Tap {
-    /// Of a port whose descriptor keeps its number in the command.
-    pub(super) fn of(port: &VmmPort) -> Self {
+/// What a VMM opens.
+pub(super) enum By {
+    /// A tap.
+    Tap {
+        /// Number of the inherited descriptor, the first of them.
+        fd: String,
+        /// All of them, with colons between.
+        fds: String,
+        /// How many queues it has.
+        queues: usize,
+        /// Name of the device in lanlet's namespace.
+        ifname: String,
+    },
+    /// A vhost-user socket.
+    VhostUser {
+        /// Its path.
+        socket: String,
+    },
+}
+
+impl Link {
+    /// By the tap of a port whose descriptors keep their numbers in the command.
+    pub(super) fn of_tap(port: &VmmPort) -> Self {
         let numbers = port.fds.iter().map(|fd| fd.as_raw_fd().to_string());
         let numbers: Vec<_> = numbers.collect();
         Self {
-            fd: numbers.first().cloned().unwrap_or_default(),
-            fds: numbers.join(":"),
-            queues: numbers.len(),
-            ifname: port.ifname.clone(),
             mac: port.mac.to_string(),
+            by: By::Tap {
+                fd: numbers.first().cloned().unwrap_or_default(),
+                fds: numbers.join(":"),
+                queues: numbers.len(),
+                ifname: port.ifname.clone(),
+            },
         }
+    }
+
+    /// What can be said in a command, by the name it has there.
+    fn names(&self) -> Vec<(&'static str, &str)> {
+        let mut names: Vec<(_, &str)> = vec![("mac", &self.mac)];
+        match &self.by {
+            By::Tap {
+                fd, fds, ifname, ..
+            } => names.extend([("fd", fd.as_str()), ("fds", fds), ("ifname", ifname)]),
+            By::VhostUser { socket } => names.push(("socket", socket)),
+        }
+        names
+    }
+
+    fn environment(&self) -> impl Iterator<Item = (String, &str)> {
+        let names = self.names().into_iter();
+        names.map(|(name, value)| (format!("LANLET_{}", name.to_uppercase()), value))
     }
 }
 
-/// Attaches a tap, runs the command that `command` makes of it, and waits for its end.
-pub(super) fn with_tap(
+/// Attaches a port, runs the command that `command` makes of it, and waits for its end.
+pub(super) fn with_link(
     mut lan: Lan,
     signals: &SignalFd,
-    (flags, forwards): (&PortFlags, &ForwardFlags),
-    command: impl FnOnce(&Tap) -> Vec<OsString>,
+    (port, vmm, forwards): (&PortFlags, &VmmFlags, &ForwardFlags),
+    command: impl FnOnce(&Link) -> Result<Vec<OsString>, Failure>,
 ) -> Result<ExitCode, Failure> {
-    let port = lan.attach_vmm(flags.port(flags.mac))?;
+    if let Some(socket) = vmm.vhost_user()? {
+        return with_socket(lan, signals, (port, socket, forwards), command);
+    }
+    let port = lan.attach_vmm(port.port(port.mac))?;
     lan.add_forwards(forwards, port.mac)?;
-    let tap = Tap::of(&port);
-    let environment = [
-        ("LANLET_FD", tap.fd.clone()),
-        ("LANLET_FDS", tap.fds.clone()),
-        ("LANLET_IFNAME", tap.ifname.clone()),
-        ("LANLET_MAC", tap.mac.clone()),
-    ];
-    let child = child::with_fds(&command(&tap), &port.fds)?
-        .envs(environment)
+    let link = Link::of_tap(&port);
+    let child = child::with_fds(&command(&link)?, &port.fds)?
+        .envs(link.environment())
         .spawn()
         .map_err(Failure::io("cannot start a process"))?;
     // The command has the only copies: when it goes, so does the port.
     drop(port.fds);
+    child::supervise(child, signals, lan.gone())
+}
+
+fn with_socket(
+    mut lan: Lan,
+    signals: &SignalFd,
+    (flags, socket, forwards): (&PortFlags, VhostUserSocket, &ForwardFlags),
+    command: impl FnOnce(&Link) -> Result<Vec<OsString>, Failure>,
+) -> Result<ExitCode, Failure> {
+    let path = socket.name.clone();
+    let (port, _file) = lan.attach_vhost_user(socket, flags.port(flags.mac))?;
+    lan.add_forwards(forwards, port.mac)?;
+    let link = Link {
+        mac: port.mac.to_string(),
+        by: By::VhostUser { socket: path },
+    };
+    let child = child::init_command()
+        .args(command(&link)?)
+        .envs(link.environment())
+        .spawn()
+        .map_err(Failure::io("cannot start a process"))?;
     child::supervise(child, signals, lan.gone())
 }

@@ -16,7 +16,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags};
 use super::forward::ForwardFlags;
 use super::options::{NameOption, NetworkOptions};
 use super::{Failure, child, print};
-use crate::config::{NetworkConfig, PREFIX6_LEN, format_duration};
+use crate::config::{NetworkConfig, PREFIX6_LEN, PortSpec, format_duration};
 use crate::control::client::Client;
 use crate::control::server::Server;
 use crate::control::{ControlError, RuntimeDir};
@@ -43,12 +43,17 @@ Examples:
   lanlet up
   lanlet up --name lab --subnet 10.9.0.0/24 --dhcp-range 10.9.0.100-10.9.0.199 --domain lab.test
   lanlet up -p 8080:192.168.122.70:80 -p 5353:web:53/udp
+  lanlet up --port vhost-user:/run/user/1000/web.sock,name=web
   lanlet up --dns 9.9.9.9 --lease-time 12h --lease-file none")]
 pub(super) struct Args {
     #[command(flatten)]
     name: NameOption,
     #[command(flatten)]
     forwards: ForwardFlags,
+    /// A port that is there from the start and stays: vhost-user:PATH[,name=NAME][,group=NAME] is a unix
+    /// socket that a VMM or DPDK connects to as a vhost-user front-end; may be repeated
+    #[arg(long, value_name = "KIND:WHERE")]
+    port: Vec<PortSpec>,
     #[command(flatten)]
     network: NetworkOptions,
 }
@@ -69,6 +74,7 @@ pub(super) fn up(args: &Args) -> Result<ExitCode, Failure> {
     let name = args.name.get();
     let default_leases = lease_file(name);
     let mut config = args.network.resolve(name, default_leases.clone())?;
+    config.ports = args.port.clone();
     config.forwards = args.forwards.specs().cloned().collect();
     let claim = RuntimeDir::from_env().claim(name)?;
     if let Some(path) = config

@@ -5,8 +5,8 @@
 //! [`Request`], in order. A descriptor travels as SCM_RIGHTS with the bytes of the line it belongs
 //! to.
 //!
-//! A port of [`Request::AttachTap`] lives as long as the connection that made it; a port of
-//! [`Request::AttachVmm`] as long as the VMM keeps its descriptor open. A forward lives until it is
+//! A port of [`Request::AttachTap`] or [`Request::AttachVhostUser`] lives as long as the connection that
+//! made it; a port of [`Request::AttachVmm`] as long as the VMM keeps its descriptor open. A forward lives until it is
 //! removed, or as long as the connection that made it where the request says so.
 
 use serde::{Deserialize, Serialize};
@@ -128,6 +128,8 @@ pub enum Request {
     /// Attaches the tap whose descriptors, one for each queue, come with the request; one more is a
     /// netlink socket of the guest's namespace.
     AttachTap(PortRequest),
+    /// Has vhost-user front-ends connect to the listening socket whose descriptor comes with the request.
+    AttachVhostUser(PortRequest),
     /// Removes a port.
     Detach {
         /// Its number.
@@ -164,7 +166,7 @@ pub enum Request {
 impl Request {
     /// Whether descriptors belong to the request.
     pub fn takes_fds(&self) -> bool {
-        matches!(self, Request::AttachTap(_))
+        matches!(self, Request::AttachTap(_) | Request::AttachVhostUser(_))
     }
 }
 
@@ -189,6 +191,13 @@ pub enum Reply {
         port: u16,
         /// Its lease, where the request named a MAC.
         address: Option<GuestAddress>,
+    },
+    /// To [`Request::AttachVhostUser`].
+    VhostUserPort {
+        /// The port.
+        port: u16,
+        /// The guest's MAC.
+        mac: String,
     },
     /// To [`Request::ForwardAdd`]: the forward, with the host's port that was chosen.
     Forward(ForwardStatus),

@@ -12,7 +12,9 @@ use super::message::{LineReader, Read, send_some, to_line};
 use super::{ControlError, RuntimeDir, peer_is_trusted};
 use crate::frame::PortId;
 use crate::nat::forward::ForwardSpec;
-use crate::network::{ForwardStatus, GuestAddress, GuestTap, PortOptions, Status, VmmPort};
+use crate::network::{
+    ForwardStatus, GuestAddress, GuestTap, PortOptions, Status, VhostUserPort, VmmPort,
+};
 
 /// How long a network may take from its lock to its socket.
 const START_TIME_MAX: Duration = Duration::from_secs(3);
@@ -145,6 +147,25 @@ impl Client {
         fds.extend(tap.netlink.as_ref().map(AsFd::as_fd));
         match self.ask(&Request::AttachTap(options.into()), &fds)? {
             Reply::TapPort { port, address } => Ok((PortId(port), address)),
+            _ => Err(self.confused()),
+        }
+    }
+
+    /// Hands a listening socket for vhost-user front-ends to the network. The port ends with this
+    /// connection, the socket's file is the caller's.
+    ///
+    /// # Errors
+    /// The network refused, or the connection failed.
+    pub fn attach_vhost_user(
+        &mut self,
+        socket: BorrowedFd<'_>,
+        options: &PortOptions,
+    ) -> Result<VhostUserPort, ControlError> {
+        match self.ask(&Request::AttachVhostUser(options.into()), &[socket])? {
+            Reply::VhostUserPort { port, mac } => Ok(VhostUserPort {
+                id: PortId(port),
+                mac: mac.parse().map_err(|_| self.confused())?,
+            }),
             _ => Err(self.confused()),
         }
     }

@@ -22,7 +22,8 @@ use crate::frame::PortId;
 use crate::nat::forward::{ForwardId, ForwardSpec};
 use crate::nat::policy::PolicyError;
 use crate::network::{
-    ForwardStatus, GuestAddress, GuestTap, Network, PortOptions, Status, VmmPort,
+    ForwardStatus, GuestAddress, GuestTap, Network, PortOptions, Status, VhostUserPort,
+    VhostUserSocket, VmmPort,
 };
 use crate::sys::socket;
 
@@ -51,6 +52,16 @@ pub trait Target: Send + Sync + 'static {
         tap: GuestTap,
         options: PortOptions,
     ) -> Result<(PortId, Option<GuestAddress>), String>;
+
+    /// Attaches a socket for vhost-user front-ends.
+    ///
+    /// # Errors
+    /// Why not, with the remedy.
+    fn attach_vhost_user(
+        &self,
+        socket: VhostUserSocket,
+        options: PortOptions,
+    ) -> Result<VhostUserPort, String>;
 
     /// Removes a port.
     fn detach(&self, port: PortId);
@@ -98,6 +109,14 @@ impl Target for Network {
         options: PortOptions,
     ) -> Result<(PortId, Option<GuestAddress>), String> {
         Network::attach_tap(self, tap, options).map_err(|error| error.to_string())
+    }
+
+    fn attach_vhost_user(
+        &self,
+        socket: VhostUserSocket,
+        options: PortOptions,
+    ) -> Result<VhostUserPort, String> {
+        Network::attach_vhost_user(self, socket, options).map_err(|error| error.to_string())
     }
 
     fn detach(&self, port: PortId) {
@@ -347,7 +366,7 @@ async fn answer(owned: &mut Owned, request: Request, fds: Vec<OwnedFd>) -> (Repl
             Vec::new(),
         ),
     };
-    if let Reply::TapPort { port, .. } = reply {
+    if let Reply::TapPort { port, .. } | Reply::VhostUserPort { port, .. } = reply {
         owned.ports.push(PortId(port));
     }
     if let Reply::Forward(forward) = &reply
@@ -393,6 +412,25 @@ fn perform(
                 },
                 Vec::new(),
             )
+        }
+        Request::AttachVhostUser(port) => {
+            let fd = fds.into_iter().next();
+            let fd = fd.ok_or("the socket's descriptor did not come with the request")?;
+            let options = port.options()?;
+            let socket = VhostUserSocket {
+                fd,
+                name: match options.name.as_str() {
+                    "" => "vhost-user".to_owned(),
+                    name => name.to_owned(),
+                },
+                file: None,
+            };
+            let port = target.attach_vhost_user(socket, options)?;
+            let reply = Reply::VhostUserPort {
+                port: port.id.0,
+                mac: port.mac.to_string(),
+            };
+            (reply, Vec::new())
         }
         Request::Detach { port } => {
             if PortId(port) == PortId::GATEWAY {
@@ -516,6 +554,18 @@ mod tests {
                 v6: None,
             };
             Ok((PortId(taps.len() as u16 + 1), Some(address)))
+        }
+
+        fn attach_vhost_user(
+            &self,
+            socket: VhostUserSocket,
+            options: PortOptions,
+        ) -> Result<VhostUserPort, String> {
+            crate::uplink::listen::check_listening(&socket.fd).map_err(|e| e.to_string())?;
+            Ok(VhostUserPort {
+                id: PortId(40),
+                mac: options.mac.unwrap_or(Mac([2; 6])),
+            })
         }
 
         fn detach(&self, port: PortId) {

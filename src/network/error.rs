@@ -6,6 +6,7 @@ use crate::dhcp::lease::{PoolError, Refusal};
 use crate::frame::Mac;
 use crate::switch::PORTS_MAX;
 use crate::tap::TapError;
+use crate::uplink::listen::ListenError;
 
 /// Why a network or port could not be set up. Names the remedy where there is one.
 #[derive(Debug, thiserror::Error)]
@@ -19,6 +20,9 @@ pub enum NetworkError {
     /// The DHCP range is unusable.
     #[error("dhcp-range: {0}")]
     Pool(#[from] PoolError),
+    /// A vhost-user port's socket can't be had.
+    #[error("vhost-user:{0}")]
+    Socket(#[from] ListenError),
     /// A tap or the helper failed.
     #[error(transparent)]
     Tap(#[from] TapError),

@@ -1,5 +1,6 @@
 //! The ports of a network: their numbers, and what lives and ends with each.
 
+use std::any::Any;
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::sync::{Arc, Weak};
@@ -34,6 +35,8 @@ pub(super) struct Port {
     pub(super) queues: usize,
     /// The worker that reads it, or its first queue.
     pub(super) reader: WorkerId,
+    /// Whatever else ends with the port.
+    pub(super) _attached: Option<Arc<dyn Any + Send + Sync>>,
 }
 
 /// The wire behind a VMM's port.
@@ -52,6 +55,7 @@ pub(super) struct Opened {
     pub(super) drops: Vec<Arc<dyn DropSource>>,
     pub(super) kind: &'static str,
     pub(super) wire: Option<PortWire>,
+    pub(super) attached: Option<Arc<dyn Any + Send + Sync>>,
 }
 
 impl Ports {
@@ -92,6 +96,7 @@ impl Shared {
             drops,
             kind,
             wire,
+            attached,
         } = opened;
         if let Some(group) = &group {
             check_guest_name(group).map_err(|reason| ConfigError::new("group", reason))?;
@@ -121,6 +126,7 @@ impl Shared {
             wire,
             queues: queues.len(),
             reader: home,
+            _attached: attached,
         };
         ports.by_id.insert(id, port);
         self.crew.homes().set(id, home);
@@ -225,6 +231,7 @@ mod tests {
             wire: None,
             queues: 1,
             reader: WorkerId(0),
+            _attached: None,
         }
     }
 

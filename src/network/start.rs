@@ -164,8 +164,10 @@ impl Network {
             wire: None,
             queues: 0,
             reader: WorkerId::default(),
+            _attached: None,
         };
         let forwards = config.forwards.clone();
+        let ports = config.ports.clone();
         let shared = Arc::new(Shared {
             config,
             lan,
@@ -216,6 +218,9 @@ impl Network {
         network.thread("lanlet-events", move || take_events(&event_queue, &shared))?;
         for spec in forwards {
             network.add_forward(spec)?;
+        }
+        for spec in &ports {
+            network.add_configured(spec)?;
         }
         Ok(network)
     }

@@ -58,6 +58,7 @@ impl Shared {
                 helper,
                 id: wire.id,
             }),
+            attached: None,
         };
         let ifname = wire.vm_ifname;
         let fds = wire.vm;

@@ -267,9 +267,18 @@ fn bind_to_interface(fd: &OwnedFd, interface: &InterfaceName) -> Result<u32, Err
 }
 
 fn open_unix(path: &SocketPath) -> Result<Listener, ListenError> {
-    let refuse = |reason: String| ListenError::new(path, reason);
+    let (fd, file) = open_path(Path::new(path.as_str()))?;
+    let at = ListenAt::Unix(file);
+    Ok(Listener { fd, at })
+}
+
+/// Opens a unix stream socket that only this user can connect to, in place of one that was left over.
+///
+/// # Errors
+/// It can't be had.
+pub fn open_path(file: &Path) -> Result<(OwnedFd, SocketFile), ListenError> {
+    let refuse = |reason: String| ListenError::new(file.display(), reason);
     let other = |errno| refuse(port_owner::plain(errno));
-    let file = Path::new(path.as_str());
     let fd = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags(), None).map_err(other)?;
     rustix::fs::fchmod(&fd, Mode::RUSR | Mode::WUSR).map_err(other)?;
     let address = SocketAddrUnix::new(file).map_err(other)?;
@@ -296,8 +305,21 @@ fn open_unix(path: &SocketPath) -> Result<Listener, ListenError> {
         device_and_inode,
     };
     listen(&fd, BACKLOG).map_err(other)?;
-    let at = ListenAt::Unix(file);
-    Ok(Listener { fd, at })
+    Ok((fd, file))
+}
+
+/// Checks that a descriptor from elsewhere is a listening unix stream socket, and makes it non-blocking.
+///
+/// # Errors
+/// It is something else.
+pub fn check_listening(fd: &OwnedFd) -> io::Result<()> {
+    let is_unix = sockopt::socket_domain(fd)? == AddressFamily::UNIX;
+    let is_stream = sockopt::socket_type(fd)? == SocketType::STREAM;
+    if !(is_unix && is_stream && sockopt::socket_acceptconn(fd)?) {
+        let message = "not a listening unix stream socket";
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+    }
+    Ok(rustix::io::ioctl_fionbio(fd, true)?)
 }
 
 /// Removes a socket that a process has left behind; whatever else has the name stays.

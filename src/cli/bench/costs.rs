@@ -150,7 +150,8 @@ fn ports(network: &Network) -> Result<Vec<f64>, String> {
 fn leases(network: &Network) -> Result<Vec<f64>, String> {
     let mut client = network.client()?;
     let port = attach(&mut client)?;
-    let mut tap = File::from(port.fd);
+    let queue = port.fds.into_iter().next().expect("a tap has a queue");
+    let mut tap = File::from(queue);
     let mut ask = |numbers: std::ops::Range<usize>| {
         let end = numbers.end;
         for number in numbers {

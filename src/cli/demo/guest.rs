@@ -10,7 +10,7 @@ use std::process::{Child, ChildStdin, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
-use super::super::{Failure, child, qemu, run::Tap};
+use super::super::{Failure, child, qemu, run::Link};
 use super::progress::Progress;
 use crate::network::VmmPort;
 
@@ -86,9 +86,9 @@ impl Guest {
             // No boot from the network: the kernel is given, and the ROM would take its time.
             ["-global".into(), "virtio-net-pci.romfile=".into()],
         ];
-        let tap = Tap::of(&port);
+        let link = Link::of_tap(&port);
         let program = qemu::find()?;
-        let command = qemu::command(&program, arguments.as_flattened(), &tap);
+        let command = qemu::command(&program, arguments.as_flattened(), &link)?;
         let mut child = child::with_fds(&command, &port.fds)?
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

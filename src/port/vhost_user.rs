@@ -1,0 +1,120 @@
+//! vhost-user: guests whose memory we share (virtio 1.2; docs/interop/vhost-user.rst of QEMU).
+//!
+//! ```text
+//!  VMM or DPDK (front-end) --unix socket--> control thread: features, memory, rings
+//!        |  shared memory: rings, buffers        |  Device: a lock per queue
+//!        |  eventfds: kick, call                 v
+//!        +------------------------------> worker: recv, send, flush
+//! ```
+//! The port listens; a front-end connects, says where its guest's memory and rings are, and may come and
+//! go: the port stays, and drops what is for it meanwhile. The worker serves the rings itself: it waits on
+//! an epoll of the port's own, which the kick descriptors of whatever front-end there is are in.
+//!
+//! # A frame's way
+//! From the guest: its chain is checked and copied into the batch, then given back. To the guest: it is
+//! copied into as many chains as it needs, behind a header that says how many; they are shown, and the
+//! guest called, once per batch ([`PortTx::flush`]). Where the guest has too few buffers the frame waits,
+//! as it would in a tap's queue, until the guest has made some available.
+//!
+//! # Limits
+//! [`memory::REGIONS_MAX`], [`memory::MEMORY_BYTES_MAX`], [`device::QUEUE_PAIRS_MAX`],
+//! [`ring::QUEUE_SIZE_MAX`], [`ring::CHAIN_DESCRIPTORS_MAX`], [`queue::BACKLOG_BYTES_MAX`] and
+//! [`queue::BACKLOG_FRAMES_MAX`]: above the last two a frame counts as
+//! [`EgressFull`](DropReason::EgressFull).
+//!
+//! # What a hostile guest or front-end can try
+//! - Descriptors, indices, lengths and addresses that are wrong, or change while we look: see [`ring`].
+//!   Its queue is given up, nobody else's.
+//! - Never to give buffers: its frames wait up to the limit, then drop. Nobody waits for it.
+//! - To stop in the middle of a message: the control thread is this port's alone.
+//! - Descriptors that block: kicks are never read; calls must be eventfds, made non-blocking. A front-end
+//!   that makes its eventfd blocking again and fills it up can hold a worker up with it.
+//! - Memory that goes away: see [`memory`].
+
+pub mod device;
+mod front_end;
+pub mod memory;
+pub mod queue;
+pub mod ring;
+mod server;
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use self::device::Device;
+pub use self::server::Server;
+use super::{DropSource, More, PortRx, PortTx};
+use crate::frame::{Batch, Frame};
+use crate::offload::Caps;
+use crate::stats::{DropReason, PortCounters};
+
+/// A port and what serves its socket.
+#[derive(Debug)]
+pub struct VhostUser {
+    /// Receive half.
+    pub rx: VhostRx,
+    /// Send half.
+    pub tx: VhostTx,
+    /// Takes front-ends while it lives.
+    pub server: Server,
+}
+
+/// Makes a port from a listening Unix stream socket. `name` is what the log calls it.
+///
+/// # Errors
+/// The kernel gives no epoll, eventfd or thread.
+pub fn open(listener: OwnedFd, name: String) -> io::Result<VhostUser> {
+    let device = Arc::new(Device::new(name)?);
+    Ok(VhostUser {
+        rx: VhostRx(Arc::clone(&device)),
+        tx: VhostTx(Arc::clone(&device)),
+        server: Server::start(listener, device)?,
+    })
+}
+
+/// Receive half.
+#[derive(Debug)]
+pub struct VhostRx(Arc<Device>);
+
+impl PortRx for VhostRx {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.0.epoll().as_fd()
+    }
+
+    fn recv(&mut self, batch: &mut Batch, counters: &PortCounters) -> io::Result<More> {
+        Ok(self.0.recv(batch, counters))
+    }
+}
+
+/// Send half.
+#[derive(Debug)]
+pub struct VhostTx(Arc<Device>);
+
+impl VhostTx {
+    /// Where frames are counted that waited for a guest which went.
+    pub fn drops(&self) -> Arc<dyn DropSource> {
+        Arc::clone(&self.0) as _
+    }
+}
+
+impl PortTx for VhostTx {
+    fn caps(&self) -> Caps {
+        self.0.caps()
+    }
+
+    fn send(&self, frame: Frame<'_>) -> Result<(), DropReason> {
+        self.0.send(frame)
+    }
+
+    fn is_batched(&self) -> bool {
+        true
+    }
+
+    fn flush(&self) {
+        self.0.flush();
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,220 @@
+//! A guest's memory, mapped from the descriptors that its front-end sends (SET_MEM_TABLE).
+//!
+//! Nothing here hands out a reference to guest memory: the guest writes to it while we read. Places are
+//! checked once against the table and again whenever they are used, and bytes are copied through
+//! vm-memory's volatile slices.
+//!
+//! # What a front-end can do to the memory behind our back
+//! - Shrink the file: an access past its end is a SIGBUS. Files are checked to cover their regions when
+//!   they come, and memfds of QEMU are sealed against shrinking. A front-end that shrinks an unsealed one
+//!   later (DPDK's can't be sealed) ends this process.
+//! - Put it on a file system that answers page faults when it likes (FUSE): only tmpfs and hugetlbfs are
+//!   taken, which no process serves.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+
+use rustix::fs::{FileType, fstat, fstatfs};
+use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
+use vm_memory::{FileOffset, VolatileMemory, VolatileSlice};
+
+/// Regions of one guest at most: what one message of the protocol can carry (QEMU and DPDK send 8 at
+/// most).
+pub const REGIONS_MAX: usize = 32;
+/// Bytes of one guest's memory at most: what fits the address space many times over, so that a front-end
+/// can't exhaust it for the others.
+pub const MEMORY_BYTES_MAX: u64 = 1 << 42;
+
+/// `TMPFS_MAGIC` and `HUGETLBFS_MAGIC` (linux/magic.h).
+const FILE_SYSTEMS: [i64; 2] = [0x0102_1994, 0x9584_58f6];
+
+/// Why a region was not taken.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// Too many, or too large.
+    #[error("more than {REGIONS_MAX} regions, or more than 4 TiB")]
+    TooMuch,
+    /// Empty, misaligned, or past the end of what 64 bits say.
+    #[error("a region at {0:#x} is empty, misaligned or wraps")]
+    Bounds(u64),
+    /// Two have addresses in common.
+    #[error("regions overlap at {0:#x}")]
+    Overlap(u64),
+    /// Not memory that can be mapped without asking a process for each page.
+    #[error(
+        "guest memory is not on tmpfs or hugetlbfs: use memory-backend-memfd, or memory-backend-file in \
+         /dev/shm or a hugetlbfs, with share=on"
+    )]
+    NotMemory,
+    /// The file ends before the region does.
+    #[error("a file of {file_bytes} bytes ends before its region, which needs {wanted_bytes}")]
+    Short {
+        /// Size of the file.
+        file_bytes: u64,
+        /// End of the region in the file.
+        wanted_bytes: u64,
+    },
+    /// The kernel refused.
+    #[error("can't be mapped: {0}")]
+    Refused(String),
+}
+
+/// A region as the front-end describes it (`struct vhost_user_memory_region`).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct RegionInfo {
+    /// Where the guest has it.
+    pub guest_address: u64,
+    /// Its size, bytes.
+    pub bytes: u64,
+    /// Where the front-end's process has it: rings are told by these addresses.
+    pub front_end_address: u64,
+    /// Where it begins in the file.
+    pub file_offset: u64,
+}
+
+/// A place in a guest's memory, found in the table it came from.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Place {
+    region: u16,
+    at: usize,
+}
+
+/// A guest's memory.
+#[derive(Debug, Default)]
+pub struct Memory {
+    regions: Vec<Region>,
+}
+
+#[derive(Debug)]
+struct Region {
+    info: RegionInfo,
+    /// Bytes of the mapping before the region: a mapping begins at a page of its file system.
+    skip: usize,
+    mapping: MmapRegion,
+}
+
+impl Memory {
+    /// Maps regions.
+    ///
+    /// # Errors
+    /// The first that can't be taken; nothing stays mapped.
+    pub fn map(regions: Vec<(RegionInfo, File)>) -> Result<Self, MemoryError> {
+        let total = regions
+            .iter()
+            .try_fold(0u64, |sum, (info, _)| sum.checked_add(info.bytes));
+        if regions.len() > REGIONS_MAX || total.is_none_or(|total| total > MEMORY_BYTES_MAX) {
+            return Err(MemoryError::TooMuch);
+        }
+        let mut memory = Self::default();
+        for (info, file) in regions {
+            memory.check_apart(info)?;
+            memory.regions.push(Region::map(info, file)?);
+        }
+        Ok(memory)
+    }
+
+    fn check_apart(&self, new: RegionInfo) -> Result<(), MemoryError> {
+        let wraps = |address: u64| address.checked_add(new.bytes).is_none();
+        if new.bytes == 0 || wraps(new.guest_address) || wraps(new.front_end_address) {
+            return Err(MemoryError::Bounds(new.guest_address));
+        }
+        let meet = |a: u64, a_bytes: u64, b: u64| a < b + new.bytes && b < a + a_bytes;
+        match self.regions.iter().map(|region| region.info).find(|old| {
+            meet(old.guest_address, old.bytes, new.guest_address)
+                || meet(old.front_end_address, old.bytes, new.front_end_address)
+        }) {
+            Some(_) => Err(MemoryError::Overlap(new.guest_address)),
+            None => Ok(()),
+        }
+    }
+
+    /// The place of a guest address, and how many of `len` bytes lie there in one piece; `None` outside
+    /// the memory.
+    #[inline]
+    pub fn guest(&self, address: u64, len: usize) -> Option<(Place, usize)> {
+        self.find(address, len, |info| info.guest_address)
+    }
+
+    /// The place of `len` bytes at an address of the front-end's process, in one piece.
+    pub fn front_end(&self, address: u64, len: usize) -> Option<Place> {
+        self.find(address, len, |info| info.front_end_address)
+            .and_then(|(place, in_one)| (in_one == len).then_some(place))
+    }
+
+    #[inline]
+    fn find(
+        &self,
+        address: u64,
+        len: usize,
+        base: impl Fn(&RegionInfo) -> u64,
+    ) -> Option<(Place, usize)> {
+        self.regions
+            .iter()
+            .enumerate()
+            .find_map(|(index, Region { info, skip, .. })| {
+                let at = address.checked_sub(base(info))?;
+                let room = info.bytes.checked_sub(at).filter(|&room| room != 0)?;
+                let place = Place {
+                    region: index as u16,
+                    at: skip + at as usize,
+                };
+                Some((place, len.min(usize::try_from(room).unwrap_or(usize::MAX))))
+            })
+    }
+
+    /// `len` bytes at `offset` from a place; `None` where they are not all of its region.
+    #[inline]
+    pub fn slice(&self, place: Place, offset: usize, len: usize) -> Option<VolatileSlice<'_>> {
+        let region = self.regions.get(usize::from(place.region))?;
+        let at = place.at.checked_add(offset)?;
+        region.mapping.get_slice(at, len).ok()
+    }
+}
+
+impl Region {
+    fn map(info: RegionInfo, file: File) -> Result<Self, MemoryError> {
+        let refused = |error: rustix::io::Errno| MemoryError::Refused(error.to_string());
+        let stat = fstat(file.as_fd()).map_err(refused)?;
+        let file_system = fstatfs(file.as_fd()).map_err(refused)?.f_type;
+        let is_file = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
+        #[allow(
+            clippy::unnecessary_cast,
+            reason = "its type differs between architectures"
+        )]
+        let is_memory = FILE_SYSTEMS.contains(&(file_system as i64 & 0xffff_ffff));
+        if !is_file || !is_memory {
+            return Err(MemoryError::NotMemory);
+        }
+        let file_bytes = u64::try_from(stat.st_size).unwrap_or(0);
+        let bounds = MemoryError::Bounds(info.guest_address);
+        let wanted_bytes = info.file_offset.checked_add(info.bytes);
+        let wanted_bytes = wanted_bytes.ok_or(bounds.clone())?;
+        if wanted_bytes > file_bytes {
+            return Err(MemoryError::Short {
+                file_bytes,
+                wanted_bytes,
+            });
+        }
+        // On hugetlbfs, a mapping begins and ends at a huge page; st_blksize is its size there.
+        let page = u64::try_from(stat.st_blksize).unwrap_or(0);
+        if !page.is_power_of_two() {
+            return Err(bounds);
+        }
+        let begin = info.file_offset & !(page - 1);
+        let end = wanted_bytes
+            .checked_next_multiple_of(page)
+            .ok_or(bounds.clone())?;
+        let size = usize::try_from(end - begin).map_err(|_| bounds)?;
+        let mapping = MmapRegionBuilder::new(size)
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+            .with_file_offset(FileOffset::new(file, begin))
+            .build()
+            .map_err(|error| MemoryError::Refused(error.to_string()))?;
+        Ok(Self {
+            info,
+            skip: (info.file_offset - begin) as usize,
+            mapping,
+        })
+    }
+}

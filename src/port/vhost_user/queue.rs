@@ -1,0 +1,418 @@
+//! One queue of a vhost-user port: its ring, the descriptors that go with it, and what waits for its
+//! guest.
+
+use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+
+use super::ring::{Broken, Buffers, CHAIN_DESCRIPTORS_MAX, Direction, Ring};
+use crate::frame::{BATCH_FRAMES_MAX, Batch, FRAME_BUFFER_LEN, Frame};
+use crate::offload::{self, Caps, VNET_HEADER_LEN};
+use crate::stats::{DropReason, PortCounters};
+
+/// Bytes that wait for one port's guest at most, all its queues together: what TCP has in flight between
+/// two guests of one host by default (net.ipv4.tcp_rmem, 6 MiB), and some.
+pub const BACKLOG_BYTES_MAX: usize = 8 << 20;
+/// Frames that wait for one port's guest at most: as for a tap ([`crate::tap`]).
+pub const BACKLOG_FRAMES_MAX: usize = 16_384;
+/// Chains that one frame is spread over at most: 43 of Linux's smallest buffers hold a super-frame.
+const MERGED_CHAINS_MAX: usize = 128;
+/// Rounds of asking for a kick and finding that buffers came meanwhile, before others get their turn.
+const REFILLS_MAX: usize = 4;
+
+/// `struct virtio_net_hdr` without `num_buffers`: what a driver without VERSION_1 and MRG_RXBUF uses.
+const LEGACY_HEADER_LEN: usize = 10;
+const NUM_BUFFERS_AT: usize = 10;
+const GSO_TYPE_AT: usize = 1;
+const GSO_ECN: u8 = 0x80;
+
+/// What front-end and guest agreed on, as far as frames are concerned.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Terms {
+    /// What the guest takes undone.
+    pub caps: Caps,
+    /// The guest takes super-frames with CWR set.
+    pub ecn: bool,
+    /// A frame may be spread over several chains (MRG_RXBUF).
+    pub mergeable: bool,
+    /// The header ends with `num_buffers`.
+    pub long_header: bool,
+    /// EVENT_IDX.
+    pub event_idx: bool,
+}
+
+impl Terms {
+    fn header_len(&self) -> usize {
+        match self.long_header {
+            true => VNET_HEADER_LEN,
+            false => LEGACY_HEADER_LEN,
+        }
+    }
+}
+
+impl Default for Terms {
+    fn default() -> Self {
+        Self {
+            // Nobody is there: no work is done for what is dropped.
+            caps: Caps {
+                csum: true,
+                tso: true,
+                uso: true,
+            },
+            ecn: false,
+            mergeable: false,
+            long_header: true,
+            event_idx: false,
+        }
+    }
+}
+
+/// What waits for the guest of a port, all its queues together.
+#[derive(Debug, Default)]
+pub struct Backlog {
+    bytes: AtomicUsize,
+    frames: AtomicUsize,
+    /// Frames that were waiting when their guest went.
+    pub lost: AtomicU64,
+}
+
+impl Backlog {
+    fn take_in(&self, bytes: usize) -> bool {
+        let fits = self.bytes.fetch_add(bytes, Relaxed) + bytes <= BACKLOG_BYTES_MAX
+            && self.frames.load(Relaxed) < BACKLOG_FRAMES_MAX;
+        match fits {
+            true => drop(self.frames.fetch_add(1, Relaxed)),
+            false => drop(self.bytes.fetch_sub(bytes, Relaxed)),
+        }
+        fits
+    }
+
+    fn let_go(&self, bytes: usize) {
+        self.bytes.fetch_sub(bytes, Relaxed);
+        self.frames.fetch_sub(1, Relaxed);
+    }
+}
+
+/// How far a queue's refill came.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Refill {
+    /// Nothing waits.
+    Empty,
+    /// What waits goes on with the driver's next kick.
+    Asked,
+    /// The driver is quicker than we are: come back without a kick.
+    Again,
+}
+
+/// A queue.
+#[derive(Debug)]
+pub struct Queue {
+    /// The ring.
+    pub ring: Ring,
+    /// What the driver kicks.
+    pub kick: Option<OwnedFd>,
+    /// What we call the driver by.
+    pub call: Option<OwnedFd>,
+    /// SET_VRING_ENABLE.
+    pub enabled: bool,
+    /// What was agreed.
+    pub terms: Terms,
+    running: bool,
+    broken: bool,
+    buffers: Buffers,
+    /// Heads of the chains in `buffers`, and their sizes.
+    heads: Vec<(u16, usize)>,
+    waiting: VecDeque<Box<[u8]>>,
+    /// A kick was asked for, for what waits.
+    asked: bool,
+}
+
+impl Queue {
+    /// A queue that nobody has set up.
+    pub fn new(direction: Direction) -> Self {
+        Self {
+            ring: Ring::new(direction),
+            kick: None,
+            call: None,
+            enabled: false,
+            terms: Terms::default(),
+            running: false,
+            broken: false,
+            buffers: Buffers::default(),
+            heads: Vec::new(),
+            waiting: VecDeque::new(),
+            asked: false,
+        }
+    }
+
+    /// Starts the queue where it has all it needs; whether it runs.
+    ///
+    /// # Errors
+    /// The ring is not where the front-end says.
+    pub fn start(&mut self) -> Result<bool, Broken> {
+        if !self.running && self.kick.is_some() && self.ring.has_place() {
+            self.ring.start()?;
+            self.ring.disable_kick()?;
+            self.running = true;
+            self.broken = false;
+        }
+        Ok(self.running)
+    }
+
+    /// Stops the queue; what waits for its guest is lost.
+    pub fn stop(&mut self, backlog: &Backlog) {
+        self.running = false;
+        self.asked = false;
+        for frame in self.waiting.drain(..) {
+            backlog.let_go(frame.len());
+            backlog.lost.fetch_add(1, Relaxed);
+        }
+        self.waiting.shrink_to_fit();
+    }
+
+    /// Whether frames go through it.
+    pub fn is_open(&self) -> bool {
+        self.is_served() && self.enabled
+    }
+
+    /// Whether its ring is looked at: one that is not enabled is emptied, and its frames dropped
+    /// (vhost-user.rst, "Ring states").
+    pub fn is_served(&self) -> bool {
+        self.running && !self.broken && self.ring.has_place()
+    }
+
+    /// Whether frames wait for the guest.
+    pub fn has_waiting(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
+    /// Gives the ring up until it is set up again.
+    pub fn give_up(&mut self, why: Broken, backlog: &Backlog, port: &str) {
+        log::warn!("{port}: a queue of the guest is given up until its driver resets it: {why}");
+        self.stop(backlog);
+        self.running = true;
+        self.broken = true;
+    }
+
+    /// Reads frames into `batch` until it is full (`true`) or the ring empty.
+    ///
+    /// # Errors
+    /// The driver broke a rule.
+    pub fn drain(&mut self, batch: &mut Batch, counters: &PortCounters) -> Result<bool, Broken> {
+        self.ring.disable_kick()?;
+        // Refused frames count too: a guest that sends nothing else must not hold the worker.
+        for _ in 0..BATCH_FRAMES_MAX {
+            let Some(buffer) = batch.next_buffer() else {
+                return Ok(true);
+            };
+            self.buffers.clear();
+            let Some(head) = self.ring.take(&mut self.buffers)? else {
+                return Ok(false);
+            };
+            let header_len = self.terms.header_len();
+            let frame_len = self.buffers.len().saturating_sub(header_len);
+            counters.rx(frame_len);
+            let admitted = if !self.enabled {
+                Err(DropReason::Unconnected)
+            } else if self.buffers.len() < header_len {
+                Err(DropReason::Truncated)
+            } else if VNET_HEADER_LEN + frame_len > FRAME_BUFFER_LEN {
+                Err(DropReason::Oversized)
+            } else {
+                let raw = &mut buffer[..VNET_HEADER_LEN + frame_len];
+                self.ring.read(&self.buffers, 0, &mut raw[..header_len])?;
+                raw[header_len..VNET_HEADER_LEN].fill(0);
+                let frame = &mut raw[VNET_HEADER_LEN..];
+                self.ring.read(&self.buffers, header_len, frame)?;
+                from_wire(raw);
+                offload::admit(raw)
+            };
+            self.ring.push_used(head, 0)?;
+            match admitted {
+                Ok(offload) => batch.commit(VNET_HEADER_LEN..VNET_HEADER_LEN + frame_len, offload),
+                Err(reason) => counters.count_drop(reason),
+            }
+        }
+        Ok(true)
+    }
+
+    /// Sends a frame, or keeps it until its guest has buffers.
+    ///
+    /// # Errors
+    /// Why it is lost.
+    pub fn send(
+        &mut self,
+        frame: Frame<'_>,
+        backlog: &Backlog,
+        port: &str,
+    ) -> Result<(), DropReason> {
+        if !self.is_open() {
+            return Err(DropReason::Unconnected);
+        }
+        if !self.terms.caps.take(frame.offload) {
+            // Fitted for the front-end that was there a moment ago.
+            return Err(DropReason::EgressError);
+        }
+        let mut header = offload::encode(frame);
+        if !self.terms.caps.csum {
+            header[0] = 0;
+        }
+        if !self.terms.ecn {
+            // Its receiver ends the connection, and has the flag in the TCP header.
+            header[GSO_TYPE_AT] &= !GSO_ECN;
+        }
+        from_wire(&mut header);
+        let sent = match self.waiting.is_empty() {
+            true => self.deliver(&mut header, frame.bytes),
+            false => Ok(Delivery::NoRoom),
+        };
+        match sent {
+            Ok(Delivery::Done) => Ok(()),
+            Ok(Delivery::TooSmall) => Err(DropReason::EgressTooBig),
+            Ok(Delivery::NoRoom) => {
+                let len = header.len() + frame.bytes.len();
+                if !backlog.take_in(len) {
+                    return Err(DropReason::EgressFull);
+                }
+                self.waiting
+                    .push_back([&header, frame.bytes].concat().into_boxed_slice());
+                Ok(())
+            }
+            Err(why) => {
+                self.give_up(why, backlog, port);
+                Err(DropReason::EgressError)
+            }
+        }
+    }
+
+    /// Writes a frame into the guest's buffers, if there are enough.
+    fn deliver(
+        &mut self,
+        header: &mut [u8; VNET_HEADER_LEN],
+        bytes: &[u8],
+    ) -> Result<Delivery, Broken> {
+        let header_len = self.terms.header_len();
+        let needed = header_len + bytes.len();
+        self.buffers.clear();
+        self.heads.clear();
+        let chains_max = match self.terms.mergeable {
+            // A ring whose buffers are all ours has no more of them.
+            true => MERGED_CHAINS_MAX.min(self.ring.size().into()),
+            false => 1,
+        };
+        while self.buffers.len() < needed {
+            let refused = if self.heads.len() == chains_max
+                || self.buffers.descriptors() > CHAIN_DESCRIPTORS_MAX
+            {
+                Delivery::TooSmall
+            } else {
+                let room = self.buffers.len();
+                if let Some(head) = self.ring.take(&mut self.buffers)? {
+                    self.heads.push((head, self.buffers.len() - room));
+                    continue;
+                }
+                Delivery::NoRoom
+            };
+            self.ring.untake(self.heads.len() as u16);
+            return Ok(refused);
+        }
+        // virtio 1.2, 5.1.6.4: 1 where buffers are not merged.
+        let count = self.heads.len() as u16;
+        header[NUM_BUFFERS_AT..].copy_from_slice(&count.to_le_bytes());
+        self.ring
+            .write(&self.buffers, [&header[..header_len], bytes])?;
+        let mut left = needed;
+        for &(head, room) in &self.heads {
+            self.ring.push_used(head, room.min(left))?;
+            left = left.saturating_sub(room);
+        }
+        Ok(Delivery::Done)
+    }
+
+    /// Ends a batch: the guest sees what it was sent, and is called where it wants that. What waits goes
+    /// on when it has buffers, with the driver's next kick.
+    pub fn flush(&mut self, backlog: &Backlog, port: &str) -> Refill {
+        if !self.is_served() {
+            return Refill::Empty;
+        }
+        let flushed = self.refill(backlog).and_then(|refill| {
+            self.show()?;
+            Ok(refill)
+        });
+        flushed.unwrap_or_else(|why| {
+            self.give_up(why, backlog, port);
+            Refill::Empty
+        })
+    }
+
+    fn refill(&mut self, backlog: &Backlog) -> Result<Refill, Broken> {
+        for _ in 0..REFILLS_MAX {
+            while let Some(mut frame) = self.waiting.pop_front() {
+                // Each is a header and a frame.
+                let Some((header, bytes)) = frame.split_first_chunk_mut() else {
+                    continue;
+                };
+                match self.deliver(header, bytes)? {
+                    Delivery::NoRoom => {
+                        self.waiting.push_front(frame);
+                        break;
+                    }
+                    Delivery::Done => {}
+                    Delivery::TooSmall => drop(backlog.lost.fetch_add(1, Relaxed)),
+                }
+                self.asked = false;
+                backlog.let_go(frame.len());
+            }
+            if self.waiting.is_empty() {
+                return Ok(Refill::Empty);
+            }
+            if self.asked && !self.ring.has_news()? {
+                return Ok(Refill::Asked);
+            }
+            self.show()?;
+            self.asked = true;
+            if !self.ring.enable_kick()? {
+                return Ok(Refill::Asked);
+            }
+        }
+        Ok(Refill::Again)
+    }
+
+    /// Shows the driver what it was given back, and calls it where it wants that.
+    ///
+    /// # Errors
+    /// The ring has no place.
+    pub fn show(&mut self) -> Result<(), Broken> {
+        if self.ring.publish()? && self.ring.wants_call()? {
+            self.call_guest();
+        }
+        Ok(())
+    }
+
+    fn call_guest(&self) {
+        if let Some(call) = &self.call {
+            // Fails when its counter is full, and then the guest is called already.
+            let _ = rustix::io::write(call, &1u64.to_ne_bytes());
+        }
+    }
+}
+
+/// What became of a frame for the guest.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Delivery {
+    Done,
+    /// The guest has given too few buffers so far.
+    NoRoom,
+    /// The guest's buffers don't hold such a frame.
+    TooSmall,
+}
+
+/// The header's 16-bit fields are little-endian (virtio 1.2, 2.4.3), and in the host's order in
+/// [`offload`].
+fn from_wire(raw: &mut [u8]) {
+    if cfg!(target_endian = "big") {
+        for field in raw[2..NUM_BUFFERS_AT].chunks_exact_mut(2) {
+            field.swap(0, 1);
+        }
+    }
+}

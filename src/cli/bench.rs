@@ -38,6 +38,7 @@ use self::progress::Progress;
 use self::results::Results;
 use self::way::Way;
 use super::{Failure, child, print};
+use crate::config::Workers;
 use crate::sys::signal::SignalFd;
 
 /// Medians of five are what a single disturbed run can't move.
@@ -71,7 +72,8 @@ Examples:
   lanlet bench --quick
   lanlet bench --html report.html --json report.json
   lanlet bench --only lanlet,kernel --cases tcp,rtt --rounds 9 --secs 2
-  lanlet bench --only lanlet --base ./lanlet-of-yesterday")]
+  lanlet bench --only lanlet --base ./lanlet-of-yesterday
+  lanlet bench --only lanlet,kernel --cases tcp --workers auto")]
 pub(super) struct Args {
     /// How often everything is measured [default: 5; 1 with --quick]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
@@ -95,6 +97,9 @@ pub(super) struct Args {
     /// Another lanlet program to measure beside this one, say of the version before
     #[arg(long, value_name = "FILE")]
     base: Option<PathBuf>,
+    /// Measure this program with so many workers, too
+    #[arg(long, value_name = "N|auto")]
+    workers: Option<Workers>,
     /// Directory with vmlinuz and initrd.gz, as lab/guest-image/build makes them, for QEMU guests
     #[arg(long, value_name = "DIR")]
     guest_image: Option<PathBuf>,
@@ -160,6 +165,14 @@ impl Args {
             }
             None => ways.retain(|way| *way != Way::Base),
         }
+        match self.workers {
+            Some(_) => ways.push(Way::Workers),
+            None if self.only.contains(&Way::Workers) => {
+                let missing = "the path 'lanlet-workers' needs --workers";
+                return Err(Failure::Usage(missing.to_owned()));
+            }
+            None => ways.retain(|way| *way != Way::Workers),
+        }
         ways.sort_unstable();
         ways.dedup();
         let (rounds, secs) = match self.quick {
@@ -183,6 +196,7 @@ impl Args {
             rounds: self.rounds.unwrap_or(rounds),
             secs: self.secs.unwrap_or(secs),
             base,
+            workers: self.workers.as_ref().map(Workers::to_string),
             guest_image: self.guest_image.as_deref().map(image).transpose()?,
         })
     }
@@ -322,8 +336,8 @@ mod tests {
         let plan = plan(&[]).unwrap();
         assert_eq!((plan.rounds, plan.secs), (ROUNDS, SECS));
         assert_eq!(plan.cases.len(), case::CASES.len());
-        assert_eq!(plan.ways.len(), Way::value_variants().len() - 1);
-        assert!(!plan.ways.contains(&Way::Base));
+        assert_eq!(plan.ways.len(), Way::value_variants().len() - 2);
+        assert!(!plan.ways.contains(&Way::Base) && !plan.ways.contains(&Way::Workers));
     }
 
     #[test]
@@ -342,6 +356,9 @@ mod tests {
         assert!(matches!(plan(&["--base", "/none"]), Err(Failure::Usage(_))));
         let with = plan(&["--only", "lanlet", "--base", "/proc/self/exe"]).unwrap();
         assert_eq!(with.ways, [Way::Lanlet, Way::Base]);
+        assert!(plan(&["--only", "lanlet-workers"]).is_err());
+        let with = plan(&["--only", "lanlet", "--workers", "2"]).unwrap();
+        assert_eq!(with.ways, [Way::Lanlet, Way::Workers]);
     }
 
     #[test]

@@ -94,6 +94,8 @@ pub(super) enum Guests {
 pub(super) enum Load {
     /// Streams that send as fast as they can.
     Tcp { streams: usize },
+    /// A stream each between two pairs of guests.
+    Pairs,
     /// Datagrams as fast as they can be sent; `trains`: with UDP_SEGMENT, received with UDP_GRO.
     Udp {
         bytes: u16,
@@ -172,7 +174,7 @@ impl Load {
     /// The figures, in the order of [`Measured::values`].
     pub(super) fn metrics(self) -> &'static [Metric] {
         match self {
-            Load::Tcp { .. } => &[RATE],
+            Load::Tcp { .. } | Load::Pairs => &[RATE],
             Load::Udp { bytes, .. } if bytes <= SMALL_BYTES_MAX => &[PACKETS],
             Load::Udp { .. } => &[RATE],
             Load::RoundTrips { flows: 1 } => &[P50, P99, P999],
@@ -202,12 +204,15 @@ impl Load {
         if is_cost || section == Section::Costs {
             return is_cost && section == Section::Costs;
         }
+        if self == Load::Pairs {
+            return section == Section::GuestToGuest;
+        }
         let goes_back = matches!(self, Load::Tcp { .. } | Load::Udp { .. });
         // Ports are forwarded, and VMs emulated, at a cost per connection and byte; what datagrams and
         // many flows cost the rest shows.
         let is_basic = match self {
             Load::Tcp { .. } | Load::Connects | Load::RoundTrips { flows: 1 } => true,
-            Load::Udp { .. } | Load::RoundTrips { .. } | Load::Cost(_) => false,
+            Load::Udp { .. } | Load::RoundTrips { .. } | Load::Pairs | Load::Cost(_) => false,
         };
         let is_plain = section.guests() == Some(Guests::Namespaces) && !section.is_published();
         (is_basic || is_plain) && (goes_back || !section.is_way_back())
@@ -236,7 +241,9 @@ impl Measured {
             Load::Udp { bytes, .. } if bytes <= SMALL_BYTES_MAX => {
                 vec![per_second(self.units) / 1e3]
             }
-            Load::Tcp { .. } | Load::Udp { .. } => vec![per_second(self.bytes) * 8.0 / 1e9],
+            Load::Tcp { .. } | Load::Pairs | Load::Udp { .. } => {
+                vec![per_second(self.bytes) * 8.0 / 1e9]
+            }
             Load::RoundTrips { flows: 1 } => self.round_trip_us.to_vec(),
             Load::RoundTrips { .. } => vec![
                 self.round_trip_us[0],
@@ -282,9 +289,10 @@ const fn udp(bytes: u16, flows: usize, trains: bool) -> Load {
 }
 
 /// All cases. A datagram of 1,448 bytes fits an MTU of 1,500 under IPv4 and IPv6 headers.
-pub(super) const CASES: [Case; 19] = [
+pub(super) const CASES: [Case; 20] = [
     case("tcp-1", "tcp", "TCP, 1 stream", Load::Tcp { streams: 1 }),
     case("tcp-8", "tcp", "TCP, 8 streams", Load::Tcp { streams: 8 }),
+    case("tcp-pairs", "tcp", "TCP, 2 pairs of guests", Load::Pairs),
     case("udp-64", "udp", "UDP, 64 bytes", udp(64, 1, false)),
     case(
         "udp-64-flows",

@@ -2,6 +2,7 @@
 //! tells what happens on standard output, one line of JSON per event.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -9,6 +10,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::super::{Failure, print};
+use super::agent::Agent;
 use super::case::{CASES, Case, Guests, Load, Measured, Section};
 use super::costs;
 use super::peer::{Reply, Request};
@@ -36,6 +38,8 @@ pub(super) struct Plan {
     pub(super) secs: f64,
     /// The program of [`Way::Base`].
     pub(super) base: Option<PathBuf>,
+    /// What `--workers` of [`Way::Workers`] is.
+    pub(super) workers: Option<String>,
     /// Directory with what VMs boot.
     pub(super) guest_image: Option<PathBuf>,
 }
@@ -185,10 +189,9 @@ impl Bench {
     }
 
     fn start_ends(&self, way: Way, guests: Guests) -> Result<Ends, String> {
-        let base = self.plan.base.as_deref();
         match (guests, &self.plan.guest_image) {
-            (Guests::Namespaces, _) => way.start(&self.world, base),
-            (Guests::Vms, Some(image)) => vm::start(way, &self.world, base, image),
+            (Guests::Namespaces, _) => way.start(&self.world, &self.plan),
+            (Guests::Vms, Some(image)) => vm::start(way, &self.world, &self.plan, image),
             (Guests::Vms, None) => Err(NO_GUEST_IMAGE.to_owned()),
         }
     }
@@ -263,11 +266,8 @@ impl Bench {
     }
 
     fn run(&mut self, run: &Run, load: Load) -> Result<Vec<f64>, String> {
-        let base = self.plan.base.as_deref();
         if let Load::Cost(cost) = load {
-            let program = run.way.program(&self.world, base)?;
-            let name = run.way.name();
-            return costs::measure(&self.world, &name, program, cost, self.plan.secs);
+            return costs::measure(&self.world, run.way, &self.plan, cost);
         }
         let guests = run.section.guests().ok_or("there are no guests")?;
         self.ends
@@ -301,14 +301,21 @@ pub(super) fn measure(
     load: Load,
     secs: f64,
 ) -> Result<Measured, String> {
-    let reverse = section.is_way_back();
     let missing = |what: &str| format!("there is no {what}");
     let mut published = None;
+    let mut others = ends.others.iter_mut();
     let (opener, server, at) = match section {
         Section::GuestToGuest => {
-            let second = ends.second.as_mut();
-            let (second, address) = second.ok_or_else(|| missing("other guest"))?;
-            (&mut ends.guest, second, (*address, 0).into())
+            let (second, address) = others.next().ok_or_else(|| missing("other guest"))?;
+            let first = (&mut ends.guest, second, (*address, 0).into());
+            if load == Load::Pairs {
+                let third = others.next().ok_or_else(|| missing("third guest"))?;
+                let fourth = others.next().ok_or_else(|| missing("fourth guest"))?;
+                // Senders are the first and the last, whose ports are not at one worker of two.
+                let second = (&mut fourth.0, &mut third.0, (third.1, 0).into());
+                return pairs([first, second], secs);
+            }
+            first
         }
         _ if section.is_published() => {
             let port = ends.published.as_ref();
@@ -318,6 +325,38 @@ pub(super) fn measure(
         }
         _ => (&mut ends.guest, &mut ends.outside, (ends.server, 0).into()),
     };
+    let reverse = section.is_way_back();
+    run_between((opener, server, at), published, (load, reverse), secs)
+}
+
+/// Who opens connections, who serves, and where.
+type Between<'a> = (&'a mut Agent, &'a mut Agent, SocketAddr);
+
+/// A stream between each of two pairs of guests at a time.
+fn pairs(pairs: [Between<'_>; 2], secs: f64) -> Result<Measured, String> {
+    let load = (Load::Tcp { streams: 1 }, false);
+    let [first, second] = pairs;
+    let (first, second) = std::thread::scope(|scope| {
+        let second = scope.spawn(|| run_between(second, None, load, secs));
+        let first = run_between(first, None, load, secs);
+        (first, second.join())
+    });
+    let second = second.map_err(|_| "the controller failed")?;
+    let (first, second) = (first?, second?);
+    Ok(Measured {
+        bytes: first.bytes + second.bytes,
+        secs: first.secs.max(second.secs),
+        ..first
+    })
+}
+
+/// One load between two. `published`: where the server is reached, if not where it serves.
+fn run_between(
+    (opener, server, at): Between<'_>,
+    published: Option<SocketAddr>,
+    (load, reverse): (Load, bool),
+    secs: f64,
+) -> Result<Measured, String> {
     let serve = Request::Serve {
         load,
         reverse,

@@ -8,17 +8,16 @@
 use std::fs::File;
 use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::path::Path;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use super::agent::{Agent, POLL};
 use super::case::{Cost, Load, Section};
-use super::control::{REPLY_TIME_MAX, measure as run};
+use super::control::{Plan, REPLY_TIME_MAX, measure as run};
 use super::network::{Network, with_address};
 use super::peer::{Reply, Request};
 use super::resident::{Resident, busy_secs, children, highest};
-use super::way::Ends;
+use super::way::{Ends, Way};
 use super::world::{OUTSIDE, SERVER, World};
 use crate::control::client::Client;
 use crate::frame::Mac;
@@ -52,13 +51,15 @@ const STREAMS: usize = 8;
 /// What went wrong, in the words of who knows.
 pub(super) fn measure(
     world: &World,
-    name: &str,
-    program: &Path,
+    way: Way,
+    plan: &Plan,
     cost: Cost,
-    secs: f64,
 ) -> Result<Vec<f64>, String> {
-    let name = format!("{name}-costs");
-    let network = Network::up(world, &name, program, &SUBNET)?;
+    let secs = plan.secs;
+    let name = format!("{}-costs", way.name());
+    let mut options = way.options(plan);
+    options.extend(SUBNET);
+    let network = Network::up(world, &name, way.program(world, plan)?, &options)?;
     match cost {
         Cost::Rest => rest(world, &network, secs),
         Cost::Port => ports(&network),

@@ -162,7 +162,7 @@ fn answer(request: Request, server: &mut Option<Server>, held: &mut Held) -> Res
                 Load::Udp { .. } => udp::run(task, to),
                 Load::RoundTrips { flows } => round_trips::run(task, flows, to),
                 Load::Connects => connects::run(task, to),
-                Load::Cost(_) => return Err(NO_LOAD.to_owned()),
+                Load::Pairs | Load::Cost(_) => return Err(NO_LOAD.to_owned()),
             }
             .map(Reply::Measured)
         }
@@ -200,7 +200,7 @@ fn task(load: Load, reverse: bool, secs: f64) -> Result<Task, String> {
 
 fn serve(task: Task, at: SocketAddr) -> Result<Server, String> {
     match task.load {
-        Load::Cost(_) => return Err(NO_LOAD.to_owned()),
+        Load::Pairs | Load::Cost(_) => return Err(NO_LOAD.to_owned()),
         Load::Tcp { .. } => tcp::serve(task, at),
         Load::Udp { .. } => udp::serve(task, at),
         Load::RoundTrips { .. } => round_trips::serve(at),

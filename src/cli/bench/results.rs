@@ -272,6 +272,7 @@ pub(super) fn example() -> Results {
         rounds: 2,
         secs: 1.0,
         base: None,
+        workers: None,
         guest_image: None,
     };
     let about = vec![("date".to_owned(), "2026-01-02".to_owned())];

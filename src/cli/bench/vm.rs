@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use self::initrd::AGENT;
 use super::agent::{Agent, POLL, Process};
+use super::control::Plan;
 use super::network::Network;
 use super::way::{BRIDGE, BRIDGE_GATEWAY, Ends, Way, bridge_guest};
 use super::world::{OUTSIDE, SERVER, World, installed, ip};
@@ -33,21 +34,17 @@ const TAP: &str = "br0vm";
 ///
 /// # Errors
 /// What is missing, or went wrong.
-pub(super) fn start(
-    way: Way,
-    world: &World,
-    base: Option<&Path>,
-    image: &Path,
-) -> Result<Ends, String> {
+pub(super) fn start(way: Way, world: &World, plan: &Plan, image: &Path) -> Result<Ends, String> {
     let name = format!("{}-vm", way.name());
     let machine = Machine::new(world, image)?;
     let log = || world.log(&format!("{name}-0"));
     let (mut network, mut processes) = (None, Vec::new());
     let card = |netdev: &str| machine.words(netdev, "dhcp", "");
     let guest = match way {
-        Way::Lanlet | Way::Base => {
-            let program = way.program(world, base)?;
-            let network = network.insert(Network::up(world, &name, program, &[])?);
+        Way::Lanlet | Way::Workers | Way::Base => {
+            let program = way.program(world, plan)?;
+            let options = way.options(plan);
+            let network = network.insert(Network::up(world, &name, program, &options)?);
             let mut command = network.command(world, "qemu");
             command.arg("--qemu").arg(&machine.qemu).arg("--");
             command.args(machine.without_card("dhcp", ""));

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::agent::{Agent, POLL, Process};
 use super::case::Section;
+use super::control::Plan;
 use super::network::{Network, with_address};
 use super::world::{self, HOST, HOST6, OUTSIDE, SERVER, SERVER6, UPLINK, World, installed, ip};
 
@@ -22,6 +23,8 @@ const MTU_LARGE: u32 = 65_520;
 const MTU: u32 = 1_500;
 /// How long QEMU may take to have its tap, and slirp4netns its API.
 const TAP_TIME_MAX: Duration = Duration::from_secs(5);
+/// Guests of a network that has several: two pairs.
+const GUESTS: u8 = 4;
 /// Where a guest serves that the outside reaches by a port of the host.
 const GUEST_PORT: u16 = 7000;
 /// The kernel's bridge, and its gateway.
@@ -39,6 +42,9 @@ pub(super) enum Way {
     /// This program, over IPv6
     #[value(name = "lanlet-ipv6")]
     LanletIpv6,
+    /// This program with the workers that --workers says
+    #[value(name = "lanlet-workers")]
+    Workers,
     /// The program that --base names
     #[value(name = "base")]
     Base,
@@ -77,6 +83,7 @@ impl Way {
         match (self, section) {
             (Way::Lanlet, _) => "lanlet",
             (Way::LanletIpv6, _) => "lanlet IPv6",
+            (Way::Workers, _) => "with workers",
             (Way::Base, _) => "base",
             (Way::Kernel, Section::GuestToGuest) => "kernel bridge",
             (Way::Kernel, _) => "kernel NAT",
@@ -101,7 +108,7 @@ impl Way {
     /// Why it does not go there, if so whatever the machine.
     pub(super) fn lacks(self, section: Section) -> Option<&'static str> {
         match (self, section) {
-            (Way::Lanlet | Way::Base, Section::Costs) => None,
+            (Way::Lanlet | Way::Workers | Way::Base, Section::Costs) => None,
             (Way::LanletIpv6, Section::Costs) => {
                 Some("what is told of lanlet is for both families")
             }
@@ -145,39 +152,45 @@ impl Way {
         }
     }
 
-    /// Starts its processes, and waits until the guests have a way to the server. `base`: the program
-    /// of [`Way::Base`].
+    /// Starts its processes, and waits until the guests have a way to the server.
     ///
     /// # Errors
     /// What went wrong, in the words of who knows.
-    pub(super) fn start(self, world: &World, base: Option<&Path>) -> Result<Ends, String> {
+    pub(super) fn start(self, world: &World, plan: &Plan) -> Result<Ends, String> {
         let name = self.name();
         let mut processes = Vec::new();
         let mut network = None;
         let published = self.published();
         let port = published.outside.port();
-        let (guest, second) = match self {
-            Way::Lanlet | Way::LanletIpv6 | Way::Base => {
-                let program = self.program(world, base)?;
-                let network = network.insert(Network::up(world, &name, program, &[])?);
+        let mut others = Vec::new();
+        let guest = match self {
+            Way::Lanlet | Way::LanletIpv6 | Way::Workers | Way::Base => {
+                let program = self.program(world, plan)?;
+                let options = self.options(plan);
+                let network = network.insert(Network::up(world, &name, program, &options)?);
                 let forward = format!("{}:{GUEST_PORT}", published.outside);
                 let first = network.guest(world, 0, &["--publish", &forward])?;
-                (first, Some(network.guest(world, 1, &[])?))
+                for number in 1..GUESTS {
+                    others.push(network.guest(world, number.into(), &[])?);
+                }
+                first
             }
             Way::Kernel => {
                 let guest = |n| {
                     let net = format!("{name}-{n}");
                     Agent::spawn(world.agent_at(&["--net", &net]), world.log(&net))
                 };
-                (guest(0)?, Some(guest(1)?))
+                for number in 1..GUESTS {
+                    others.push(guest(number)?);
+                }
+                guest(0)?
             }
-            Way::Pasta | Way::PastaLarge => (pasta(world, &name, self.mtu(), port)?, None),
+            Way::Pasta | Way::PastaLarge => pasta(world, &name, self.mtu(), port)?,
             Way::Slirp | Way::SlirpLarge => {
-                let guest = slirp4netns(world, &name, self.mtu(), port, &mut processes)?;
-                (guest, None)
+                slirp4netns(world, &name, self.mtu(), port, &mut processes)?
             }
-            Way::Qemu => (qemu(world, &name, port, &mut processes)?, None),
-            Way::Direct => (Agent::spawn(world.agent_at(&[]), world.log(&name))?, None),
+            Way::Qemu => qemu(world, &name, port, &mut processes)?,
+            Way::Direct => Agent::spawn(world.agent_at(&[]), world.log(&name))?,
         };
         let place = ["--net", OUTSIDE];
         let outside = Agent::spawn(
@@ -196,8 +209,8 @@ impl Way {
             ends.check()?;
             return Err(error);
         }
-        if let Some(second) = second {
-            ends.second = Some(with_address(second, ends.server)?);
+        for other in others {
+            ends.others.push(with_address(other, ends.server)?);
         }
         Ok(ends)
     }
@@ -221,17 +234,22 @@ impl Way {
         }
     }
 
-    /// The lanlet program whose networks this way is made of. `base`: that of [`Way::Base`].
+    /// Options of its network beyond those that all have.
+    pub(super) fn options(self, plan: &Plan) -> Vec<&str> {
+        match (self, &plan.workers) {
+            (Way::Workers, Some(workers)) => vec!["--workers", workers],
+            _ => Vec::new(),
+        }
+    }
+
+    /// The lanlet program whose networks this way is made of.
     ///
     /// # Errors
     /// There is none.
-    pub(super) fn program<'a>(
-        self,
-        world: &'a World,
-        base: Option<&'a Path>,
-    ) -> Result<&'a Path, String> {
+    pub(super) fn program<'a>(self, world: &'a World, plan: &'a Plan) -> Result<&'a Path, String> {
+        let base = plan.base.as_deref();
         match self {
-            Way::Lanlet | Way::LanletIpv6 => Ok(world.program()),
+            Way::Lanlet | Way::LanletIpv6 | Way::Workers => Ok(world.program()),
             Way::Base => base.ok_or_else(|| "--base names no program".to_owned()),
             _ => Err("it is not lanlet".to_owned()),
         }
@@ -241,8 +259,8 @@ impl Way {
 /// The processes at a way's ends.
 pub(super) struct Ends {
     pub(super) guest: Agent,
-    /// Another guest of the same network, and its address.
-    pub(super) second: Option<(Agent, IpAddr)>,
+    /// Other guests of the same network, and their addresses.
+    pub(super) others: Vec<(Agent, IpAddr)>,
     pub(super) outside: Agent,
     /// Where the outside's servers are.
     pub(super) server: IpAddr,
@@ -264,7 +282,7 @@ impl Ends {
     pub(super) fn new(guest: Agent, outside: Agent, server: IpAddr) -> Self {
         Self {
             guest,
-            second: None,
+            others: Vec::new(),
             outside,
             server,
             published: None,
@@ -280,7 +298,7 @@ impl Ends {
     }
 }
 
-/// Two guests on a kernel bridge, and masquerade behind it: what libvirt makes.
+/// Guests on a kernel bridge, and masquerade behind it: what libvirt makes.
 fn bridge(world: &World) -> Result<(), String> {
     let name = Way::Kernel.name();
     ip(
@@ -291,7 +309,7 @@ fn bridge(world: &World) -> Result<(), String> {
             link set {BRIDGE} up"
         ),
     )?;
-    for n in 0..2 {
+    for n in 0..GUESTS {
         let net = format!("{name}-{n}");
         world.add_namespace(&net)?;
         ip(

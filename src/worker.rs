@@ -329,7 +329,11 @@ impl Worker {
                 Command::Receive(reception) => self.receive(reception),
                 Command::RemovePort(id) => self.remove_port(id),
                 Command::PassPort { id, to } => self.pass_port(id, to),
-                Command::TakeHome { id, pins } => self.path.nat.policy().put_pins(id, pins),
+                Command::TakeHome { id, counters, pins } => {
+                    if self.path.lan.is_port(id, &counters) {
+                        self.path.nat.policy().put_pins(id, pins);
+                    }
+                }
                 Command::NamePort { id, name, mac } => {
                     self.path.nat.forwards_mut().name_port(id, &name, mac);
                 }
@@ -390,6 +394,10 @@ impl Worker {
     }
 
     fn receive(&mut self, reception: Reception) {
+        // One that another worker has passed on may have been removed meanwhile.
+        if !self.path.lan.is_port(reception.port, &reception.counters) {
+            return;
+        }
         let place = self.receivers.iter().position(Option::is_none);
         let place = place.unwrap_or(self.receivers.len());
         let (id, token) = (reception.port, TOKEN_PORT | place as u64);
@@ -427,9 +435,13 @@ impl Worker {
     fn pass_port(&mut self, id: PortId, to: WorkerId) {
         let other = self.path.crew.member(to).clone();
         let path = &mut self.path;
-        if path.common.elsewhere(id).is_none() && !path.nat.serves(id) {
+        if let Some(Some(egress)) = path.lan.ports.get(usize::from(id.0))
+            && path.common.elsewhere(id).is_none()
+            && !path.nat.serves(id)
+        {
+            let counters = Arc::clone(&egress.counters);
             let pins = path.nat.policy().take_pins(id);
-            other.send(Command::TakeHome { id, pins });
+            other.send(Command::TakeHome { id, counters, pins });
             path.common.homes.set(id, to);
         }
         // What was read is through: order holds.
@@ -771,6 +783,12 @@ const GATEWAY_CAPS: Caps = Caps {
 };
 
 impl Lan {
+    /// Whether `id` is the port with these counters still.
+    fn is_port(&self, id: PortId, counters: &Arc<PortCounters>) -> bool {
+        let port = self.ports.get(usize::from(id.0)).and_then(Option::as_ref);
+        port.is_some_and(|egress| Arc::ptr_eq(&egress.counters, counters))
+    }
+
     /// What the receiver of a frame takes undone; nothing if there are several, or none is known.
     fn takes(&self, frame: &Frame<'_>) -> Caps {
         match self.switch.find(frame.destination()) {

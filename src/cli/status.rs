@@ -51,8 +51,12 @@ pub(super) fn render(status: &Status) -> String {
         };
         format!("IPv6 {}, gateway {}{route}\n", ipv6.subnet, ipv6.link_local)
     });
+    let workers = match status.workers {
+        0 | 1 => String::new(),
+        workers => format!(", {workers} workers"),
+    };
     let mut text = format!(
-        "network {} (pid {}), up {}\nsubnet {}, MTU {}\n{ipv6}",
+        "network {} (pid {}), up {}{workers}\nsubnet {}, MTU {}\n{ipv6}",
         status.name,
         status.pid,
         uptime(Duration::from_secs(status.uptime_secs)),
@@ -224,6 +228,8 @@ mod tests {
             id,
             name: name.to_owned(),
             kind: "vmm".to_owned(),
+            queues: 1,
+            worker: 0,
             rx_frames: 12,
             rx_joined: 0,
             rx_bytes: 2048,
@@ -245,6 +251,7 @@ mod tests {
                 default_route: false,
             }),
             mtu: 1500,
+            workers: 2,
             ports: vec![
                 port(0, "gateway", &[]),
                 port(1, "vm1", &[("no_flow", 2), ("zero", 0), ("truncated", 1)]),
@@ -277,7 +284,7 @@ mod tests {
         assert_eq!(
             render(&status),
             "\
-network lab (pid 7), up 1d 02:03:04
+network lab (pid 7), up 1d 02:03:04, 2 workers
 subnet 10.0.0.1/24, MTU 1500
 IPv6 fd12::1/64, gateway fe80::1, no default route (the host has no IPv6)
 flows: 4 TCP, 1 UDP, 0 ICMP

@@ -36,6 +36,9 @@ pub struct Status {
     pub ipv6: Option<Ipv6Status>,
     /// MTU of the LAN.
     pub mtu: u16,
+    /// Threads that carry the traffic.
+    #[serde(default)]
+    pub workers: usize,
     /// The ports, the gateway first.
     pub ports: Vec<PortStatus>,
     /// The MAC table.
@@ -77,6 +80,12 @@ pub struct PortStatus {
     pub name: String,
     /// `gateway`, `vmm`, `namespace`, `tap`.
     pub kind: String,
+    /// Queues of its tap.
+    #[serde(default)]
+    pub queues: usize,
+    /// Worker that reads it, or its first queue, counted from 0.
+    #[serde(default)]
+    pub worker: u8,
     /// Frames and bytes from the guest.
     pub rx_frames: u64,
     /// Of the frames from the guest, those that went on as part of the one before them.
@@ -186,6 +195,7 @@ impl Shared {
                 default_route: self.host_ipv6.load(Ordering::Relaxed),
             }),
             mtu: self.lan.mtu,
+            workers: self.crew.members().len(),
             ports,
             macs: self.switch.snapshot().into_iter().map(station).collect(),
             leases: self.lease_status(),
@@ -244,6 +254,8 @@ impl Port {
             id: id.0,
             name: self.name.clone(),
             kind: self.kind.to_owned(),
+            queues: self.queues,
+            worker: self.reader.0,
             rx_frames: self.counters.rx_frames.load(Relaxed),
             rx_joined: self.counters.rx_joined.load(Relaxed),
             rx_bytes: self.counters.rx_bytes.load(Relaxed),

@@ -58,6 +58,8 @@ pub enum Command {
     TakeHome {
         /// The port.
         id: PortId,
+        /// The port's counters, by which it is known from one that has its number later.
+        counters: Arc<PortCounters>,
         /// What its guest resolved.
         pins: GuestPins,
     },

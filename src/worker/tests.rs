@@ -8,12 +8,19 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use super::*;
 use crate::frame::Mac;
 use crate::gateway::LanConfig;
+use crate::nat::egress::HostAccess;
 use crate::nat::testing::{GATEWAY_MAC, GUEST, guest_ipv4, guest_udp, lan};
 use crate::offload::Caps;
 use crate::port::PortRx;
 use crate::switch::SwitchConfig;
 use crate::wire::{self, checksum, ipv6};
 use crossbeam_channel::Receiver;
+
+/// What guests know the host's loopback by; at this port nobody listens.
+const LOOPBACK: std::net::SocketAddr = std::net::SocketAddr::new(
+    std::net::IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 2, 2)),
+    9,
+);
 
 /// A port over one end of a socket pair; the test holds the other.
 struct ScriptedRx(Arc<OwnedFd>);
@@ -88,7 +95,10 @@ impl Lab {
                     nat: NatConfig {
                         lan: lan.clone(),
                         flows_max: 16,
-                        host: Default::default(),
+                        host: HostAccess {
+                            loopback: vec![LOOPBACK.ip()],
+                            ..HostAccess::default()
+                        },
                         udp: Default::default(),
                     },
                     common: common.for_worker(seat.id()),
@@ -380,7 +390,7 @@ fn what_another_worker_reads_is_answered_by_the_ports_home() {
     let home = || lab.crew.homes().of(port);
     let udp = |payload: &[u8]| {
         let guest = std::net::SocketAddr::new(GUEST.into(), 4000);
-        let mut frame = guest_udp(guest, "192.0.2.1:9".parse().unwrap(), 64, payload);
+        let mut frame = guest_udp(guest, LOOPBACK, 64, payload);
         frame[6..12].copy_from_slice(&mac.0);
         frame
     };
@@ -395,7 +405,7 @@ fn what_another_worker_reads_is_answered_by_the_ports_home() {
     assert_eq!(home(), first);
     lab.send(0, &udp(b"b"));
     lab.send(0, &ping(mac, lan().address));
-    // Where the machine has no route outside, the datagrams are answered with errors.
+    // Nobody is there: the datagrams are answered with errors.
     let is_reply = |frame: &Vec<u8>| frame[ETH_HEADER_LEN + 20] == 0;
     let answers = received(&lab.guests[0].1);
     assert_eq!(answers.iter().filter(|frame| is_reply(frame)).count(), 1);
@@ -416,4 +426,69 @@ fn what_another_worker_reads_is_answered_by_the_ports_home() {
     lab.crew.tell_all(|_| Command::RemovePort(port));
     lab.settle();
     assert_eq!(lab.snapshot().udp, 0);
+}
+
+#[test]
+fn ports_come_go_and_move_under_traffic() {
+    const WORKERS: u64 = 3;
+    const PLACES: u64 = 6;
+    let mut lab = Lab::with_workers(0, WORKERS as usize);
+    let mut state = 0x1234_5678_9abc_def1_u64;
+    let mut random = |below: u64| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state % below
+    };
+    let mut places: Vec<_> = (0..PLACES).map(|_| None).collect();
+    for round in 0..3_000 {
+        let place = random(PLACES) as usize;
+        let number = place as u8 + 1;
+        let id = PortId(number.into());
+        match (random(8), &places[place]) {
+            (_, None) => places[place] = Some(add_guest(&lab.crew, number)),
+            (0, Some(_)) => {
+                lab.crew.tell_all(|_| Command::RemovePort(id));
+                places[place] = None;
+            }
+            (1, Some(_)) => {
+                // Whoever reads it passes it on; the others have nothing to pass.
+                let to = WorkerId(random(WORKERS) as u8);
+                lab.crew.tell_all(|_| Command::PassPort { id, to });
+            }
+            (kind, Some((mac, guest, _))) => {
+                let to = Mac([0x52, 0x54, 0, 0, 1, random(PLACES) as u8 + 1]);
+                let mut frame = match kind {
+                    2 => ping(*mac, lan().address),
+                    3 | 4 => {
+                        let from = std::net::SocketAddr::new(GUEST.into(), 4000 + round % 50);
+                        guest_udp(from, LOOPBACK, 64, &[7; 100])
+                    }
+                    _ => {
+                        let mut frame = vec![0; 60];
+                        wire::write_ethernet(&mut frame, to, *mac, 0x88b5);
+                        frame
+                    }
+                };
+                frame[6..12].copy_from_slice(&mac.0);
+                let _ = rustix::io::write(guest, &frame);
+                if random(4) == 0 {
+                    received(guest);
+                }
+            }
+        }
+    }
+    for number in 1..=PLACES as u8 {
+        lab.crew
+            .tell_all(|_| Command::RemovePort(PortId(number.into())));
+    }
+    lab.settle();
+    let end = lab.snapshot();
+    assert_eq!((end.tcp, end.udp, end.icmp, end.host_sockets), (0, 0, 0, 0));
+    // All are well: a port that comes now is served.
+    let (mac, guest, _) = add_guest(&lab.crew, 1);
+    rustix::io::write(&guest, &ping(mac, lan().address)).unwrap();
+    lab.settle();
+    assert_eq!(received(&guest).len(), 1);
+    lab.stop();
 }

@@ -8,6 +8,7 @@ pub mod arena;
 pub mod error_queue;
 pub mod fd_pass;
 pub mod inherited;
+pub mod late_close;
 pub mod mmsg;
 pub mod name;
 pub mod namespace;

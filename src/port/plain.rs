@@ -10,6 +10,7 @@ use super::{More, PortRx, PortTx, refusal};
 use crate::frame::{BATCH_FRAMES_MAX, Batch, Frame};
 use crate::offload::{self, Caps, VNET_HEADER_LEN};
 use crate::stats::{DropReason, PortCounters};
+use crate::sys::late_close::LateClose;
 use crate::sys::tun;
 use crate::tap::TapError;
 
@@ -27,14 +28,14 @@ pub fn open(fd: OwnedFd) -> Result<(PlainRx, PlainTx), TapError> {
     }
     rustix::io::ioctl_fionbio(&fd, true)
         .map_err(|error| TapError::tap(&info.name, &error.into()))?;
-    let fd = Arc::new(fd);
+    let fd = Arc::new(LateClose::new(fd));
     Ok((PlainRx { fd: fd.clone() }, PlainTx { fd }))
 }
 
 /// Receive half.
 #[derive(Debug)]
 pub struct PlainRx {
-    fd: Arc<OwnedFd>,
+    fd: Arc<LateClose>,
 }
 
 impl PortRx for PlainRx {
@@ -69,7 +70,7 @@ impl PortRx for PlainRx {
 /// Send half.
 #[derive(Debug)]
 pub struct PlainTx {
-    fd: Arc<OwnedFd>,
+    fd: Arc<LateClose>,
 }
 
 impl PortTx for PlainTx {

@@ -14,6 +14,7 @@ use super::{More, PortRx, PortTx, refusal};
 use crate::frame::{BATCH_FRAMES_MAX, Batch, Frame};
 use crate::offload::{self, Caps, Csum, Gso, VNET_HEADER_LEN};
 use crate::stats::{DropReason, PortCounters};
+use crate::sys::late_close::LateClose;
 use crate::sys::tun;
 use crate::tap::TapError;
 
@@ -39,7 +40,7 @@ pub fn open(fd: OwnedFd) -> Result<(TapRx, TapTx), TapError> {
         tun::enable_offloads(fd.as_fd())
     };
     let uso = prepare().map_err(|error| TapError::tap(&info.name, &error))?;
-    let fd = Arc::new(fd);
+    let fd = Arc::new(LateClose::new(fd));
     let rx = TapRx { fd: fd.clone() };
     Ok((
         rx,
@@ -60,7 +61,7 @@ pub fn open(fd: OwnedFd) -> Result<(TapRx, TapTx), TapError> {
 /// Receive half.
 #[derive(Debug)]
 pub struct TapRx {
-    fd: Arc<OwnedFd>,
+    fd: Arc<LateClose>,
 }
 
 impl PortRx for TapRx {
@@ -101,7 +102,7 @@ impl PortRx for TapRx {
 /// Send half.
 #[derive(Debug)]
 pub struct TapTx {
-    fd: Arc<OwnedFd>,
+    fd: Arc<LateClose>,
     caps: LiveCaps,
 }
 

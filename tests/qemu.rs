@@ -7,7 +7,7 @@ mod common;
 
 use std::time::Duration;
 
-use common::{Markers, Outcome, World, guests_missing, heavy, lab, skip};
+use common::{Markers, Outcome, World, guests_missing, heavy, skip};
 use lanlet::network::Status;
 
 /// Bytes of each transfer: 1 GiB, as the acceptance asks.

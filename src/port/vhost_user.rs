@@ -99,8 +99,20 @@ impl PortRx for VhostRx {
     }
 }
 
+/// A bell, as kicks and calls are.
+///
+/// # Errors
+/// The kernel gives none.
+pub fn eventfd() -> io::Result<OwnedFd> {
+    use rustix::event::EventfdFlags;
+    Ok(rustix::event::eventfd(
+        0,
+        EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK,
+    )?)
+}
+
 /// All frames go by the batch.
-struct NoShortcut;
+pub struct NoShortcut;
 
 impl Shortcut for NoShortcut {
     fn leads(&self, _: &[u8]) -> bool {

@@ -10,7 +10,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
+use rustix::event::{Timespec, epoll};
 
 use super::memory::Memory;
 use super::queue::{Backlog, Queue, Refill, RemoteFrame, Terms};
@@ -76,7 +76,7 @@ impl Device {
     /// The kernel gives no epoll or eventfd.
     pub fn new(name: String) -> io::Result<Self> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        let again = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let again = super::eventfd()?;
         let device = Self {
             name,
             epoll,

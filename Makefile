@@ -20,6 +20,7 @@ demo:
 test:
 	lab/setup test
 	lab/guest-image/build
+	lab/dpdk/build
 	$(MAKE) --no-print-directory check
 	$(CARGO) build --release --locked --bin lanlet
 	$(CARGO) test --locked --benches -- --test

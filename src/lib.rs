@@ -1,13 +1,13 @@
 //! lanlet: a little LAN in one process.
 //!
 //! ```text
-//!  qemu -netdev tap,fd=N     namespace guest
-//!       |  virtio + vnet_hdr    |  tap netdev
-//!   vm tap ~ switch tap         |
-//!   (mirred wire, in a          |
-//!   private user+net ns)        |
-//!       | tap fd                | tap fd
-//!  =====+=======================+=================  ports (I/O edge)
+//!  qemu -netdev tap,fd=N     namespace guest    qemu, DPDK (vhost-user)
+//!       |  virtio + vnet_hdr    |  tap netdev       |
+//!   vm tap ~ switch tap         |                   | unix socket,
+//!   (mirred wire, in a          |                   | shared memory,
+//!   private user+net ns)        |                   | eventfds
+//!       | tap fd                | tap fd            |
+//!  =====+=======================+===================+====  ports (I/O edge)
 //!                worker: epoll, batches, run to completion
 //!         admit -> switch (learn, look up) -> fit -> send
 //!                          |

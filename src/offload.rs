@@ -22,7 +22,7 @@ mod vnet;
 
 pub use coalesce::coalesce;
 pub use fit::fit;
-pub use vnet::{SEGMENTS_MAX, VNET_HEADER_LEN, admit, admit_plain, encode};
+pub use vnet::{SEGMENTS_MAX, VNET_HEADER_LEN, admit, admit_head, admit_plain, encode};
 
 /// State of the transport checksum.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]

@@ -19,6 +19,7 @@ use std::os::fd::BorrowedFd;
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
+use self::vhost_user::RemoteFrame;
 use crate::frame::{Batch, Frame};
 use crate::offload::Caps;
 use crate::stats::{DropReason, PortCounters};
@@ -43,6 +44,30 @@ pub trait PortRx: Send {
     /// # Errors
     /// The port is gone for good (its device was deleted).
     fn recv(&mut self, batch: &mut Batch, counters: &PortCounters) -> io::Result<More>;
+
+    /// [`PortRx::recv`], but frames that lie in a guest's memory may leave by `shortcut`: only while
+    /// `batch` is empty, so that order holds.
+    ///
+    /// # Errors
+    /// Those of [`PortRx::recv`].
+    fn recv_with(
+        &mut self,
+        batch: &mut Batch,
+        counters: &PortCounters,
+        _shortcut: &mut dyn Shortcut,
+    ) -> io::Result<More> {
+        self.recv(batch, counters)
+    }
+}
+
+/// The way from one guest's memory to another's, by one copy.
+pub trait Shortcut {
+    /// Whether a frame that begins with `head` is likely to be taken.
+    fn leads(&self, head: &[u8]) -> bool;
+
+    /// Decides about a frame and sends it, if it is for one port that takes it as it is and from where
+    /// it is; `false`: it goes by the batch.
+    fn send(&mut self, frame: &RemoteFrame<'_>) -> bool;
 }
 
 /// The send half of a port.
@@ -55,6 +80,11 @@ pub trait PortTx: Send + Sync {
     /// # Errors
     /// The reason to count; the frame is lost.
     fn send(&self, frame: Frame<'_>) -> Result<(), DropReason>;
+
+    /// Sends a frame that lies in another guest's memory; `None`: this port can't.
+    fn send_remote(&self, _frame: &RemoteFrame<'_>) -> Option<Result<(), DropReason>> {
+        None
+    }
 
     /// Whether what was sent reaches the guest with [`PortTx::flush`] only.
     fn is_batched(&self) -> bool {

@@ -33,7 +33,9 @@ use tokio::sync::oneshot;
 
 use crate::dhcp::DhcpConfig;
 use crate::dhcp::lease::LeaseTable;
-use crate::frame::{Batch, ETH_HEADER_LEN, FRAME_BUFFER_LEN, Frame, Instant, PortId, WorkerId};
+use crate::frame::{
+    Batch, ETH_HEADER_LEN, FRAME_BUFFER_LEN, Frame, Instant, Mac, PortId, WorkerId,
+};
 use crate::gateway::dns::DnsAnswer;
 use crate::gateway::fragment::Reassembler;
 use crate::gateway::{Gateway, Outbox, ndp};
@@ -42,7 +44,8 @@ use crate::nat::forward::{ForwardId, ForwardSpec, ListenerKind, Moved};
 use crate::nat::policy::Policy;
 use crate::nat::{HostError, Nat, NatConfig, SockOwner};
 use crate::offload::{self, Caps, Offload};
-use crate::port::{More, PortTx};
+use crate::port::vhost_user::RemoteFrame;
+use crate::port::{More, PortTx, Shortcut};
 use crate::stats::{DropReason, PortCounters};
 use crate::switch::{Switch, Verdict};
 use crate::uplink::addresses::Change;
@@ -273,7 +276,11 @@ impl Worker {
         let port = *port;
         for _ in 0..BATCHES_PER_TURN {
             self.batch.clear();
-            let more = rx.recv(&mut self.batch, counters);
+            let mut shortcut = LanShortcut {
+                lan: &mut self.path.lan,
+                ingress: port,
+            };
+            let more = rx.recv_with(&mut self.batch, counters, &mut shortcut);
             let lan = &self.path.lan;
             counters.join(offload::coalesce(&mut self.batch, |frame| lan.takes(frame)));
             let mut for_gateway = 0;
@@ -847,6 +854,44 @@ impl Lan {
                 egress.tx.flush();
             }
         }
+    }
+}
+
+/// From one guest's memory to another's.
+struct LanShortcut<'a> {
+    lan: &'a mut Lan,
+    ingress: PortId,
+}
+
+impl Shortcut for LanShortcut<'_> {
+    fn leads(&self, head: &[u8]) -> bool {
+        let port = self.lan.switch.find(Mac::at(head, 0));
+        let port = port.filter(|&port| port != self.ingress);
+        let egress = port.and_then(|port| self.lan.ports.get(usize::from(port.0)));
+        matches!(egress, Some(Some(egress)) if egress.is_batched)
+    }
+
+    fn send(&mut self, frame: &RemoteFrame<'_>) -> bool {
+        // What is not for one port is decided about once more, on its way through the batch: with the
+        // same outcome, as nothing comes between.
+        let verdict = self.lan.switch.decide(self.ingress, frame.head.bytes);
+        let Verdict::Unicast(port) = verdict else {
+            return false;
+        };
+        let index = usize::from(port.0);
+        let Some(Some(egress)) = self.lan.ports.get_mut(index) else {
+            return false;
+        };
+        if !egress.tx.caps().take(frame.head.offload) {
+            return false;
+        }
+        match egress.tx.send_remote(frame) {
+            None => return false,
+            Some(Ok(())) => egress.counters.tx(frame.frame_len()),
+            Some(Err(reason)) => egress.counters.count_drop(reason),
+        }
+        egress.note_unflushed(index, &mut self.lan.unflushed);
+        true
     }
 }
 

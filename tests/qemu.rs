@@ -7,7 +7,7 @@ mod common;
 
 use std::time::Duration;
 
-use common::{Markers, Outcome, World, guests_missing, heavy, lab, skip};
+use common::{Markers, Outcome, World, guests_missing, heavy, skip};
 use lanlet::network::Status;
 
 /// Bytes of each transfer: 1 GiB, as the acceptance asks.
@@ -97,16 +97,6 @@ fn two_guests_scenario(bytes: u64) -> String {
     )
 }
 
-/// The hash of `bytes` of the pattern, as the host's own tools see it.
-fn pattern_sha256(bytes: u64) -> String {
-    let mut command = std::process::Command::new("bash");
-    let pattern = lab().dir.join("pattern");
-    command.args(["-c", "\"$1\" \"$2\" | sha256sum | cut -c1-64", "bash"]);
-    command.arg(pattern).arg(bytes.to_string());
-    let hashed = common::finish(command, Duration::from_secs(120)).passed();
-    hashed.stdout.trim().to_owned()
-}
-
 /// A failure's message: the scenario, the network's log and both consoles.
 fn told(world: &World, outcome: &Outcome) -> String {
     let mut text = outcome.text();
@@ -134,7 +124,7 @@ fn two_guests_on_one_network() {
     let outcome = world.run(&two_guests_scenario(bytes));
     assert_eq!(outcome.status, Some(0), "{}", told(&world, &outcome));
 
-    let hash = pattern_sha256(bytes);
+    let hash = common::pattern_sha256(bytes);
     let mut leases = Vec::new();
     for name in ["left", "right"] {
         let guest = world.console(name);

@@ -89,7 +89,7 @@ struct Guest {
 impl Guest {
     fn new(network: &Network, last: u8) -> Self {
         let port = network.attach_vmm(PortOptions::default()).unwrap();
-        rustix::io::ioctl_fionbio(&port.fd, true).unwrap();
+        rustix::io::ioctl_fionbio(&port.fds[0], true).unwrap();
         let mut guest = Self {
             port,
             address: Ipv4Addr::new(192, 168, 122, last),
@@ -118,18 +118,18 @@ impl Guest {
     }
 
     fn send(&self, raw: &[u8]) {
-        assert_eq!(rustix::io::write(&self.port.fd, raw), Ok(raw.len()));
+        assert_eq!(rustix::io::write(&self.port.fds[0], raw), Ok(raw.len()));
     }
 
     /// The next frame.
     fn receive(&mut self) -> &[u8] {
         loop {
-            let read = rustix::io::read(&self.port.fd, &mut self.buffer[..]);
+            let read = rustix::io::read(&self.port.fds[0], &mut self.buffer[..]);
             match read {
                 Ok(len) => return &self.buffer[VNET_HEADER_LEN..len],
                 Err(rustix::io::Errno::AGAIN) => {
                     let mut fds = [PollFd::from_borrowed_fd(
-                        self.port.fd.as_fd(),
+                        self.port.fds[0].as_fd(),
                         PollFlags::IN,
                     )];
                     let limit = Timespec {

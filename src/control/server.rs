@@ -691,6 +691,33 @@ mod tests {
     }
 
     #[test]
+    fn a_vhost_user_sockets_port_ends_with_its_connection() {
+        let (scratch, dir, fake, _, _server) = start("vhost");
+        let options = PortOptions {
+            mac: Some(Mac([2, 0, 0, 0, 0, 9])),
+            ..PortOptions::default()
+        };
+        let mut client = Client::connect(&dir, "n").unwrap().unwrap();
+        let path = dir.path().join("guest.sock");
+        let listener = std::os::unix::net::UnixListener::bind(path).unwrap();
+        let port = client
+            .attach_vhost_user(listener.as_fd(), &options)
+            .unwrap();
+        assert_eq!(port.id, PortId(40));
+        assert_eq!(Some(port.mac), options.mac);
+        let (stream, _peer) = std::os::unix::net::UnixStream::pair().unwrap();
+        let refused = client.attach_vhost_user(stream.as_fd(), &options);
+        assert!(refused.unwrap_err().to_string().contains("listening"));
+        drop(client);
+        let begun = std::time::Instant::now();
+        while *fake.detached.lock().unwrap() != [40] {
+            assert!(begun.elapsed() < Duration::from_secs(5));
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        drop(scratch);
+    }
+
+    #[test]
     fn forwards_are_added_listed_and_removed_and_some_go_with_their_connection() {
         let (_scratch, dir, fake, _, _server) = start("forwards");
         let connect = || Client::connect(&dir, "n").unwrap().unwrap();

@@ -66,10 +66,24 @@ pub fn admit(raw: &[u8]) -> Result<Offload, DropReason> {
     if header[0] == 0 && header[1] == GSO_NONE {
         return Ok(plain);
     }
-    admit_claims(header, frame).ok_or(DropReason::BadOffload)
+    admit_claims(header, frame, frame.len()).ok_or(DropReason::BadOffload)
 }
 
-fn admit_claims(header: &[u8; VNET_HEADER_LEN], frame: &[u8]) -> Option<Offload> {
+/// [`admit`] for a frame of `len` bytes of which `raw` holds only the header and the first ones; `None`
+/// where those do not suffice to tell.
+pub fn admit_head(raw: &[u8], len: usize) -> Option<Offload> {
+    let (header, head) = raw.split_first_chunk::<VNET_HEADER_LEN>()?;
+    if head.len() < ETH_HEADER_LEN || len < head.len() || len > FRAME_LEN_MAX {
+        return None;
+    }
+    match header[0] == 0 && header[1] == GSO_NONE {
+        true => Some(Offload::default()),
+        false => admit_claims(header, head, len),
+    }
+}
+
+/// `head` is the frame, or its beginning, and `len` the frame's length.
+fn admit_claims(header: &[u8; VNET_HEADER_LEN], head: &[u8], len: usize) -> Option<Offload> {
     let [flags, gso_type, ..] = *header;
     let field = |at: usize| u16::from_ne_bytes([header[at], header[at + 1]]);
     // RSC_INFO and what later kernels add mean something only where negotiated; we negotiate none.
@@ -78,7 +92,7 @@ fn admit_claims(header: &[u8; VNET_HEADER_LEN], frame: &[u8]) -> Option<Offload>
     }
     let csum = if flags & F_NEEDS_CSUM != 0 {
         let (start, offset) = (field(6), field(8));
-        if !partial_is_safe(frame, start.into(), offset.into()) {
+        if !partial_is_safe(head, len, start.into(), offset.into()) {
             return None;
         }
         Csum::Partial { start, offset }
@@ -103,17 +117,17 @@ fn admit_claims(header: &[u8; VNET_HEADER_LEN], frame: &[u8]) -> Option<Offload>
         _ if gso_type == GSO_TCPV6 | GSO_ECN => (Gso::Tcp6(size), true),
         _ => return None,
     };
-    admit_super_frame(frame, csum, gso, size.into(), ecn)
+    admit_super_frame((head, len), csum, gso, size.into(), ecn)
 }
 
 fn admit_super_frame(
-    frame: &[u8],
+    (head, len): (&[u8], usize),
     csum: Csum,
     gso: Gso,
     size: usize,
     ecn: bool,
 ) -> Option<Offload> {
-    let headers = Headers::of(frame, gso)?;
+    let headers = Headers::of(head, gso)?;
     // virtio 1.2, 5.1.6.2.1: whoever asks for segmentation asks for checksums too.
     let at_transport = csum
         == Csum::Partial {
@@ -123,7 +137,7 @@ fn admit_super_frame(
     if size == 0 || !at_transport {
         return None;
     }
-    let payload_len = frame.len() - headers.payload_at;
+    let payload_len = len - headers.payload_at;
     if payload_len <= size {
         return Some(Offload {
             csum,
@@ -131,7 +145,7 @@ fn admit_super_frame(
         });
     }
     // No padding and no jumbogram: segments are cut from exactly what the IP header covers.
-    let ip_covers_frame = headers.ip.packet_len == frame.len() - headers.ip.network_at;
+    let ip_covers_frame = headers.ip.packet_len == len - headers.ip.network_at;
     (ip_covers_frame && payload_len.div_ceil(size) <= SEGMENTS_MAX).then_some(Offload {
         csum,
         gso,
@@ -144,16 +158,16 @@ fn admit_super_frame(
 ///
 /// Positions behind the transport header stay allowed, because guests that tunnel leave the inner
 /// checksum to the device; so do other EtherTypes (PPPoE, MPLS) behind the Ethernet header.
-fn partial_is_safe(frame: &[u8], start: usize, offset: usize) -> bool {
+fn partial_is_safe(head: &[u8], len: usize, start: usize, offset: usize) -> bool {
     // Off a 16-bit boundary the stored sum would not be the one that receivers compute.
-    if !offset.is_multiple_of(2) || start + offset + 2 > frame.len() {
+    if !offset.is_multiple_of(2) || start + offset + 2 > len {
         return false;
     }
-    let Some((network_at, ethertype)) = network(frame) else {
+    let Some((network_at, ethertype)) = network(head) else {
         return false;
     };
     let ip = match ethertype {
-        ETHERTYPE_IPV4 | ETHERTYPE_IPV6 => Ip::at(frame, network_at, ethertype),
+        ETHERTYPE_IPV4 | ETHERTYPE_IPV6 => Ip::at(head, network_at, ethertype),
         ETHERTYPE_ARP => None,
         _ => return start >= network_at,
     };

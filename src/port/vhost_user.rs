@@ -11,7 +11,9 @@
 //! an epoll of the port's own, which the kick descriptors of whatever front-end there is are in.
 //!
 //! # A frame's way
-//! From the guest: its chain is checked and copied into the batch, then given back. To the guest: it is
+//! From the guest: its chain is checked and copied into the batch, then given back; a large frame for
+//! another vhost-user port that takes it as it is ([`Shortcut`]) is copied straight into that guest's
+//! buffers, but for its headers, which are looked at in between. To the guest: a frame is
 //! copied into as many chains as it needs, behind a header that says how many; they are shown, and the
 //! guest called, once per batch ([`PortTx::flush`]). Where the guest has too few buffers the frame waits,
 //! as it would in a tap's queue, until the guest has made some available.
@@ -43,8 +45,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use self::device::Device;
+pub use self::queue::RemoteFrame;
 pub use self::server::Server;
-use super::{DropSource, More, PortRx, PortTx};
+use super::{DropSource, More, PortRx, PortTx, Shortcut};
 use crate::frame::{Batch, Frame};
 use crate::offload::Caps;
 use crate::stats::{DropReason, PortCounters};
@@ -83,7 +86,41 @@ impl PortRx for VhostRx {
     }
 
     fn recv(&mut self, batch: &mut Batch, counters: &PortCounters) -> io::Result<More> {
-        Ok(self.0.recv(batch, counters))
+        self.recv_with(batch, counters, &mut NoShortcut)
+    }
+
+    fn recv_with(
+        &mut self,
+        batch: &mut Batch,
+        counters: &PortCounters,
+        shortcut: &mut dyn Shortcut,
+    ) -> io::Result<More> {
+        Ok(self.0.recv(batch, counters, shortcut))
+    }
+}
+
+/// A bell, as kicks and calls are.
+///
+/// # Errors
+/// The kernel gives none.
+pub fn eventfd() -> io::Result<OwnedFd> {
+    use rustix::event::EventfdFlags;
+    Ok(rustix::event::eventfd(
+        0,
+        EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK,
+    )?)
+}
+
+/// All frames go by the batch.
+pub struct NoShortcut;
+
+impl Shortcut for NoShortcut {
+    fn leads(&self, _: &[u8]) -> bool {
+        false
+    }
+
+    fn send(&mut self, _: &RemoteFrame<'_>) -> bool {
+        false
     }
 }
 
@@ -105,6 +142,10 @@ impl PortTx for VhostTx {
 
     fn send(&self, frame: Frame<'_>) -> Result<(), DropReason> {
         self.0.send(frame)
+    }
+
+    fn send_remote(&self, frame: &RemoteFrame<'_>) -> Option<Result<(), DropReason>> {
+        Some(self.0.send_remote(frame))
     }
 
     fn is_batched(&self) -> bool {

@@ -64,6 +64,16 @@ pub fn lab() -> &'static Lab {
     })
 }
 
+/// The hash of `bytes` of the pattern, as the host's own tools see it.
+pub fn pattern_sha256(bytes: u64) -> String {
+    let mut command = Command::new("bash");
+    let pattern = lab().dir.join("pattern");
+    command.args(["-c", "\"$1\" \"$2\" | sha256sum | cut -c1-64", "bash"]);
+    command.arg(pattern).arg(bytes.to_string());
+    let hashed = finish(command, Duration::from_secs(120)).passed();
+    hashed.stdout.trim().to_owned()
+}
+
 /// Says loudly that a test did not run, and why; in CI that is a failure.
 ///
 /// libtest swallows what a passing test prints, so this writes past it.

@@ -10,14 +10,14 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
+use rustix::event::{Timespec, epoll};
 
 use super::memory::Memory;
-use super::queue::{Backlog, Queue, Refill, Terms};
-use super::ring::{Broken, Direction, QUEUE_SIZE_MAX};
+use super::queue::{Backlog, Queue, Refill, RemoteFrame, Terms};
+use super::ring::{Broken, Direction, Remote};
 use crate::frame::{Batch, Frame};
 use crate::offload::Caps;
-use crate::port::{DropSource, KernelDrops, More};
+use crate::port::{DropSource, KernelDrops, More, Shortcut};
 use crate::stats::{DropReason, PortCounters};
 
 /// Queue pairs of one port at most. Each costs an fd or two and, while its guest uses it, a look per
@@ -38,9 +38,6 @@ pub enum SetupError {
     /// The ring is wrong.
     #[error(transparent)]
     Ring(#[from] Broken),
-    /// The size of a ring is wrong.
-    #[error("a ring of {0} entries: a power of two up to {QUEUE_SIZE_MAX} is one")]
-    Size(u32),
     /// The descriptor is wrong.
     #[error("a queue is kicked and calls by an eventfd")]
     NoEventfd,
@@ -79,7 +76,7 @@ impl Device {
     /// The kernel gives no epoll or eventfd.
     pub fn new(name: String) -> io::Result<Self> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        let again = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let again = super::eventfd()?;
         let device = Self {
             name,
             epoll,
@@ -148,6 +145,19 @@ impl Device {
     /// # Errors
     /// Why it is lost.
     pub fn send(&self, frame: Frame<'_>) -> Result<(), DropReason> {
+        self.send_with(frame, None)
+    }
+
+    /// Sends a frame from another guest's memory, whose queue is locked: a queue from a guest first, then
+    /// one to a guest, so that no two wait for each other.
+    ///
+    /// # Errors
+    /// Why it is lost.
+    pub fn send_remote(&self, frame: &RemoteFrame<'_>) -> Result<(), DropReason> {
+        self.send_with(frame.head, Some(frame.rest))
+    }
+
+    fn send_with(&self, frame: Frame<'_>, rest: Option<Remote<'_>>) -> Result<(), DropReason> {
         let open = self.open.load(Relaxed);
         let pair = match open.count_ones() {
             0 => return Err(DropReason::Unconnected),
@@ -156,7 +166,7 @@ impl Device {
         };
         let index = 2 * pair as usize;
         let mut queue = self.queue(index);
-        let sent = queue.send(frame, &self.backlog, &self.name);
+        let sent = queue.send(frame, rest, &self.backlog, &self.name);
         if sent.is_err() {
             self.note(index, &queue);
         }
@@ -185,15 +195,20 @@ impl Device {
     ///
     /// What wakes the worker: at any time, either an event of `epoll` has not been taken, or every queue
     /// was seen empty after its driver had been asked to kick.
-    pub fn recv(&self, batch: &mut Batch, counters: &PortCounters) -> More {
+    pub fn recv(
+        &self,
+        batch: &mut Batch,
+        counters: &PortCounters,
+        shortcut: &mut dyn Shortcut,
+    ) -> More {
         self.flush_queues(self.waiting.load(Relaxed));
-        if self.drain(batch, counters) {
+        if self.drain(batch, counters, shortcut) {
             return More::Yes;
         }
         self.take_events();
         // Once more, for whoever kicked between the look and the taking.
         self.flush_queues(self.waiting.load(Relaxed));
-        if self.drain(batch, counters) {
+        if self.drain(batch, counters, shortcut) {
             self.ring_again();
             return More::Yes;
         }
@@ -201,7 +216,12 @@ impl Device {
     }
 
     /// Reads every queue until it is empty and its driver asked to kick; whether there may be more.
-    fn drain(&self, batch: &mut Batch, counters: &PortCounters) -> bool {
+    fn drain(
+        &self,
+        batch: &mut Batch,
+        counters: &PortCounters,
+        shortcut: &mut dyn Shortcut,
+    ) -> bool {
         let mut more = false;
         let mut served = self.served.load(Relaxed);
         while served != 0 {
@@ -212,7 +232,7 @@ impl Device {
             if !queue.is_served() {
                 continue;
             }
-            let read = queue.drain(batch, counters).and_then(|full| {
+            let read = queue.drain(batch, counters, shortcut).and_then(|full| {
                 queue.show()?;
                 Ok(full || queue.ring.enable_kick()?)
             });

@@ -203,9 +203,9 @@ impl VhostUserBackendReqHandlerMut for FrontEnd {
     }
 
     fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
-        let set = self.device.change(index as usize, |queue| {
-            queue.ring.set_size(num).map_err(|()| SetupError::Size(num))
-        });
+        let set = self
+            .device
+            .change(index as usize, |queue| Ok(queue.ring.set_size(num)?));
         self.check("SET_VRING_NUM", set)
     }
 

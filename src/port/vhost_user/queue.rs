@@ -5,9 +5,10 @@ use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 
-use super::ring::{Broken, Buffers, CHAIN_DESCRIPTORS_MAX, Direction, Ring};
+use super::ring::{Broken, Buffers, CHAIN_DESCRIPTORS_MAX, Direction, Remote, Ring};
 use crate::frame::{BATCH_FRAMES_MAX, Batch, FRAME_BUFFER_LEN, Frame};
 use crate::offload::{self, Caps, VNET_HEADER_LEN};
+use crate::port::Shortcut;
 use crate::stats::{DropReason, PortCounters};
 
 /// Bytes that wait for one port's guest at most, all its queues together: what TCP has in flight between
@@ -25,6 +26,32 @@ const LEGACY_HEADER_LEN: usize = 10;
 const NUM_BUFFERS_AT: usize = 10;
 const GSO_TYPE_AT: usize = 1;
 const GSO_ECN: u8 = 0x80;
+
+/// Bytes of a frame that are copied before it is decided whether the rest goes straight to its receiver:
+/// more than Ethernet, two tags, IPv6 and TCP have, with all options.
+const HEAD_LEN: usize = 192;
+/// Smallest frame that goes straight to another guest's memory. *Measured* (2 cores, EPYC), guests' memory
+/// outside the L2 cache: the second copy, from a batch that is inside it, costs 0.12 of 0.61 us for 1,514
+/// bytes, 0.77 of 1.9 us for 9,014 and 6.9 of 14.2 us for 65,000. Smaller ones are worth more joined.
+pub const STRAIGHT_BYTES_MIN: usize = 4096;
+/// Largest: what [`offload::fit`] would let pass to any port.
+const STRAIGHT_BYTES_MAX: usize = 65_535;
+
+/// A frame in a guest's memory, of which only the beginning was copied and looked at.
+#[derive(Clone, Copy, Debug)]
+pub struct RemoteFrame<'a> {
+    /// Its beginning, and what was admitted for it.
+    pub head: Frame<'a>,
+    /// What follows.
+    pub(super) rest: Remote<'a>,
+}
+
+impl RemoteFrame<'_> {
+    /// Bytes of the frame.
+    pub fn frame_len(&self) -> usize {
+        self.head.bytes.len() + self.rest.bytes()
+    }
+}
 
 /// What front-end and guest agreed on, as far as frames are concerned.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -194,14 +221,21 @@ impl Queue {
         self.broken = true;
     }
 
-    /// Reads frames into `batch` until it is full (`true`) or the ring empty.
+    /// Reads frames into `batch` until it is full (`true`) or the ring empty. Large ones may leave by
+    /// `shortcut`: while the batch is empty, and a batch that is not ends before them.
     ///
     /// # Errors
     /// The driver broke a rule.
-    pub fn drain(&mut self, batch: &mut Batch, counters: &PortCounters) -> Result<bool, Broken> {
+    pub fn drain(
+        &mut self,
+        batch: &mut Batch,
+        counters: &PortCounters,
+        shortcut: &mut dyn Shortcut,
+    ) -> Result<bool, Broken> {
         self.ring.disable_kick()?;
         // Refused frames count too: a guest that sends nothing else must not hold the worker.
         for _ in 0..BATCH_FRAMES_MAX {
+            let is_first = batch.is_empty();
             let Some(buffer) = batch.next_buffer() else {
                 return Ok(true);
             };
@@ -210,21 +244,31 @@ impl Queue {
                 return Ok(false);
             };
             let header_len = self.terms.header_len();
-            let frame_len = self.buffers.len().saturating_sub(header_len);
+            let frame_len = self.buffers.bytes().saturating_sub(header_len);
+            if (STRAIGHT_BYTES_MIN..=STRAIGHT_BYTES_MAX).contains(&frame_len) && self.enabled {
+                match self.send_straight(buffer, is_first, shortcut)? {
+                    Straight::Sent => {
+                        counters.rx(frame_len);
+                        self.ring.push_used(head, 0)?;
+                        continue;
+                    }
+                    Straight::Later => {
+                        self.ring.untake(1);
+                        return Ok(true);
+                    }
+                    Straight::No => {}
+                }
+            }
             counters.rx(frame_len);
             let admitted = if !self.enabled {
                 Err(DropReason::Unconnected)
-            } else if self.buffers.len() < header_len {
+            } else if self.buffers.bytes() < header_len {
                 Err(DropReason::Truncated)
             } else if VNET_HEADER_LEN + frame_len > FRAME_BUFFER_LEN {
                 Err(DropReason::Oversized)
             } else {
                 let raw = &mut buffer[..VNET_HEADER_LEN + frame_len];
-                self.ring.read(&self.buffers, 0, &mut raw[..header_len])?;
-                raw[header_len..VNET_HEADER_LEN].fill(0);
-                let frame = &mut raw[VNET_HEADER_LEN..];
-                self.ring.read(&self.buffers, header_len, frame)?;
-                from_wire(raw);
+                self.read_raw(raw)?;
                 offload::admit(raw)
             };
             self.ring.push_used(head, 0)?;
@@ -236,13 +280,64 @@ impl Queue {
         Ok(true)
     }
 
-    /// Sends a frame, or keeps it until its guest has buffers.
+    /// Reads the header, and as much of the frame as `raw` has room for.
+    fn read_raw(&self, raw: &mut [u8]) -> Result<(), Broken> {
+        let header_len = self.terms.header_len();
+        let (header, frame) = raw.split_at_mut(VNET_HEADER_LEN);
+        self.ring
+            .read(&self.buffers, 0, &mut header[..header_len])?;
+        header[header_len..].fill(0);
+        self.ring.read(&self.buffers, header_len, frame)?;
+        from_wire(header);
+        Ok(())
+    }
+
+    /// Sends the frame in `buffers` by the shortcut, if that leads to its receiver. `scratch` is for its
+    /// head: nobody looks at bytes that the guest can still change.
+    fn send_straight(
+        &self,
+        scratch: &mut [u8],
+        is_first: bool,
+        shortcut: &mut dyn Shortcut,
+    ) -> Result<Straight, Broken> {
+        let raw = &mut scratch[..VNET_HEADER_LEN + HEAD_LEN];
+        self.read_raw(raw)?;
+        let head = &raw[VNET_HEADER_LEN..];
+        if !shortcut.leads(head) {
+            return Ok(Straight::No);
+        }
+        if !is_first {
+            return Ok(Straight::Later);
+        }
+        let header_len = self.terms.header_len();
+        let Some(offload) = offload::admit_head(raw, self.buffers.bytes() - header_len) else {
+            return Ok(Straight::No);
+        };
+        let frame = RemoteFrame {
+            head: Frame {
+                bytes: head,
+                offload,
+            },
+            rest: Remote {
+                ring: &self.ring,
+                buffers: &self.buffers,
+                skip: header_len + HEAD_LEN,
+            },
+        };
+        Ok(match shortcut.send(&frame) {
+            true => Straight::Sent,
+            false => Straight::No,
+        })
+    }
+
+    /// Sends a frame, or keeps it until its guest has buffers; `rest` lies behind its bytes.
     ///
     /// # Errors
     /// Why it is lost.
     pub fn send(
         &mut self,
         frame: Frame<'_>,
+        rest: Option<Remote<'_>>,
         backlog: &Backlog,
         port: &str,
     ) -> Result<(), DropReason> {
@@ -263,19 +358,28 @@ impl Queue {
         }
         from_wire(&mut header);
         let sent = match self.waiting.is_empty() {
-            true => self.deliver(&mut header, frame.bytes),
+            true => self.deliver(&mut header, frame.bytes, rest),
             false => Ok(Delivery::NoRoom),
         };
         match sent {
             Ok(Delivery::Done) => Ok(()),
             Ok(Delivery::TooSmall) => Err(DropReason::EgressTooBig),
             Ok(Delivery::NoRoom) => {
-                let len = header.len() + frame.bytes.len();
+                let copied_len = header.len() + frame.bytes.len();
+                let len = copied_len + rest.map_or(0, |rest| rest.bytes());
                 if !backlog.take_in(len) {
                     return Err(DropReason::EgressFull);
                 }
-                self.waiting
-                    .push_back([&header, frame.bytes].concat().into_boxed_slice());
+                let mut kept = Vec::with_capacity(len);
+                kept.extend_from_slice(&header);
+                kept.extend_from_slice(frame.bytes);
+                kept.resize(len, 0);
+                if let Some(rest) = rest {
+                    // Its places were found in the memory that is held meanwhile.
+                    let read = rest.read(&mut kept[copied_len..]);
+                    debug_assert!(read.is_ok());
+                }
+                self.waiting.push_back(kept.into_boxed_slice());
                 Ok(())
             }
             Err(why) => {
@@ -290,9 +394,10 @@ impl Queue {
         &mut self,
         header: &mut [u8; VNET_HEADER_LEN],
         bytes: &[u8],
+        rest: Option<Remote<'_>>,
     ) -> Result<Delivery, Broken> {
         let header_len = self.terms.header_len();
-        let needed = header_len + bytes.len();
+        let needed = header_len + bytes.len() + rest.map_or(0, |rest| rest.bytes());
         self.buffers.clear();
         self.heads.clear();
         let chains_max = match self.terms.mergeable {
@@ -300,15 +405,15 @@ impl Queue {
             true => MERGED_CHAINS_MAX.min(self.ring.size().into()),
             false => 1,
         };
-        while self.buffers.len() < needed {
+        while self.buffers.bytes() < needed {
             let refused = if self.heads.len() == chains_max
                 || self.buffers.descriptors() > CHAIN_DESCRIPTORS_MAX
             {
                 Delivery::TooSmall
             } else {
-                let room = self.buffers.len();
+                let room = self.buffers.bytes();
                 if let Some(head) = self.ring.take(&mut self.buffers)? {
-                    self.heads.push((head, self.buffers.len() - room));
+                    self.heads.push((head, self.buffers.bytes() - room));
                     continue;
                 }
                 Delivery::NoRoom
@@ -320,7 +425,7 @@ impl Queue {
         let count = self.heads.len() as u16;
         header[NUM_BUFFERS_AT..].copy_from_slice(&count.to_le_bytes());
         self.ring
-            .write(&self.buffers, [&header[..header_len], bytes])?;
+            .write(&self.buffers, [&header[..header_len], bytes], rest)?;
         let mut left = needed;
         for &(head, room) in &self.heads {
             self.ring.push_used(head, room.min(left))?;
@@ -352,7 +457,7 @@ impl Queue {
                 let Some((header, bytes)) = frame.split_first_chunk_mut() else {
                     continue;
                 };
-                match self.deliver(header, bytes)? {
+                match self.deliver(header, bytes, None)? {
                     Delivery::NoRoom => {
                         self.waiting.push_front(frame);
                         break;
@@ -397,6 +502,16 @@ impl Queue {
     }
 }
 
+/// What became of a frame that may go straight to its receiver.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Straight {
+    Sent,
+    /// When those before it have been sent.
+    Later,
+    /// By the batch.
+    No,
+}
+
 /// What became of a frame for the guest.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Delivery {
@@ -409,9 +524,9 @@ enum Delivery {
 
 /// The header's 16-bit fields are little-endian (virtio 1.2, 2.4.3), and in the host's order in
 /// [`offload`].
-fn from_wire(raw: &mut [u8]) {
+fn from_wire(header: &mut [u8]) {
     if cfg!(target_endian = "big") {
-        for field in raw[2..NUM_BUFFERS_AT].chunks_exact_mut(2) {
+        for field in header[2..NUM_BUFFERS_AT].chunks_exact_mut(2) {
             field.swap(0, 1);
         }
     }

@@ -18,7 +18,7 @@ use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 use std::sync::atomic::fence;
 
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{AtomicAccess, ByteValued, Bytes};
+use vm_memory::{AtomicAccess, ByteValued, Bytes, VolatileSlice};
 
 use super::memory::{Memory, Place};
 
@@ -43,6 +43,9 @@ const F_QUIET: u16 = 1;
 /// The rule a driver or front-end broke.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum Broken {
+    /// Its number of entries is none that a ring has.
+    #[error("a ring's entries are a power of two, {QUEUE_SIZE_MAX} at most")]
+    Size,
     /// More buffers were made available than the ring has entries.
     #[error("its available index went further than the ring is long")]
     AvailIndex,
@@ -117,13 +120,77 @@ impl Buffers {
     }
 
     /// Bytes of all.
-    pub fn len(&self) -> usize {
+    pub fn bytes(&self) -> usize {
         self.len
     }
 
     /// Descriptors that were looked at for them.
     pub fn descriptors(&self) -> usize {
         self.descriptors
+    }
+}
+
+/// Bytes in buffers of a guest, which the ring's owner leaves alone meanwhile.
+#[derive(Clone, Copy, Debug)]
+pub struct Remote<'a> {
+    /// The ring they were taken from.
+    pub ring: &'a Ring,
+    /// They and what is before them.
+    pub buffers: &'a Buffers,
+    /// Bytes before them.
+    pub skip: usize,
+}
+
+impl Remote<'_> {
+    /// Number of bytes.
+    pub fn bytes(&self) -> usize {
+        self.buffers.len.saturating_sub(self.skip)
+    }
+
+    /// Copies them, all of which `out` has room for.
+    ///
+    /// # Errors
+    /// They are not in the memory any more.
+    pub fn read(&self, out: &mut [u8]) -> Result<(), Broken> {
+        self.ring.read(self.buffers, self.skip, out)
+    }
+}
+
+/// Goes through buffers piece by piece.
+struct Pieces<'a> {
+    memory: &'a Memory,
+    segments: std::slice::Iter<'a, Segment>,
+    current: Option<Segment>,
+    /// Bytes of the current segment that are done with.
+    at: usize,
+}
+
+impl<'a> Pieces<'a> {
+    fn new(ring: &'a Ring, buffers: &'a Buffers, mut skip: usize) -> Self {
+        let mut segments = buffers.segments.iter();
+        let mut current = segments.next().copied();
+        while let Some(segment) = current.filter(|segment| skip >= segment.len) {
+            skip -= segment.len;
+            current = segments.next().copied();
+        }
+        Self {
+            memory: &ring.memory,
+            segments,
+            current,
+            at: skip,
+        }
+    }
+
+    /// The next bytes that lie in one piece, `max` at most. There is one at least.
+    fn next(&mut self, max: usize) -> Result<VolatileSlice<'a>, Broken> {
+        let Segment { place, len } = self.current.ok_or(Broken::Address)?;
+        let count = max.min(len - self.at);
+        let slice = self.memory.slice(place, self.at, count);
+        self.at += count;
+        if self.at == len {
+            (self.current, self.at) = (self.segments.next().copied(), 0);
+        }
+        slice.ok_or(Broken::Address)
     }
 }
 
@@ -170,12 +237,10 @@ impl Ring {
     ///
     /// # Errors
     /// It is no power of two, or above [`QUEUE_SIZE_MAX`].
-    pub fn set_size(&mut self, size: u32) -> Result<(), ()> {
-        let size = u16::try_from(size).map_err(drop)?;
-        if !size.is_power_of_two() || size > QUEUE_SIZE_MAX {
-            return Err(());
-        }
-        self.size = size;
+    pub fn set_size(&mut self, size: u32) -> Result<(), Broken> {
+        let fits = size.is_power_of_two() && size <= QUEUE_SIZE_MAX.into();
+        let size = u16::try_from(size).ok().filter(|_| fits);
+        self.size = size.ok_or(Broken::Size)?;
         self.addresses = None;
         self.places = None;
         Ok(())
@@ -414,48 +479,55 @@ impl Ring {
         Ok(())
     }
 
-    /// Copies the bytes of `from`, from `skip` on, into `out`; returns how many there were.
-    ///
-    /// # Errors
-    /// They are not in the memory any more.
-    pub fn read(&self, from: &Buffers, skip: usize, out: &mut [u8]) -> Result<usize, Broken> {
-        let (mut skip, mut done) = (skip, 0);
-        for segment in &from.segments {
-            if done == out.len() {
-                break;
-            }
-            if skip >= segment.len {
-                skip -= segment.len;
-                continue;
-            }
-            let len = (segment.len - skip).min(out.len() - done);
-            let slice = self.memory.slice(segment.place, skip, len);
-            slice
-                .ok_or(Broken::Address)?
-                .copy_to(&mut out[done..done + len]);
-            (skip, done) = (0, done + len);
-        }
-        Ok(done)
-    }
-
-    /// Copies `parts`, behind each other, into the buffers of `to`, which hold them all.
+    /// Copies the bytes of `from`, from `skip` on, into `out`, which they fill.
     ///
     /// # Errors
     /// They do not, or are not in the memory any more.
-    pub fn write(&self, to: &Buffers, parts: [&[u8]; 2]) -> Result<(), Broken> {
-        let mut segments = to.segments.iter();
-        let (mut segment, mut at) = (segments.next(), 0);
+    pub fn read(&self, from: &Buffers, skip: usize, out: &mut [u8]) -> Result<(), Broken> {
+        let mut pieces = Pieces::new(self, from, skip);
+        let mut rest = out;
+        while !rest.is_empty() {
+            let piece = pieces.next(rest.len())?;
+            let done;
+            (done, rest) = rest.split_at_mut(piece.len());
+            piece.copy_to(done);
+        }
+        Ok(())
+    }
+
+    /// Copies `parts`, behind each other, and behind them `rest`, into the buffers of `to`, which hold
+    /// them all.
+    ///
+    /// # Errors
+    /// They do not, or are not in the memory any more.
+    pub fn write(
+        &self,
+        to: &Buffers,
+        parts: [&[u8]; 2],
+        rest: Option<Remote<'_>>,
+    ) -> Result<(), Broken> {
+        let mut pieces = Pieces::new(self, to, 0);
         for mut part in parts {
             while !part.is_empty() {
-                let Segment { place, len } = *segment.ok_or(Broken::Address)?;
-                let count = part.len().min(len - at);
-                let slice = self.memory.slice(place, at, count).ok_or(Broken::Address)?;
-                slice.copy_from(&part[..count]);
-                part = &part[count..];
-                at += count;
-                if at == len {
-                    (segment, at) = (segments.next(), 0);
-                }
+                let piece = pieces.next(part.len())?;
+                let (now, later) = part.split_at(piece.len());
+                piece.copy_from(now);
+                part = later;
+            }
+        }
+        let Some(rest) = rest else {
+            return Ok(());
+        };
+        let mut left = rest.bytes();
+        let mut sources = Pieces::new(rest.ring, rest.buffers, rest.skip);
+        while left != 0 {
+            let mut source = sources.next(left)?;
+            left -= source.len();
+            while !source.is_empty() {
+                let piece = pieces.next(source.len())?;
+                let len = piece.len();
+                source.copy_to_volatile_slice(piece);
+                source = source.offset(len).map_err(|_| Broken::Address)?;
             }
         }
         Ok(())

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{RecvFlags, SocketFlags, accept_with, recv};
 use vhost::vhost_user::{BackendReqHandler, Error, VhostUserBackendReqHandlerMut};
 
@@ -33,7 +33,7 @@ impl Server {
     /// # Errors
     /// The kernel gives no eventfd or thread.
     pub fn start(listener: OwnedFd, device: Arc<Device>) -> io::Result<Self> {
-        let end = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
+        let end = Arc::new(super::eventfd()?);
         let connection = Arc::default();
         let seat = Seat {
             listener,

@@ -35,7 +35,7 @@ fn plain(bytes: &[u8]) -> Frame<'_> {
 fn recv(driver: &Driver) -> (Vec<Vec<u8>>, More, PortCounters) {
     let counters = PortCounters::default();
     let mut batch = Batch::new();
-    let more = driver.device.recv(&mut batch, &counters);
+    let more = driver.device.recv(&mut batch, &counters, &mut NoShortcut);
     let frames = batch.frames().map(|frame| frame.bytes.to_vec());
     (frames.collect(), more, counters)
 }
@@ -270,7 +270,7 @@ fn offloads_pass_as_the_guest_agreed() {
     driver.send(&header, &tcp);
     let counters = PortCounters::default();
     let mut batch = Batch::new();
-    driver.device.recv(&mut batch, &counters);
+    driver.device.recv(&mut batch, &counters, &mut NoShortcut);
     let got = batch.frames().next().unwrap();
     assert_eq!(
         got.offload,
@@ -338,7 +338,7 @@ fn indices_wrap() {
         driver.device.flush();
         let counters = PortCounters::default();
         let mut batch = Batch::new();
-        driver.device.recv(&mut batch, &counters);
+        driver.device.recv(&mut batch, &counters, &mut NoShortcut);
         assert_eq!(batch.frames().next().unwrap().bytes, bytes);
         if n % 32 == 0 {
             assert_eq!(driver.used(0).len(), if n == 0 { 1 } else { 32 });
@@ -447,4 +447,89 @@ fn a_full_batch_is_gone_on_with() {
     assert!(wakes(&driver), "the worker may turn to others meanwhile");
     assert_eq!(frames.len() + settle(&driver).len(), 59);
     assert!(!wakes(&driver));
+}
+
+/// Leads to another driver's device, for frames whose 13th byte says so.
+struct To<'a>(&'a Driver, Vec<usize>);
+
+impl Shortcut for To<'_> {
+    fn leads(&self, head: &[u8]) -> bool {
+        head[12] == 0x88
+    }
+
+    fn send(&mut self, frame: &RemoteFrame<'_>) -> bool {
+        self.1.push(frame.frame_len());
+        self.0.device.send_remote(frame).unwrap();
+        true
+    }
+}
+
+#[test]
+fn large_frames_go_straight_from_guest_to_guest() {
+    let (mut from, mut to) = (Driver::start(terms()), Driver::start(terms()));
+    let (small, large, other) = (frame(60, 1), frame(30_000, 2), {
+        let mut other = frame(5000, 3);
+        other[12] = 8;
+        other
+    });
+    let at = BUFFERS + 0x10_0000;
+    from.write(at, &[&PLAIN[..], &large].concat());
+    from.write(at + 0x1_0000, &[&PLAIN[..], &other].concat());
+    // In pieces that are the receiver's nowhere.
+    let pieces = [
+        (at, 12),
+        (at + 12, 100),
+        (at + 112, 9_000),
+        (at + 9_112, 20_900),
+    ];
+    for n in 0..8 {
+        to.chain(0, &[(BUFFERS + n * 0x1000, 4_000), (at + n * 0x1000, 96)]);
+    }
+    from.chain(1, &pieces);
+    from.send(&PLAIN, &small);
+    from.chain(1, &pieces);
+    from.chain(1, &[(at + 0x1_0000, 5012)]);
+    from.kick(1);
+
+    let mut shortcut = To(&to, Vec::new());
+    let mut got = Vec::new();
+    let mut rounds = 0;
+    let counters = PortCounters::default();
+    loop {
+        let mut batch = Batch::new();
+        let more = from.device.recv(&mut batch, &counters, &mut shortcut);
+        rounds += 1;
+        got.extend(batch.frames().map(|frame| frame.bytes.to_vec()));
+        // Those before a large frame are out of the batch before it goes.
+        assert_eq!(shortcut.1.len(), rounds.min(2));
+        if more == More::No {
+            break;
+        }
+    }
+    assert_eq!(got, [small, other]);
+    assert_eq!(shortcut.1, [30_000, 30_000]);
+    assert_eq!(counters.rx_frames.load(Relaxed), 4);
+    assert_eq!(from.used(1).len(), 4);
+    to.device.flush();
+    let read = |to: &Driver| {
+        let all = (0..8).flat_map(|n| {
+            let mut chain = to.read(BUFFERS + n * 0x1000, 4_000);
+            chain.extend(to.read(at + n * 0x1000, 96));
+            chain
+        });
+        all.take(30_012).collect::<Vec<u8>>()
+    };
+    assert_eq!(to.used(0).len(), 8);
+    assert_eq!(read(&to)[10..12], [8, 0]);
+    assert_eq!(read(&to)[12..], large);
+    // The second found no buffers: it was copied, and its sender has its own back.
+    from.write(at, &vec![0; 0x1_0000]);
+    to.write(BUFFERS, &vec![0; 0x8000]);
+    for n in 0..8 {
+        to.chain(0, &[(BUFFERS + n * 0x1000, 4_000), (at + n * 0x1000, 96)]);
+    }
+    to.kick(0);
+    settle(&to);
+    assert_eq!(to.used(0).len(), 8);
+    assert_eq!(read(&to)[12..], large);
 }

@@ -5,6 +5,9 @@ use std::fs::File;
 use proptest::prelude::*;
 
 use super::*;
+/// Address, length, flags and next of a descriptor.
+type Fields = (u64, u32, u16, u16);
+
 use crate::port::vhost_user::memory::{Memory, MemoryError, RegionInfo};
 use crate::port::vhost_user::queue::Terms;
 use crate::port::vhost_user::ring::{Addresses, Broken, CHAIN_DESCRIPTORS_MAX};
@@ -38,7 +41,7 @@ fn assert_given_up(driver: &mut Driver, queue: usize, what: &str) {
 fn a_queue_whose_chains_are_wrong_is_given_up() {
     let end = GUEST + MEMORY_BYTES;
     // Descriptors from index 0 on, of a chain from the guest.
-    let chains: [(&str, Vec<(u64, u32, u16, u16)>); 14] = [
+    let chains: [(&str, Vec<Fields>); 14] = [
         ("a loop", vec![(BUFFERS, 1, NEXT, 0)]),
         (
             "a loop of two",
@@ -334,12 +337,9 @@ fn rings_that_lie_nowhere_are_refused() {
         assert!(driver.device.send(plain(&frame(60, 1))).is_err());
     }
     for size in [0, 3, 65_536, 1 << 20] {
-        let set = driver.device.change(0, |queue| {
-            queue
-                .ring
-                .set_size(size)
-                .map_err(|()| device::SetupError::Size(size))
-        });
+        let set = driver
+            .device
+            .change(0, |queue| Ok(queue.ring.set_size(size)?));
         assert!(set.is_err(), "{size}");
     }
     assert!(driver.device.change(99, |_| Ok(())).is_err());

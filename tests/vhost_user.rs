@@ -1,0 +1,215 @@
+//! Real vhost-user front-ends, as an ordinary user: QEMU, with a Linux guest, and DPDK's testpmd.
+//!
+//! QEMU emulates the CPU here, and its 7.2 crashes with MSI-X on a vhost-user card then: `vectors=0`.
+
+mod common;
+
+use std::time::Duration;
+
+use common::{World, guests_missing, lab, skip, world_missing};
+use lanlet::network::Status;
+
+/// Bytes from guest to guest: a second of hashing.
+const TRANSFER_BYTES: u64 = 30_000_000;
+
+/// The first run of the guest on the port that stays: it is there when lanlet restarts.
+const FIRST: &str = r#"
+step ping_gateway ping -c 2 -W 2 "$ROUTER"
+nc -d -l 7001 | sha256sum | cut -c1-64 >/tmp/one & one=$!
+nc -d -l 7002 | sha256sum | cut -c1-64 >/tmp/two & two=$!
+listening 7001; listening 7002
+say features=$(ethtool -k eth0 | grep -cE '^(tcp-segmentation-offload|rx-checksumming|tx-checksumming): on')
+say listening=1
+wait $one $two
+say from_tap="$(cat /tmp/one)" from_guest="$(cat /tmp/two)"
+await restarted
+tries=0
+until ping -c 1 -W 1 "$ROUTER" >/dev/null; do tries=$((tries + 1)); [ $tries -lt 20 ] || break; done
+step ping_again ping -c 2 -W 2 "$ROUTER"
+await never
+"#;
+
+/// And the second, by another QEMU.
+const SECOND: &str = r#"step ping_second ping -c 2 -W 2 "$ROUTER""#;
+
+/// The guest of `lanlet qemu --vhost-user`.
+const OTHER: &str = r#"
+read -r PEER
+step ping_peer ping -c 2 -W 2 "$PEER"
+pattern BYTES | nc -N "$PEER" 7002
+say to_peer=$?
+"#;
+
+const SCENARIO: &str = r#"
+port() { # NAME SCRIPT: a QEMU that connects to the port's socket, as often as it has to
+    mkfifo "$1.in"
+    "$LAB/as-user" qemu-system-x86_64 -accel tcg -cpu max -m 192 -nographic -no-reboot \
+        -object memory-backend-memfd,id=m,size=192M,share=on -machine memory-backend=m \
+        -chardev socket,id=c,path="$TMP/port.sock",reconnect=1 -netdev vhost-user,id=n,chardev=c \
+        -device virtio-net-pci,netdev=n,mac=52:54:00:00:00:77,romfile=,vectors=0 \
+        -kernel "$LAB/out/vmlinuz" -initrd "$LAB/out/initrd.gz" \
+        -append "$("$LAB/guest-image/append" lanlet.host="$1")" \
+        -fw_cfg name=opt/lanlet/script,file="$2" <>"$1.in" >"$1.console" 2>&1 &
+    QEMU=$!
+}
+up() { network --lease-file "$TMP/leases" --port "vhost-user:$TMP/port.sock,name=standing"; }
+up
+say mode="$(stat -c %a port.sock)"
+lanlet up --name second --lease-file none --port "vhost-user:$TMP/port.sock" >second.log 2>&1; say second=$?
+port first "$TMP/first.sh"
+guest other "$TMP/other.sh" --vhost-user; OTHER=$GUEST
+marker first listening 60
+FIRST=$(value first lease | cut -d/ -f1)
+tell other "$FIRST"
+lanlet exec -- ping -c 2 -W 2 "$FIRST" >ping.log; say ping_from_tap=$?
+"$LAB/pattern" BYTES | lanlet exec -- nc -N "$FIRST" 7001; say tap_to_guest=$?
+marker first from_guest 60
+wait $OTHER; say other_exit=$?
+lanlet status --json >status.json || fail "status"
+
+# lanlet restarts; QEMU and its guest stay.
+kill -KILL $NETWORK; wait $NETWORK
+[ -S port.sock ] || fail "a killed lanlet leaves its socket"
+mv up.log up-1.log
+up
+tell first restarted
+marker first ping_again 40
+
+# QEMU restarts; lanlet stays.
+kill -KILL $QEMU; wait $QEMU
+port again "$TMP/second.sh"
+marker again ping_second 60
+say same_lease="$([ "$(value again lease)" = "$(value first lease)" ] && echo yes)"
+wait $QEMU
+kill -TERM $NETWORK; wait $NETWORK; say network_exit=$?
+[ ! -e port.sock ]; say removed=$?
+"#;
+
+#[test]
+fn qemu_guests_by_shared_memory() {
+    if let Some(reason) = guests_missing() {
+        return skip(&reason);
+    }
+    let world = World::new().limit(Duration::from_secs(180));
+    let bytes = TRANSFER_BYTES.to_string();
+    world.temp().file("first.sh", FIRST);
+    world.temp().file("second.sh", SECOND);
+    world
+        .temp()
+        .file("other.sh", OTHER.replace("BYTES", &bytes));
+    let outcome = world.run(&SCENARIO.replace("BYTES", &bytes));
+    let told = || {
+        let mut text = outcome.text();
+        for name in [
+            "up-1.log",
+            "up.log",
+            "second.log",
+            "first.console",
+            "other.console",
+            "again.console",
+            "status.json",
+        ] {
+            text.push_str(&format!("\n--- {name}\n{}", world.temp().read(name)));
+        }
+        text
+    };
+    assert_eq!(outcome.status, Some(0), "{}", told());
+
+    let markers = outcome.markers();
+    for (key, wanted) in [
+        ("mode", "600"),
+        ("second", "1"),
+        ("ping_from_tap", "0"),
+        ("tap_to_guest", "0"),
+        ("other_exit", "0"),
+        ("same_lease", "yes"),
+        ("network_exit", "0"),
+        ("removed", "0"),
+    ] {
+        assert_eq!(markers.get(key), Some(wanted), "{key}: {}", told());
+    }
+    let refused = world.temp().read("second.log");
+    assert!(
+        refused.contains("port.sock") && refused.contains("already in use"),
+        "{refused}"
+    );
+    let first = world.console("first");
+    let hash = common::pattern_sha256(TRANSFER_BYTES);
+    for (key, wanted) in [
+        ("ping_gateway", "0"),
+        ("features", "3"),
+        ("from_tap", hash.as_str()),
+        ("from_guest", hash.as_str()),
+        ("ping_again", "0"),
+    ] {
+        assert_eq!(first.get(key), Some(wanted), "{key}: {}", told());
+    }
+    assert_eq!(
+        world.console("other").get("ping_peer"),
+        Some("0"),
+        "{}",
+        told()
+    );
+    assert_eq!(
+        world.console("again").get("ping_second"),
+        Some("0"),
+        "{}",
+        told()
+    );
+
+    let text = world.temp().read("status.json");
+    let status: Status = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}"));
+    let standing = status.ports.iter().find(|port| port.name == "standing");
+    let standing = standing.unwrap_or_else(|| panic!("{text}"));
+    assert_eq!(standing.kind, "vhost-user");
+    // Both transfers came as super-frames: with frames of 1,514 bytes they would be 40,000.
+    assert!(standing.tx_frames < 20_000, "{}", told());
+}
+
+const TESTPMD: &str = r#"
+network --port "vhost-user:$TMP/a.sock,name=a" --port "vhost-user:$TMP/b.sock,name=b"
+testpmd() { # NAME MAC SECONDS [OPTION...]
+    local name=$1 mac=$2 secs=$3
+    shift 3
+    user timeout -s INT "$secs" "$LAB/dpdk/testpmd" "$name" "$TMP/$name.sock" "$mac" \
+        --stats-period 1 "$@" </dev/null >>"$name.log" 2>&1
+}
+frames() { lanlet status --json | python3 -c "import json,sys; print([p['tx_frames'] for p in json.load(sys.stdin)['ports'] if p['name'] == 'b'][0])"; }
+testpmd a 02:00:00:00:00:0a 7 --forward-mode=txonly --eth-peer=0,02:00:00:00:00:0b & A=$!
+for round in 1 2; do
+    before=$(frames)
+    testpmd b 02:00:00:00:00:0b 2.5 --forward-mode=macswap
+    say came=$(($(frames) - before))
+done
+wait $A
+say received="$(grep -a 'RX-packets' b.log | awk '{print $2}' | sort -rn | head -1)"
+kill -TERM $NETWORK; wait $NETWORK; say network_exit=$?
+"#;
+
+#[test]
+fn testpmd_comes_and_goes() {
+    if let Some(reason) = world_missing() {
+        return skip(&reason);
+    }
+    if !lab().dir.join("out/dpdk/testpmd").exists() {
+        return skip("no testpmd: run lab/dpdk/build");
+    }
+    let world = World::new().limit(Duration::from_secs(60));
+    let outcome = world.run(TESTPMD);
+    let told = || {
+        let read = |name| world.temp().read(name);
+        let (a, b, up) = (read("a.log"), read("b.log"), read("up.log"));
+        format!(
+            "{}\n--- up.log\n{up}\n--- a\n{a}\n--- b\n{b}",
+            outcome.text()
+        )
+    };
+    assert_eq!(outcome.status, Some(0), "{}", told());
+    let markers = outcome.markers();
+    markers.passed(&["network_exit"]);
+    for came in markers.all("came") {
+        assert!(came.parse::<u64>().unwrap_or(0) > 1000, "{}", told());
+    }
+    assert_eq!(markers.all("came").len(), 2);
+    assert!(markers.number("received") > 1000.0, "{}", told());
+}

@@ -729,3 +729,55 @@ fn a_forwards_listener_gives_its_clients() {
     up.close(socket);
     assert!(client.read(&mut buffer).is_err(), "a reset");
 }
+
+/// All a peer sends arrives, and its end, though no receive is made that a short one seems to save:
+/// however data, urgent data and FIN meet the reader.
+#[test]
+fn a_short_receive_leaves_nothing_behind_that_no_edge_tells_of() {
+    const PIECES: [&[u8]; 6] = [b"to", b"-guest", b"U", b"after", b"V", b"end"];
+    for round in 0..60 {
+        let mut up = uplink();
+        let (socket, stream) = connected(&mut up);
+        let peer = std::thread::spawn(move || {
+            for (n, piece) in PIECES.iter().enumerate() {
+                let urgent = piece.len() == 1;
+                let flags = match urgent && round % 3 != 0 {
+                    true => SendFlags::OOB,
+                    false => SendFlags::empty(),
+                };
+                assert_eq!(send(&stream, piece, flags), Ok(piece.len()));
+                match (round + n) % 4 {
+                    0 => std::thread::yield_now(),
+                    1 => std::thread::sleep(std::time::Duration::from_micros(50 * n as u64)),
+                    _ => {}
+                }
+            }
+        });
+        let (mut got, mut buffer) = (Vec::new(), [0; 64]);
+        let (mut readable, mut last_edge) = (true, false);
+        loop {
+            if !readable {
+                let events = wait(&up, 2000);
+                assert!(!events.is_empty(), "round {round}: nothing after {got:?}");
+                for (_, ready) in events {
+                    readable |= ready.readable;
+                    last_edge |= ready.last_edge;
+                }
+                continue;
+            }
+            match up.tcp_recv(socket, &mut buffer) {
+                Io::Done(len) => got.extend_from_slice(&buffer[..len]),
+                Io::Drained(len) => {
+                    got.extend_from_slice(&buffer[..len]);
+                    readable = last_edge;
+                }
+                Io::Blocked => readable = false,
+                Io::Eof => break,
+                Io::Failed(error) => panic!("round {round}: {error:?}"),
+            }
+        }
+        assert_eq!(got, PIECES.concat(), "round {round}");
+        peer.join().unwrap();
+        up.close(socket);
+    }
+}

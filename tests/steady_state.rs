@@ -157,8 +157,8 @@ impl Guest {
         }
     }
 
-    /// To the gateway's MAC, as `frame` of the test's guest.
-    fn from_here(&self, mut frame: Vec<u8>, partial: bool) -> Vec<u8> {
+    /// `frame` from this guest to the gateway, behind its virtio header.
+    fn addressed(&self, mut frame: Vec<u8>, partial: bool) -> Vec<u8> {
         frame[..6].copy_from_slice(&self.gateway.0);
         frame[6..12].copy_from_slice(&self.port.mac.0);
         behind_header(frame, partial)
@@ -243,7 +243,7 @@ fn udp(guest: &mut Guest) {
         .unwrap();
     let to = SocketAddr::new(MAPPED.into(), server.local_addr().unwrap().port());
     let from = SocketAddr::new(guest.address.into(), 4000);
-    let raw = guest.from_here(guest_udp(from, to, 64, &[7; 500]), false);
+    let raw = guest.addressed(guest_udp(from, to, 64, &[7; 500]), false);
     let mut buffer = [0; 1000];
     measure("UDP", || {
         guest.send(&raw);
@@ -267,7 +267,7 @@ fn tcp(guest: &mut Guest) {
     let (from, to) = ends(guest, port);
     let segment = |guest: &Guest, payload: &[u8]| {
         let frame = guest_tcp(from, to, (0, 0), (ACK, 65_535), &[], payload);
-        let mut raw = guest.from_here(frame, true);
+        let mut raw = guest.addressed(frame, true);
         // The pseudo-header's sum (RFC 9293 3.1), as the sender of a partial checksum leaves it.
         let (frame, tcp_len) = (&raw[VNET_HEADER_LEN..], (20 + payload.len()) as u64);
         let addresses = wire::checksum::sum(&frame[26..34]);
@@ -312,13 +312,13 @@ fn open(guest: &mut Guest, listener: &TcpListener, port: u16) -> (TcpStream, u32
     let (from, to) = ends(guest, port);
     let mss = [2, 4, 5, 180];
     let syn = guest_tcp(from, to, (99, 0), (SYN, 65_535), &mss, &[]);
-    guest.send(&guest.from_here(syn, false));
+    guest.send(&guest.addressed(syn, false));
     let (flags, theirs, _) = guest.segment();
     assert_eq!(flags & (SYN | ACK), SYN | ACK);
     let acknowledgment = theirs.wrapping_add(1);
     let numbers = (100, acknowledgment);
     let ack = guest_tcp(from, to, numbers, (ACK, 65_535), &[], &[]);
-    guest.send(&guest.from_here(ack, false));
+    guest.send(&guest.addressed(ack, false));
     let (stream, _) = listener.accept().unwrap();
     stream
         .set_read_timeout(Some(Duration::from_secs(5)))

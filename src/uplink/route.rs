@@ -253,6 +253,60 @@ mod tests {
         assert!(!own.is_local(foreign), "nothing is remembered unheard");
     }
 
+    /// In a network namespace of the thread's own, where one may be made.
+    #[test]
+    fn a_change_counts_from_the_moment_it_works() {
+        let run = || {
+            if crate::sys::namespace::unshare_all(rustix::thread::UnshareFlags::NEWNET).is_err() {
+                return;
+            }
+            let ip = |words: &str| {
+                let status = std::process::Command::new("ip")
+                    .args(words.split(' '))
+                    .status();
+                status.is_ok_and(|status| status.success())
+            };
+            if !ip("link set lo up") {
+                return;
+            }
+            let mut own = HostAddresses::open().unwrap();
+            for (change, undo, address) in [
+                (
+                    "address add 198.51.100.9/32 dev lo",
+                    "address del 198.51.100.9/32 dev lo",
+                    "198.51.100.9",
+                ),
+                (
+                    "route add local 203.0.113.0/24 dev lo",
+                    "route del local 203.0.113.0/24 dev lo",
+                    "203.0.113.5",
+                ),
+                (
+                    "-6 address add 2001:db8::9/128 dev lo nodad",
+                    "-6 address del 2001:db8::9/128 dev lo",
+                    "2001:db8::9",
+                ),
+                (
+                    "-6 route add local 2001:db8:7::/64 dev lo",
+                    "-6 route del local 2001:db8:7::/64 dev lo",
+                    "2001:db8:7::1",
+                ),
+            ] {
+                let address = address.parse().unwrap();
+                for _ in 0..3 {
+                    assert!(!own.is_local(address), "before: {change}");
+                    if !ip(change) {
+                        break; // Without IPv6.
+                    }
+                    assert!(own.is_local(address), "{change}");
+                    assert!(ip(undo));
+                    assert!(!own.is_local(address), "{undo}");
+                }
+            }
+        };
+        std::thread::spawn(run).join().unwrap();
+    }
+
     #[test]
     fn knows_ipv6_as_ip_does() {
         let asked = std::process::Command::new("ip")

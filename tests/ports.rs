@@ -52,9 +52,9 @@ fn network(name: &str, count: usize) -> Result<(Network, Vec<Guest>), String> {
     for number in 0..count {
         let port = network.attach_vmm(PortOptions::default());
         let port = port.map_err(|error| format!("port {number}: {error}"))?;
-        rustix::io::ioctl_fionbio(&port.fd, true).expect("a tap can be non-blocking");
+        rustix::io::ioctl_fionbio(&port.fds[0], true).expect("a tap can be non-blocking");
         guests.push(Guest {
-            tap: File::from(port.fd),
+            tap: File::from(port.fds.into_iter().next().expect("a tap has a queue")),
             mac: port.mac,
         });
     }

@@ -5,6 +5,7 @@
 //! built from them reads like ordinary code.
 
 pub mod arena;
+pub mod bus_error;
 pub mod error_queue;
 pub mod fd_pass;
 pub mod inherited;

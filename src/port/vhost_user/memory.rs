@@ -6,8 +6,7 @@
 //!
 //! # What a front-end can do to the memory behind our back
 //! - Shrink the file: an access past its end is a SIGBUS. Files are checked to cover their regions when
-//!   they come, and memfds of QEMU are sealed against shrinking. A front-end that shrinks an unsealed one
-//!   later (DPDK's can't be sealed) ends this process.
+//!   they come; where one is shrunk later, zeros stand in for what is gone ([`bus_error`]).
 //! - Put it on a file system that answers page faults when it likes (FUSE): only tmpfs and hugetlbfs are
 //!   taken, which no process serves.
 
@@ -17,6 +16,8 @@ use std::os::fd::AsFd;
 use rustix::fs::{FileType, fstat, fstatfs};
 use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
 use vm_memory::{FileOffset, VolatileMemory, VolatileSlice};
+
+use crate::sys::bus_error;
 
 /// Regions of one guest at most: what one message of the protocol can carry (QEMU and DPDK send 8 at
 /// most).
@@ -90,6 +91,8 @@ struct Region {
     info: RegionInfo,
     /// Bytes of the mapping before the region: a mapping begins at a page of its file system.
     skip: usize,
+    /// Gone before the mapping is: fields are dropped in their order.
+    _guard: bus_error::Guard,
     mapping: MmapRegion,
 }
 
@@ -211,8 +214,12 @@ impl Region {
             .with_file_offset(FileOffset::new(file, begin))
             .build()
             .map_err(|error| MemoryError::Refused(error.to_string()))?;
+        let start = mapping.as_ptr() as usize;
+        let guard = bus_error::guard(start, size, page as usize)
+            .map_err(|error| MemoryError::Refused(error.to_string()))?;
         Ok(Self {
             info,
+            _guard: guard,
             skip: (info.file_offset - begin) as usize,
             mapping,
         })

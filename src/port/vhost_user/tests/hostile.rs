@@ -292,6 +292,31 @@ fn a_buffer_may_lie_in_two_regions() {
 }
 
 #[test]
+fn memory_that_is_taken_away_reads_as_zeros() {
+    let mut driver = Driver::start(terms());
+    for seed in 0..4 {
+        driver.send(&PLAIN, &frame(60, seed));
+        driver.chain(0, &[(BUFFERS, 1000)]);
+    }
+    // The buffers are gone, the rings are still there.
+    driver.file.set_len(BUFFERS - GUEST).unwrap();
+    driver.device.send(plain(&frame(60, 1))).unwrap();
+    driver.device.flush();
+    let frames = settle(&driver);
+    assert!(frames.iter().flatten().all(|&byte| byte == 0), "{frames:?}");
+    assert_eq!(driver.used(1).len(), 4);
+    // And now they are gone, too.
+    driver.file.set_len(0).unwrap();
+    let _ = driver.device.send(plain(&frame(60, 1)));
+    driver.device.flush();
+    settle(&driver);
+    // Other guests' ports go on.
+    let mut other = Driver::start(terms());
+    other.send(&PLAIN, &frame(60, 7));
+    assert_eq!(settle(&other), [frame(60, 7)]);
+}
+
+#[test]
 fn rings_that_lie_nowhere_are_refused() {
     let driver = Driver::start(terms());
     let end = FRONT_END + MEMORY_BYTES;

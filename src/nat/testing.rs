@@ -8,6 +8,7 @@
 //! as a stale file descriptor would be worse on a real host.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::io::Read;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
@@ -597,10 +598,8 @@ impl Uplink for FakeUplink {
         }
         let len = tcp.inbound.len().min(buffer.len()).min(recv_max);
         if len > 0 {
-            for (to, byte) in buffer.iter_mut().zip(tcp.inbound.drain(..len)) {
-                *to = byte;
-            }
-            return Io::Done(len);
+            let read = tcp.inbound.read_exact(&mut buffer[..len]);
+            return read.map_or(Io::Blocked, |()| Io::Done(len));
         }
         match tcp.broken {
             Some(error) => Io::Failed(error),

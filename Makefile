@@ -4,7 +4,7 @@ CARGO ?= cargo
 TARGET = $(or $(CARGO_TARGET_DIR),target)
 export LANLET_BIN ?= $(abspath $(TARGET)/release/lanlet)
 
-.PHONY: all demo test check e2e image release bench compare clean
+.PHONY: all demo test check e2e image release bench compare guard-record clean
 
 all: release
 
@@ -58,6 +58,11 @@ compare:
 	lab/setup test
 	$(CARGO) build --release --locked --bin lanlet
 	lab/compare
+
+# What pieces of the hot path take, in times of plain loops: tests/guard.rs compares to it. For changes
+# that are meant to cost something; on a machine that has nothing else to do.
+guard-record: release
+	$(TARGET)/release/lanlet bench-peer guard --record benches/guard.ratios
 
 clean:
 	$(CARGO) clean

@@ -9,7 +9,7 @@ use common::{World, guests_missing, heavy, skip, world_missing};
 
 /// Cases of a quick bench in each section: the round trips and connections have no way back.
 const CASES: [(&str, usize); 5] = [
-    ("guest-to-guest", 12),
+    ("guest-to-guest", 13),
     ("guest-to-outside", 12),
     ("outside-to-guest", 7),
     ("outside-to-published", 4),

@@ -9,6 +9,7 @@ mod agent;
 mod case;
 mod control;
 mod costs;
+mod guard;
 mod html;
 mod network;
 mod peer;
@@ -128,6 +129,8 @@ enum PeerCommand {
     Agent,
     /// Becomes another program somewhere.
     Enter(world::EnterArgs),
+    /// Tells whether the hot path has become slower.
+    Guard(guard::GuardArgs),
 }
 
 /// The rest of `bench-peer`'s command line.
@@ -143,6 +146,7 @@ pub(super) fn peer(args: &PeerArgs) -> Result<ExitCode, Failure> {
         PeerCommand::Control { plan } => control::control(plan),
         PeerCommand::Agent => peer::run(),
         PeerCommand::Enter(args) => world::become_command(args),
+        PeerCommand::Guard(args) => guard::guard(args),
     }
 }
 

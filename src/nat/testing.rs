@@ -8,6 +8,7 @@
 //! as a stale file descriptor would be worse on a real host.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::io::Read;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
@@ -600,13 +601,13 @@ impl Uplink for FakeUplink {
         }
         let len = tcp.inbound.len().min(buffer.len()).min(recv_max);
         if len > 0 {
-            for (to, byte) in buffer.iter_mut().zip(tcp.inbound.drain(..len)) {
-                *to = byte;
-            }
+            let read = tcp.inbound.read_exact(&mut buffer[..len]);
             // As the kernel's: what a limit holds back may be there.
-            return match tcp.inbound.is_empty() && len < buffer.len().min(recv_max) {
-                true => Io::Drained(len),
-                false => Io::Done(len),
+            let is_all = tcp.inbound.is_empty() && len < buffer.len().min(recv_max);
+            return match (read, is_all) {
+                (Err(_), _) => Io::Blocked,
+                (Ok(()), true) => Io::Drained(len),
+                (Ok(()), false) => Io::Done(len),
             };
         }
         match tcp.broken {

@@ -2,11 +2,12 @@
 //!
 //! A worker owns the receive halves of its ports and the flows of the guests behind them. It carries
 //! each batch from receive to send, gateway and NAT included, and writes into any port's send half
-//! itself: between two ports there is no queue, no lock and no other thread.
+//! itself: between two ports there is no queue, no lock that all share and no other thread.
 //!
 //! # Several workers
 //! All know all ports to send to; each port is read by one of them, a port with several queues by as
-//! many as it has queues. They share the switch's table and the leases. Each has a gateway and a NAT of its own
+//! many as it has queues. They share the switch's table, the leases and what forwards know of where guests
+//! are. Each has a gateway and a NAT of its own
 //! for the guests of the ports at home with it ([`crate::nat::common`]); what concerns another's is
 //! posted to it ([`crew`]). The first speaks where one has to speak for all: it sends the router
 //! advertisements that nobody asked for.

@@ -134,7 +134,7 @@ fn qemu_guests_by_shared_memory() {
         "{refused}"
     );
     let first = world.console("first");
-    let hash = common::pattern_sha256(TRANSFER_BYTES);
+    let hash = common::pattern_hash(TRANSFER_BYTES, "sha256sum");
     for (key, wanted) in [
         ("ping_gateway", "0"),
         ("features", "3"),

@@ -91,6 +91,8 @@ pub struct Neighbors {
     /// The addresses behind each port, in the order they were learned.
     by_port: HashMap<PortId, VecDeque<IpAddr>>,
     probes: HashMap<IpAddr, Probe>,
+    /// To be asked for by whoever looked.
+    questions: Vec<IpAddr>,
     news: u64,
     counters: NeighborCounters,
 }
@@ -103,6 +105,7 @@ impl Neighbors {
             known: HashMap::new(),
             by_port: HashMap::new(),
             probes: HashMap::new(),
+            questions: Vec::new(),
             news: 0,
             counters: NeighborCounters::default(),
         }
@@ -118,7 +121,10 @@ impl Neighbors {
     pub fn is_telling(packet: &Packet<'_>) -> bool {
         match &packet.body {
             Body::Arp(_) => true,
-            Body::Ipv6(ip) => matches!(ip.transport, Transport::Icmp(_)),
+            Body::Ipv6(ip) => match ip.transport {
+                Transport::Icmp(bytes) => message::is_discovery(bytes),
+                _ => false,
+            },
             Body::Ipv4(_) | Body::Other(_) => false,
         }
     }
@@ -189,14 +195,9 @@ impl Neighbors {
     }
 
     /// Where `address` is. `expected`: it is leased to this MAC, and nobody else counts. Where that is
-    /// not known for certain, the LAN is asked.
-    pub fn look_up<O: Outbox + ?Sized>(
-        &mut self,
-        address: IpAddr,
-        expected: Option<Mac>,
-        now: Instant,
-        out: &mut O,
-    ) -> Reach {
+    /// not known for certain the LAN is to be asked, with [`ask`], for what
+    /// [`Neighbors::take_questions`] gives.
+    pub fn look_up(&mut self, address: IpAddr, expected: Option<Mac>, now: Instant) -> Reach {
         let entry = self.known.get(&address).copied();
         let entry = entry.filter(|entry| expected.is_none_or(|mac| mac == entry.station.mac));
         if let Some(entry) = entry
@@ -204,7 +205,7 @@ impl Neighbors {
         {
             return Reach::Known(entry.station);
         }
-        self.ask(address, expected, now, out);
+        self.probe(address, expected, now);
         entry.map_or(Reach::Asked, |entry| Reach::Stale(entry.station))
     }
 
@@ -214,13 +215,7 @@ impl Neighbors {
         self.known.iter().filter(own).map(|(&address, _)| address)
     }
 
-    fn ask<O: Outbox + ?Sized>(
-        &mut self,
-        address: IpAddr,
-        expected: Option<Mac>,
-        now: Instant,
-        out: &mut O,
-    ) {
+    fn probe(&mut self, address: IpAddr, expected: Option<Mac>, now: Instant) {
         if let Some(probe) = self.probes.get_mut(&address) {
             probe.expected = expected;
             return;
@@ -235,7 +230,13 @@ impl Neighbors {
         };
         self.probes.insert(address, probe);
         self.counters.asked += 1;
-        question(&self.lan, address, out);
+        self.questions.push(address);
+    }
+
+    /// The addresses that the LAN is to be asked for. Others wait for this table while it is locked, so
+    /// it is not asked meanwhile.
+    pub fn take_questions(&mut self) -> Vec<IpAddr> {
+        std::mem::take(&mut self.questions)
     }
 
     /// How many of the addresses that were asked for have been found.
@@ -248,9 +249,9 @@ impl Neighbors {
         self.probes.values().map(|probe| probe.next_at).min()
     }
 
-    /// Asks again, and gives up addresses that nobody answers for.
-    pub fn handle_timeout<O: Outbox + ?Sized>(&mut self, now: Instant, out: &mut O) {
-        let (lan, counters) = (&self.lan, &mut self.counters);
+    /// Asks again, as [`Neighbors::look_up`] does, and gives up addresses that nobody answers for.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        let (questions, counters) = (&mut self.questions, &mut self.counters);
         let mut silent = Vec::new();
         self.probes.retain(|&address, probe| {
             if now < probe.next_at {
@@ -263,7 +264,7 @@ impl Neighbors {
             probe.left -= 1;
             probe.next_at = now + PROBE_INTERVAL;
             counters.asked += 1;
-            question(lan, address, out);
+            questions.push(address);
             true
         });
         self.counters.silent += silent.len() as u64;
@@ -290,7 +291,7 @@ fn spoken_for(ip: &Ipv6<'_>, message: &[u8]) -> Option<Ipv6Addr> {
 }
 
 /// Asks all stations who has `address`.
-fn question<O: Outbox + ?Sized>(lan: &LanConfig, address: IpAddr, out: &mut O) {
+pub fn ask<O: Outbox + ?Sized>(lan: &LanConfig, address: IpAddr, out: &mut O) {
     match (address, &lan.v6) {
         (IpAddr::V4(address), _) => arp::request(lan, Mac::BROADCAST, address, out),
         (IpAddr::V6(address), Some(lan6)) => solicit(lan.mac, lan6.link_local, address, out),
@@ -322,6 +323,22 @@ mod tests {
 
     const OTHER: Mac = Mac([0x52, 0x54, 0, 0, 0, 8]);
     const GUEST6: Ipv6Addr = Ipv6Addr::new(0xfd00, 1, 2, 3, 0, 0, 0, 7);
+
+    fn look_up(
+        neighbors: &mut Neighbors,
+        (address, expected, now): (IpAddr, Option<Mac>, Instant),
+        out: &mut Kept,
+    ) -> Reach {
+        let reach = neighbors.look_up(address, expected, now);
+        ask_all(neighbors, out);
+        reach
+    }
+
+    fn ask_all(neighbors: &mut Neighbors, out: &mut Kept) {
+        for address in neighbors.take_questions() {
+            ask(&neighbors.lan, address, out);
+        }
+    }
 
     fn station(mac: Mac) -> Station {
         Station { mac, port: PORT }
@@ -380,7 +397,7 @@ mod tests {
         let (address, now) = (IpAddr::V4(GUEST_ADDRESS), Instant::from_secs(100));
         for _ in 0..3 {
             assert_eq!(
-                neighbors.look_up(address, None, now, &mut out),
+                look_up(&mut neighbors, (address, None, now), &mut out),
                 Reach::Asked
             );
         }
@@ -391,11 +408,11 @@ mod tests {
         assert_eq!(neighbors.news(), 0);
         neighbors.observe(&parse(&arp(GUEST, GUEST_ADDRESS)), now);
         assert_eq!(neighbors.news(), 1);
-        let found = neighbors.look_up(address, None, now, &mut out);
+        let found = look_up(&mut neighbors, (address, None, now), &mut out);
         assert_eq!(found, Reach::Known(station(GUEST)));
         assert_eq!(neighbors.poll_timeout(), None);
         let later = now + REACHABLE;
-        let found = neighbors.look_up(address, None, later, &mut out);
+        let found = look_up(&mut neighbors, (address, None, later), &mut out);
         assert_eq!(found, Reach::Stale(station(GUEST)));
         assert_eq!(out.frames.len(), 1, "and is asked again");
     }
@@ -406,12 +423,13 @@ mod tests {
         let (address, mut now) = (IpAddr::V4(GUEST_ADDRESS), Instant::from_secs(100));
         neighbors.observe(&parse(&arp(GUEST, GUEST_ADDRESS)), now);
         now += REACHABLE;
-        neighbors.look_up(address, None, now, &mut out);
+        look_up(&mut neighbors, (address, None, now), &mut out);
         let mut asked = 1;
         while let Some(due) = neighbors.poll_timeout() {
             assert!(due > now);
             now = due;
-            neighbors.handle_timeout(now, &mut out);
+            neighbors.handle_timeout(now);
+            ask_all(&mut neighbors, &mut out);
             asked += 1;
             assert!(asked < 10);
         }
@@ -419,7 +437,7 @@ mod tests {
         assert_eq!(out.frames.len(), usize::from(PROBES));
         assert_eq!(neighbors.counters.silent, 1);
         assert_eq!(
-            neighbors.look_up(address, None, now, &mut out),
+            look_up(&mut neighbors, (address, None, now), &mut out),
             Reach::Asked
         );
     }
@@ -430,17 +448,17 @@ mod tests {
         let (address, now) = (IpAddr::V4(GUEST_ADDRESS), Instant::from_secs(100));
         neighbors.observe(&parse(&arp(GUEST, GUEST_ADDRESS)), now);
         neighbors.observe(&parse(&arp(OTHER, GUEST_ADDRESS)), now);
-        let found = neighbors.look_up(address, None, now, &mut out);
+        let found = look_up(&mut neighbors, (address, None, now), &mut out);
         assert_eq!(found, Reach::Known(station(GUEST)));
         assert_eq!(neighbors.counters.conflicts, 1);
         // Leased to the other: only its answer counts, at once.
-        let found = neighbors.look_up(address, Some(OTHER), now, &mut out);
+        let found = look_up(&mut neighbors, (address, Some(OTHER), now), &mut out);
         assert_eq!(found, Reach::Asked);
         neighbors.observe(&parse(&arp(GUEST, GUEST_ADDRESS)), now);
         assert_eq!(neighbors.news(), 0);
         neighbors.observe(&parse(&arp(OTHER, GUEST_ADDRESS)), now);
         assert_eq!(neighbors.news(), 1);
-        let found = neighbors.look_up(address, Some(OTHER), now, &mut out);
+        let found = look_up(&mut neighbors, (address, Some(OTHER), now), &mut out);
         assert_eq!(found, Reach::Known(station(OTHER)));
     }
 
@@ -457,7 +475,7 @@ mod tests {
         assert_eq!(neighbors.known.len(), PORT_ADDRESSES_MAX);
         assert_eq!(neighbors.addresses_of(GUEST).count(), PORT_ADDRESSES_MAX);
         let newest = nth(2 * PORT_ADDRESSES_MAX - 1).into();
-        let found = neighbors.look_up(newest, None, now, &mut out);
+        let found = look_up(&mut neighbors, (newest, None, now), &mut out);
         assert_eq!(found, Reach::Known(station(GUEST)));
         neighbors.forget_port(PORT);
         assert!(neighbors.known.is_empty() && neighbors.by_port.is_empty());
@@ -472,7 +490,11 @@ mod tests {
         let (mut neighbors, mut out) = (Neighbors::new(lan), Kept::new());
         for n in 0..2 * PROBING_MAX as u32 {
             let address = Ipv4Addr::from_bits(Ipv4Addr::new(192, 168, 0, 2).to_bits() + n);
-            neighbors.look_up(address.into(), None, Instant::ZERO, &mut out);
+            look_up(
+                &mut neighbors,
+                (address.into(), None, Instant::ZERO),
+                &mut out,
+            );
         }
         assert_eq!(neighbors.probes.len(), PROBING_MAX);
         assert_eq!(out.frames.len(), PROBING_MAX);
@@ -483,7 +505,7 @@ mod tests {
         let (mut neighbors, mut out) = (Neighbors::new(lan6()), Kept::new());
         let (address, now) = (IpAddr::V6(GUEST6), Instant::from_secs(100));
         assert_eq!(
-            neighbors.look_up(address, None, now, &mut out),
+            look_up(&mut neighbors, (address, None, now), &mut out),
             Reach::Asked
         );
         let frame = out.take();
@@ -505,7 +527,7 @@ mod tests {
         assert_eq!(neighbors.news(), 0, "it may be from beyond the link");
         neighbors.observe(&parse(&advertisement(GUEST, GUEST6, 255)), now);
         assert_eq!(neighbors.news(), 1);
-        let found = neighbors.look_up(address, None, now, &mut out);
+        let found = look_up(&mut neighbors, (address, None, now), &mut out);
         assert_eq!(found, Reach::Known(station(GUEST)));
     }
 

@@ -47,7 +47,8 @@ pub struct Common {
     pub homes: Arc<Homes>,
     /// TCP flows of all workers.
     pub flows: Arc<AtomicUsize>,
-    /// Where guests are. Locked for ARP, Neighbor Discovery and by forwards, never for a guest's data.
+    /// Where guests are. Locked for ARP, Neighbor Discovery and by forwards, never for a guest's data nor
+    /// while anything is sent.
     neighbors: Arc<Mutex<Neighbors>>,
 }
 

@@ -3,7 +3,7 @@
 //! A port is read by the worker it is at home with. When one worker is busy and another is not, a port
 //! whose traffic is mostly between guests is left to the other to read; its home goes along if its
 //! guest has no flows there ([`crate::worker::Command::PassPort`]). What a port sends to the gateway has to
-//! be handled at home, so ports that do mostly that stay.
+//! be handled at home, so ports that do much of that stay, and come home if they were moved before.
 //!
 //! Looked at once a second, by the threads' CPU time and the ports' counters: the packet path does not
 //! know of it.
@@ -44,7 +44,10 @@ struct PortLoad {
     port: PortId,
     reader: WorkerId,
     cost: u64,
-    may_move: bool,
+    /// What it sends is for the gateway, much of it.
+    for_gateway: bool,
+    /// Several of them.
+    has_queues: bool,
 }
 
 /// What was seen the last time.
@@ -89,15 +92,21 @@ impl Balancer {
         self.at = Instant::now();
         self.ticks = ticks;
         let loads = self.loads(shared);
-        let choice = choose(&busy, &loads);
-        let Some((port, to)) = choice else {
+        let homes = shared.crew.homes();
+        for load in loads
+            .iter()
+            .filter(|load| load.for_gateway && !load.has_queues)
+        {
+            let home = homes.of(load.port);
+            if load.reader != home {
+                pass(shared, load, home);
+            }
+        }
+        let Some((load, to)) = choose(&busy, &loads) else {
             self.too_busy = None;
             return;
         };
-        let from = loads.iter().find(|load| load.port == port);
-        let Some(from) = from.map(|load| load.reader) else {
-            return;
-        };
+        let from = load.reader;
         let looks = match self.too_busy {
             Some((worker, looks)) if worker == from => looks + 1,
             _ => 1,
@@ -107,19 +116,7 @@ impl Balancer {
             return;
         }
         self.too_busy = None;
-        let mut ports = lock(&shared.ports);
-        if let Some(moved) = ports.by_id.get_mut(&port) {
-            log::debug!(
-                "port {port} ({}) is read by worker {} from here on",
-                moved.name,
-                to.0
-            );
-            moved.reader = to;
-            shared
-                .crew
-                .member(from)
-                .send(Command::PassPort { id: port, to });
-        }
+        pass(shared, load, to);
     }
 
     /// What each port has cost since the last time.
@@ -137,23 +134,37 @@ impl Balancer {
             let Some(before) = before.get(&id) else {
                 continue;
             };
-            let frames = now.frames - before.frames;
-            let for_gateway = now.for_gateway - before.for_gateway;
-            let bytes = now.bytes - before.bytes;
+            // A number that is in use again begins from zero.
+            let frames = now.frames.saturating_sub(before.frames);
+            let for_gateway = now.for_gateway.saturating_sub(before.for_gateway);
+            let bytes = now.bytes.saturating_sub(before.bytes);
             loads.push(PortLoad {
                 port: id,
                 reader: port.reader,
                 cost: frames * FRAME_COST + bytes / 1_000 * KILOBYTE_COST,
-                // One with several queues has several readers already.
-                may_move: port.queues == 1 && for_gateway * 100 <= frames * GATEWAY_SHARE_MAX,
+                for_gateway: for_gateway * 100 > frames * GATEWAY_SHARE_MAX,
+                // It has several readers already.
+                has_queues: port.queues > 1,
             });
         }
         loads
     }
 }
 
+/// Has another worker read a port.
+fn pass(shared: &Shared, load: &PortLoad, to: WorkerId) {
+    let id = load.port;
+    let mut ports = lock(&shared.ports);
+    if let Some(port) = ports.by_id.get_mut(&id) {
+        log::debug!("port {id} ({}) is read by worker {}", port.name, to.0);
+        port.reader = to;
+        let command = Command::PassPort { id, to };
+        shared.crew.member(load.reader).send(command);
+    }
+}
+
 /// Which port to move where, if any; `busy` is in percent, by worker.
-fn choose(busy: &[u64], loads: &[PortLoad]) -> Option<(PortId, WorkerId)> {
+fn choose<'a>(busy: &[u64], loads: &'a [PortLoad]) -> Option<(&'a PortLoad, WorkerId)> {
     let numbered = || busy.iter().copied().enumerate();
     let (busiest, most) = numbered().max_by_key(|&(_, busy)| busy)?;
     let (idlest, least) = numbered().min_by_key(|&(_, busy)| busy)?;
@@ -171,9 +182,9 @@ fn choose(busy: &[u64], loads: &[PortLoad]) -> Option<(PortId, WorkerId)> {
         (most - share).max(least + share)
     };
     let best = of_busiest()
-        .filter(|load| load.may_move)
+        .filter(|load| !load.for_gateway && !load.has_queues)
         .min_by_key(|load| after(load))?;
-    (after(best) + GAIN_MIN <= most).then_some((best.port, WorkerId(idlest as u8)))
+    (after(best) + GAIN_MIN <= most).then_some((best, WorkerId(idlest as u8)))
 }
 
 /// CPU time of a thread of ours: fields 14 and 15 of its stat (proc(5)).
@@ -189,12 +200,17 @@ fn ticks_of(thread: i32) -> u64 {
 mod tests {
     use super::*;
 
+    fn chosen(busy: &[u64], loads: &[PortLoad]) -> Option<(PortId, WorkerId)> {
+        choose(busy, loads).map(|(load, to)| (load.port, to))
+    }
+
     fn load(port: u16, reader: u8, cost: u64) -> PortLoad {
         PortLoad {
             port: PortId(port),
             reader: WorkerId(reader),
             cost,
-            may_move: true,
+            for_gateway: false,
+            has_queues: false,
         }
     }
 
@@ -206,8 +222,8 @@ mod tests {
             load(3, 0, 10),
             load(4, 1, 5),
         ];
-        assert_eq!(choose(&[100, 20], &loads), Some((PortId(2), WorkerId(1))));
-        assert_eq!(choose(&[90, 80, 0], &loads), Some((PortId(1), WorkerId(2))));
+        assert_eq!(chosen(&[100, 20], &loads), Some((PortId(2), WorkerId(1))));
+        assert_eq!(chosen(&[90, 80, 0], &loads), Some((PortId(1), WorkerId(2))));
     }
 
     #[test]
@@ -222,7 +238,7 @@ mod tests {
             "it would only be elsewhere"
         );
         let held = two.map(|load| PortLoad {
-            may_move: false,
+            for_gateway: true,
             ..load
         });
         assert_eq!(choose(&[100, 0], &held), None);

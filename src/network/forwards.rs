@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -17,7 +17,7 @@ use crate::nat::forward::{
 use crate::uplink::listen::{self, ListenAt, Listeners, SocketFile};
 use crate::worker::Command;
 
-/// How long the worker may take to answer, which it does between two batches.
+/// How long the workers may take to answer, which they do between two batches.
 const WORKER_TIME_MAX: Duration = Duration::from_secs(2);
 
 /// A forward, as `lanlet forward list` shows it.
@@ -157,21 +157,25 @@ impl Shared {
         let words = spec.to_string();
         let name = spec.name.as_ref().map(ToString::to_string);
         let kinds: Vec<_> = owned.iter().map(|&(_, kind)| (None, kind)).collect();
-        // One of them has the sockets. If the guest is another's, it gives them away.
-        let mut owned = Some(owned);
-        let elsewhere = |&(_, kind): &(Option<OwnedFd>, _)| (None, kind);
-        self.crew.tell_all(|_| Command::AddForward {
+        let add = |sockets| Command::AddForward {
             id,
             spec: Box::new(spec.clone()),
-            sockets: match owned.take() {
-                Some(owned) => owned,
-                None => kinds.iter().map(elsewhere).collect(),
-            },
+            sockets,
             reply: reply.clone(),
-        });
+        };
+        // One of them has the sockets, and hears of it last: if the guest is another's, it gives them
+        // away, to one who has to know the forward.
+        if let Some((first, others)) = self.crew.members().split_first() {
+            let elsewhere = |&(_, kind): &(Option<OwnedFd>, _)| (None, kind);
+            for other in others {
+                other.send(add(kinds.iter().map(elsewhere).collect()));
+            }
+            first.send(add(owned));
+        }
         drop(reply);
+        let deadline = Instant::now() + WORKER_TIME_MAX;
         let answers = self.crew.members().iter();
-        let mut answers = answers.map(|_| answers_of.recv_timeout(WORKER_TIME_MAX));
+        let mut answers = answers.map(|_| answers_of.recv_deadline(deadline));
         let failed = answers.find(|answer| !matches!(answer, Ok(Ok(()))));
         let refused = match failed.unwrap_or(Ok(Ok(()))) {
             Ok(Ok(())) => None,

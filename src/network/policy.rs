@@ -2,7 +2,7 @@
 //! TCP, which does not pass the worker.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::RecvTimeoutError;
 use tokio::sync::oneshot;
@@ -14,7 +14,7 @@ use crate::gateway::dns::message::Name;
 use crate::nat::policy::Policy;
 use crate::worker::{Command, Crew};
 
-/// How long the worker may take to review all flows. It takes milliseconds, unless there are both a great
+/// How long the workers may take to review all flows. It takes milliseconds, unless there are both a great
 /// many rules and guests out to make it long (`nat/policy.rs`); less than a client waits for a reply.
 const REVIEW_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -34,8 +34,9 @@ impl Network {
             done: done.clone(),
         });
         drop((current, done));
+        let deadline = Instant::now() + REVIEW_TIMEOUT;
         for _ in self.shared.crew.members() {
-            match is_done.recv_timeout(REVIEW_TIMEOUT) {
+            match is_done.recv_deadline(deadline) {
                 Ok(()) => {}
                 Err(RecvTimeoutError::Timeout) => return Err(NetworkError::Busy),
                 Err(RecvTimeoutError::Disconnected) => {

@@ -188,9 +188,12 @@ impl Shared {
 
     /// Removes a port; its wire is left to the caller, to take down without a lock held.
     fn remove_port(&self, id: PortId) -> Option<PortWire> {
-        let port = lock(&self.ports).by_id.remove(&id)?;
+        let mut ports = lock(&self.ports);
+        let port = ports.by_id.remove(&id)?;
         log::debug!("port {id} ({}) detached", port.name);
+        // Before the number can be another port's.
         self.crew.tell_all(|_| Command::RemovePort(id));
+        drop(ports);
         if let (true, Some(mac)) = (port.leased, port.mac) {
             lock(&self.leases).detach(mac, self.now());
         }

@@ -242,10 +242,12 @@ fn run_worker(worker: Worker, shared: &Shared) {
         Ok(Err(error)) => Some(error.to_string()),
         Err(_) => Some("it panicked; the message is above".to_owned()),
     };
-    if end.is_some() {
+    let failed = end.is_some();
+    // Before the others stop, in good order.
+    lock(&shared.end).get_or_insert(end);
+    if failed {
         shared.crew.tell_all(|_| Command::Stop);
     }
-    lock(&shared.end).get_or_insert(end);
     shared.ended.notify_all();
 }
 

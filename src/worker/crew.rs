@@ -9,7 +9,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI32, Ordering::Relaxed};
+use std::sync::atomic::{AtomicI32, AtomicU8, Ordering::Relaxed};
 
 use crossbeam_channel::{Receiver, Sender, TryRecvError};
 use rustix::event::{EventfdFlags, eventfd};
@@ -20,9 +20,13 @@ use crate::frame::{FRAME_BUFFER_LEN, Frame, PortId, WorkerId};
 use crate::nat::common::Homes;
 use crate::offload::Offload;
 use crate::stats::DropReason;
+use crate::switch::PORTS_MAX;
 
-/// Frames that wait for one worker: two batches. Their memory is used only where frames are posted.
-const POSTED_MAX: usize = 64;
+/// Frames that wait for one worker. Their memory is used only where frames are posted.
+const POSTED_MAX: usize = 128;
+/// Of one port: a batch. Two ports that send as much as they can leave their neighbours half.
+const POSTED_PER_PORT_MAX: u8 = 32;
+const _: () = assert!(4 * POSTED_PER_PORT_MAX as usize <= POSTED_MAX);
 
 /// The side of a worker that others hold.
 #[derive(Clone)]
@@ -31,6 +35,8 @@ pub struct WorkerHandle {
     wake: Arc<OwnedFd>,
     posted: Sender<Parcel>,
     spare: Receiver<Box<[u8]>>,
+    /// How many wait, by their port.
+    waiting: Arc<[AtomicU8]>,
     thread: Arc<AtomicI32>,
 }
 
@@ -56,9 +62,16 @@ impl WorkerHandle {
     /// Leaves a frame of `ingress` for the worker's gateway. It is to be woken after the batch.
     ///
     /// # Errors
-    /// [`DropReason::HomeBusy`]: it is that far behind.
+    /// [`DropReason::HomeBusy`]: it is that far behind, or the port has its share of what waits.
     pub(super) fn post(&self, ingress: PortId, frame: Frame<'_>) -> Result<(), DropReason> {
+        let waiting = self.waiting.get(usize::from(ingress.0));
+        let waiting = waiting.ok_or(DropReason::NoPort)?;
+        if waiting.load(Relaxed) >= POSTED_PER_PORT_MAX {
+            return Err(DropReason::HomeBusy);
+        }
         let mut buffer = self.spare.try_recv().map_err(|_| DropReason::HomeBusy)?;
+        // Other readers of the port may have passed the look above too: a few more, of 16 at most.
+        waiting.fetch_add(1, Relaxed);
         let len = frame.bytes.len();
         buffer[..len].copy_from_slice(frame.bytes);
         let parcel = Parcel {
@@ -89,6 +102,7 @@ pub struct Seat {
     pub(super) thread: Arc<AtomicI32>,
     posted: Receiver<Parcel>,
     spare: Sender<Box<[u8]>>,
+    waiting: Arc<[AtomicU8]>,
 }
 
 impl Seat {
@@ -104,6 +118,9 @@ impl Seat {
                 Ok(parcel) => parcel,
                 Err(TryRecvError::Empty | TryRecvError::Disconnected) => return,
             };
+            if let Some(waiting) = self.waiting.get(usize::from(parcel.ingress.0)) {
+                waiting.fetch_sub(1, Relaxed);
+            }
             sink(
                 parcel.ingress,
                 Frame {
@@ -144,11 +161,13 @@ impl Crew {
                 let _ = give_back.try_send(vec![0; FRAME_BUFFER_LEN].into_boxed_slice());
             }
             let thread = Arc::new(AtomicI32::new(0));
+            let waiting: Arc<[AtomicU8]> = (0..PORTS_MAX).map(|_| AtomicU8::new(0)).collect();
             members.push(WorkerHandle {
                 commands,
                 wake: Arc::clone(&wake),
                 posted: post,
                 spare,
+                waiting: Arc::clone(&waiting),
                 thread: Arc::clone(&thread),
             });
             seats.push(Seat {
@@ -158,6 +177,7 @@ impl Crew {
                 thread,
                 posted,
                 spare: give_back,
+                waiting,
             });
         }
         let crew = Self {

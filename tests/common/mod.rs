@@ -64,12 +64,12 @@ pub fn lab() -> &'static Lab {
     })
 }
 
-/// The hash of `bytes` of the pattern, as the host's own tools see it.
-pub fn pattern_sha256(bytes: u64) -> String {
+/// What `tool`, like `sha256sum`, makes of `bytes` of the pattern on the host.
+pub fn pattern_hash(bytes: u64, tool: &str) -> String {
     let mut command = Command::new("bash");
     let pattern = lab().dir.join("pattern");
-    command.args(["-c", "\"$1\" \"$2\" | sha256sum | cut -c1-64", "bash"]);
-    command.arg(pattern).arg(bytes.to_string());
+    command.args(["-c", "\"$1\" \"$2\" | \"$3\" | cut -d' ' -f1", "bash"]);
+    command.arg(pattern).args([&bytes.to_string(), tool]);
     let hashed = finish(command, Duration::from_secs(120)).passed();
     hashed.stdout.trim().to_owned()
 }

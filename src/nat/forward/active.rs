@@ -40,7 +40,7 @@ use super::spec::{Direction, ForwardSpec, Guest, HostEnd, ShownSource};
 use super::{ForwardId, SOCKETS_MAX};
 use crate::dhcp::lease::LeaseTable;
 use crate::frame::{Duration, Instant, Mac, PortId, Station, WorkerId};
-use crate::gateway::neighbor::{Neighbors, Reach};
+use crate::gateway::neighbor::{self, Neighbors, Reach};
 use crate::gateway::{LanConfig, Outbox};
 use crate::nat::common::Common;
 use crate::nat::egress::{self, Egress, Published, is_never_outside};
@@ -339,11 +339,17 @@ impl ActiveForwards {
     /// A forward whose guest is with another worker, with all that has to go there. UDP sessions end:
     /// their guest was here.
     pub fn poll_leaving(&mut self) -> Option<(WorkerId, Moved<SockId>)> {
-        let (id, to) = self.leaving.pop_first()?;
-        let active = self.forwards.get_mut(&id)?;
+        let (id, to, active) = loop {
+            let (id, to) = self.leaving.pop_first()?;
+            // One that was removed meanwhile goes nowhere.
+            if let Some(active) = self.forwards.get_mut(&id) {
+                break (id, to, active);
+            }
+        };
         let sockets = std::mem::take(&mut active.sockets);
         let mut moved = Moved {
             forward: id,
+            memory: std::mem::take(&mut active.memory),
             listeners: Vec::with_capacity(sockets.len()),
             parked: Vec::new(),
         };
@@ -362,14 +368,17 @@ impl ActiveForwards {
                 held: held.into(),
             });
         }
+        let queued: HashMap<_, _> = self.parked.iter().map(|&(until, at)| (at, until)).collect();
         for own in self.parked_of(id) {
-            let Some(parked) = self.unpark(own) else {
+            let until = queued.get(&own).copied();
+            let (Some(parked), Some(until)) = (self.unpark(own), until) else {
                 continue;
             };
             moved.parked.push(MovedParked {
                 socket: parked.socket,
                 client: parked.client,
                 guest_port: parked.guest_port,
+                until,
             });
         }
         self.sessions.remove_forward(id);
@@ -390,6 +399,7 @@ impl ActiveForwards {
         let Some(active) = self.forwards.get_mut(&forward) else {
             return;
         };
+        active.memory = moved.memory;
         for listener in moved.listeners {
             let (kind, guest_port) = (listener.kind, listener.guest_port);
             let opened = self.own.insert_with(HostError::Exhausted, |own| {
@@ -405,8 +415,9 @@ impl ActiveForwards {
             match opened {
                 Ok(own) => {
                     active.sockets.push(own);
-                    let held = listener.held.into_iter();
                     let room = HELD_MAX.saturating_sub(self.held.len());
+                    active.counters.refused += listener.held.len().saturating_sub(room) as u64;
+                    let held = listener.held.into_iter();
                     let held = held.map(|waiting| Waiting {
                         listener: own,
                         ..waiting
@@ -417,6 +428,13 @@ impl ActiveForwards {
             }
         }
         for parked in moved.parked {
+            if self.is_full(forward) {
+                // Its socket closes: the client hears of it.
+                if let Some(active) = self.forwards.get_mut(&forward) {
+                    active.counters.refused += 1;
+                }
+                continue;
+            }
             let opened = self.own.insert_with(HostError::Exhausted, |own| {
                 Ok(Own::Parked(Parked {
                     forward,
@@ -427,6 +445,7 @@ impl ActiveForwards {
                 }))
             });
             if let Ok(own) = opened {
+                self.park(own, parked.until, now);
                 self.move_on(own, tcp, now, (&mut *up, &mut *out));
             }
         }
@@ -521,9 +540,7 @@ impl ActiveForwards {
         (up, out): (&mut U, &mut O),
     ) {
         for _ in 0..ACCEPTS_PER_EVENT {
-            let waiting = self.forwards.get(&listener.forward);
-            let waiting = waiting.map_or(0, |active| active.counters.waiting);
-            if self.parked_count >= PARKED_MAX || waiting >= FORWARD_PARKED_MAX {
+            if self.is_full(listener.forward) {
                 self.rest(id, listener.socket, now, up);
                 return;
             }
@@ -555,6 +572,13 @@ impl ActiveForwards {
         }
     }
 
+    /// Whether no more connections may wait for the guest of a forward.
+    fn is_full(&self, forward: ForwardId) -> bool {
+        let waiting = self.forwards.get(&forward);
+        let waiting = waiting.map_or(0, |active| active.counters.waiting);
+        self.parked_count >= PARKED_MAX || waiting >= FORWARD_PARKED_MAX
+    }
+
     /// Stops to hear of a listening socket for a while.
     fn rest<U: Uplink + ?Sized>(&mut self, id: FlowId, socket: SockId, now: Instant, up: &mut U) {
         up.listen_for(socket, false);
@@ -576,7 +600,7 @@ impl ActiveForwards {
         let place = self.locate(parked.forward, family, now, out);
         let Some((address, Reach::Known(station))) = place else {
             if !parked.queued {
-                self.park(id, now);
+                self.park(id, now + PARKED_TIME, now);
             }
             return;
         };
@@ -623,7 +647,8 @@ impl ActiveForwards {
         Some(parked)
     }
 
-    fn park(&mut self, id: FlowId, now: Instant) {
+    /// Lets a connection wait for its guest.
+    fn park(&mut self, id: FlowId, until: Instant, now: Instant) {
         let Some(Own::Parked(parked)) = self.own.get_mut(id) else {
             return;
         };
@@ -632,7 +657,9 @@ impl ActiveForwards {
             active.counters.waiting += 1;
         }
         self.parked_count += 1;
-        self.parked.push_back((now + PARKED_TIME, id));
+        // One that came from another worker has waited already.
+        let later = self.parked.partition_point(|&(others, _)| others <= until);
+        self.parked.insert(later, (until, id));
         self.retry_at.get_or_insert(now + RETRY);
     }
 
@@ -661,8 +688,13 @@ impl ActiveForwards {
         let found =
             self.directory
                 .find(&active.guest, family, &mut active.memory, &neighbors, now)?;
-        let reach = neighbors.look_up(found.address, found.mac, now, out);
+        let reach = neighbors.look_up(found.address, found.mac, now);
         self.neighbors_at = neighbors.poll_timeout();
+        let questions = neighbors.take_questions();
+        drop(neighbors);
+        for address in questions {
+            neighbor::ask(&self.lan, address, out);
+        }
         if let Reach::Known(station) | Reach::Stale(station) = reach
             && let Some(home) = self.common.elsewhere(station.port)
         {
@@ -849,8 +881,13 @@ impl ActiveForwards {
     ) {
         if self.neighbors_at.is_some_and(|at| at <= now) {
             let mut neighbors = self.common.neighbors();
-            neighbors.handle_timeout(now, out);
+            neighbors.handle_timeout(now);
             self.neighbors_at = neighbors.poll_timeout();
+            let questions = neighbors.take_questions();
+            drop(neighbors);
+            for address in questions {
+                neighbor::ask(&self.lan, address, out);
+            }
         }
         self.sessions.handle_timeout(now);
         while let Some(&(at, id)) = self.resting.front()

@@ -32,7 +32,8 @@ pub struct Found {
     pub mac: Option<Mac>,
 }
 
-/// What is remembered of a forward's guest.
+/// What is remembered of a forward's guest. Goes where the forward goes, or a guest that takes another's
+/// name would get it there.
 #[derive(Debug, Default)]
 pub struct Memory {
     /// Who has the name.

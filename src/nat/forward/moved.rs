@@ -4,12 +4,16 @@ use std::net::SocketAddr;
 
 use super::ForwardId;
 use super::active::{ListenerKind, Waiting};
+use super::directory::Memory;
+use crate::frame::Instant;
 
 /// A forward's sockets, `S` each, and what came in by them.
 #[derive(Debug)]
 pub struct Moved<S> {
     /// Which forward.
     pub forward: ForwardId,
+    /// Who has its guest's name.
+    pub(super) memory: Memory,
     pub(super) listeners: Vec<MovedListener<S>>,
     pub(super) parked: Vec<MovedParked<S>>,
 }
@@ -29,6 +33,8 @@ pub(super) struct MovedParked<S> {
     pub socket: S,
     pub client: Option<SocketAddr>,
     pub guest_port: u16,
+    /// When it is given up.
+    pub until: Instant,
 }
 
 impl<S> Moved<S> {
@@ -48,10 +54,12 @@ impl<S> Moved<S> {
                 socket: exchange(parked.socket)?,
                 client: parked.client,
                 guest_port: parked.guest_port,
+                until: parked.until,
             })
         });
         Moved {
             forward: self.forward,
+            memory: self.memory,
             listeners,
             parked: parked.collect(),
         }

@@ -337,9 +337,7 @@ impl Device {
         let caps = bit(csum, CAP_CSUM) | bit(tso, CAP_TSO) | bit(uso, CAP_USO);
         self.caps.store(caps, Relaxed);
         for index in 0..QUEUES_MAX {
-            let mut queue = self.queue(index);
-            queue.terms = terms;
-            queue.ring.set_event_idx(terms.event_idx);
+            self.queue(index).set_terms(terms);
         }
     }
 

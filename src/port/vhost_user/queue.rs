@@ -142,16 +142,16 @@ pub struct Queue {
     pub call: Option<OwnedFd>,
     /// SET_VRING_ENABLE.
     pub enabled: bool,
-    /// What was agreed.
-    pub terms: Terms,
+    terms: Terms,
     running: bool,
     broken: bool,
     buffers: Buffers,
     /// Heads of the chains in `buffers`, and their sizes.
     heads: Vec<(u16, usize)>,
     waiting: VecDeque<Box<[u8]>>,
-    /// A kick was asked for, for what waits.
-    asked: bool,
+    /// A kick was asked for, for what waits, when the driver's available index was this. Once the driver
+    /// has gone past it no kick comes any more, with EVENT_IDX: however many buffers it adds then.
+    asked_at: Option<u16>,
 }
 
 impl Queue {
@@ -168,15 +168,25 @@ impl Queue {
             buffers: Buffers::default(),
             heads: Vec::new(),
             waiting: VecDeque::new(),
-            asked: false,
+            asked_at: None,
         }
     }
 
-    /// Starts the queue where it has all it needs; whether it runs.
+    /// Puts in force what was agreed on.
+    pub fn set_terms(&mut self, terms: Terms) {
+        self.terms = terms;
+        self.ring.set_event_idx(terms.event_idx);
+        // Kicks are asked for in another way with EVENT_IDX than without.
+        self.asked_at = None;
+    }
+
+    /// Starts the queue where it has all it needs, after any change; whether it runs.
     ///
     /// # Errors
     /// The ring is not where the front-end says.
     pub fn start(&mut self) -> Result<bool, Broken> {
+        // The wish for a kick may have been left where the ring is no more.
+        self.asked_at = None;
         if !self.running && self.kick.is_some() && self.ring.has_place() {
             self.ring.start()?;
             self.ring.disable_kick()?;
@@ -189,7 +199,7 @@ impl Queue {
     /// Stops the queue; what waits for its guest is lost.
     pub fn stop(&mut self, backlog: &Backlog) {
         self.running = false;
-        self.asked = false;
+        self.asked_at = None;
         for frame in self.waiting.drain(..) {
             backlog.let_go(frame.len());
             backlog.lost.fetch_add(1, Relaxed);
@@ -465,17 +475,18 @@ impl Queue {
                     Delivery::Done => {}
                     Delivery::TooSmall => drop(backlog.lost.fetch_add(1, Relaxed)),
                 }
-                self.asked = false;
                 backlog.let_go(frame.len());
             }
             if self.waiting.is_empty() {
+                self.asked_at = None;
                 return Ok(Refill::Empty);
             }
-            if self.asked && !self.ring.has_news()? {
+            let seen = self.ring.avail_seen();
+            if self.asked_at == Some(seen) && !self.ring.has_news()? {
                 return Ok(Refill::Asked);
             }
             self.show()?;
-            self.asked = true;
+            self.asked_at = Some(self.ring.avail_seen());
             if !self.ring.enable_kick()? {
                 return Ok(Refill::Asked);
             }

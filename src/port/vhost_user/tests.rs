@@ -212,6 +212,33 @@ fn what_finds_no_buffers_waits_for_the_drivers_kick() {
 }
 
 #[test]
+fn a_frame_gets_its_buffers_one_kick_after_the_other() {
+    for event_idx in [false, true] {
+        let mut driver = Driver::start(Terms {
+            event_idx,
+            ..terms()
+        });
+        settle(&driver);
+        driver.device.send(plain(&frame(1200, 1))).unwrap();
+        driver.device.flush();
+        for n in 0..3 {
+            assert_eq!(driver.used(0), [], "{n}");
+            let buffer = [(BUFFERS + n * 0x1000, 500)];
+            match event_idx {
+                true => driver.chain_and_kick(0, &buffer),
+                false => {
+                    driver.chain(0, &buffer);
+                    driver.kick(0);
+                }
+            }
+            assert!(wakes(&driver), "{n}: the driver was asked to kick");
+            settle(&driver);
+        }
+        assert_eq!(driver.used(0), [(0, 500), (1, 500), (2, 212)]);
+    }
+}
+
+#[test]
 fn what_waits_is_bounded_and_lost_with_its_guest() {
     let driver = Driver::start(terms());
     let big = frame(60_000, 1);

@@ -215,6 +215,17 @@ impl Driver {
         rustix::io::write(&self.queues[queue].kick, &1u64.to_ne_bytes()).unwrap();
     }
 
+    /// Makes a chain available and kicks as a driver with EVENT_IDX does (virtio 1.2, 2.7.10): where the
+    /// device has asked for it.
+    pub fn chain_and_kick(&mut self, queue: usize, buffers: &[(u64, u32)]) {
+        let before = self.queues[queue].avail;
+        self.chain(queue, buffers);
+        let avail_event = self.word(Self::used_at(queue) + 4 + 8 * u64::from(SIZE));
+        if avail_event == before {
+            self.kick(queue);
+        }
+    }
+
     /// Sends a frame with a header before it, in one buffer.
     pub fn send(&mut self, header: &[u8], frame: &[u8]) {
         let n = u64::from(self.queues[1].avail % SIZE);

@@ -198,6 +198,11 @@ impl Queue {
 
     /// Stops the queue; what waits for its guest is lost.
     pub fn stop(&mut self, backlog: &Backlog) {
+        if self.is_served() {
+            // What was sent since the last flush: whoever goes on with the ring reads the used index there,
+            // and buffers above it would be nobody's.
+            let _ = self.show();
+        }
         self.running = false;
         self.asked_at = None;
         for frame in self.waiting.drain(..) {

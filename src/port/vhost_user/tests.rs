@@ -457,6 +457,23 @@ fn a_queue_goes_on_where_it_was_stopped() {
 }
 
 #[test]
+fn buffers_that_are_filled_go_back_when_the_queue_stops() {
+    let mut driver = Driver::start(terms());
+    for n in 0..2 {
+        driver.chain(0, &[(BUFFERS + n * 0x1000, 1000)]);
+    }
+    driver.device.send(plain(&frame(100, 1))).unwrap();
+    assert_eq!(driver.device.stop(0).unwrap(), 1);
+    assert_eq!(driver.used(0), [(0, 112)], "before any flush");
+    assert!(rung(&driver.queues[0].call));
+    let kick = driver.queues[0].kick.try_clone().unwrap();
+    driver.device.set_kick(0, kick).unwrap();
+    driver.device.send(plain(&frame(100, 2))).unwrap();
+    driver.device.flush();
+    assert_eq!(driver.used(0), [(1, 112)]);
+}
+
+#[test]
 fn a_full_batch_is_gone_on_with() {
     let mut driver = Driver::start(terms());
     for seed in 0..50 {

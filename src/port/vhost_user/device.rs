@@ -167,7 +167,8 @@ impl Device {
         let index = 2 * pair as usize;
         let mut queue = self.queue(index);
         let sent = queue.send(frame, rest, &self.backlog, &self.name);
-        if sent.is_err() {
+        // Before a flush can ask for the kick that whoever reads the port looks at `waiting` after.
+        if sent.is_err() || queue.has_waiting() {
             self.note(index, &queue);
         }
         sent

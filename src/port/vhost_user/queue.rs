@@ -472,13 +472,18 @@ impl Queue {
                 let Some((header, bytes)) = frame.split_first_chunk_mut() else {
                     continue;
                 };
-                match self.deliver(header, bytes, None)? {
-                    Delivery::NoRoom => {
+                match self.deliver(header, bytes, None) {
+                    Ok(Delivery::Done) => {}
+                    Ok(Delivery::TooSmall) => drop(backlog.lost.fetch_add(1, Relaxed)),
+                    Ok(Delivery::NoRoom) => {
                         self.waiting.push_front(frame);
                         break;
                     }
-                    Delivery::Done => {}
-                    Delivery::TooSmall => drop(backlog.lost.fetch_add(1, Relaxed)),
+                    Err(why) => {
+                        // Lost, and counted, with those behind it.
+                        self.waiting.push_front(frame);
+                        return Err(why);
+                    }
                 }
                 backlog.let_go(frame.len());
             }

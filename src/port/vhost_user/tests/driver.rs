@@ -94,6 +94,15 @@ impl Driver {
 
     pub fn with_queues(terms: Terms, count: usize) -> Self {
         let device = Arc::new(Device::new("test".to_owned()).unwrap());
+        Self::on(device, terms, count)
+    }
+
+    /// The guest's successor, on the same device and with other memory.
+    pub fn again(self) -> Self {
+        Self::on(self.device, terms(), self.queues.len())
+    }
+
+    fn on(device: Arc<Device>, terms: Terms, count: usize) -> Self {
         let file = memfd(MEMORY_BYTES);
         let regions = vec![(region(MEMORY_BYTES), file.try_clone().unwrap())];
         device

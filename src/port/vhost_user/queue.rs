@@ -488,7 +488,9 @@ impl Queue {
                 backlog.let_go(frame.len());
             }
             if self.waiting.is_empty() {
-                self.asked_at = None;
+                if self.asked_at.take().is_some() {
+                    self.ring.disable_kick()?;
+                }
                 return Ok(Refill::Empty);
             }
             let seen = self.ring.avail_seen();

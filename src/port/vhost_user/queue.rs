@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 
 use super::ring::{Broken, Buffers, CHAIN_DESCRIPTORS_MAX, Direction, Remote, Ring};
-use crate::frame::{BATCH_FRAMES_MAX, Batch, FRAME_BUFFER_LEN, Frame};
+use crate::frame::{BATCH_BYTES, BATCH_FRAMES_MAX, Batch, FRAME_BUFFER_LEN, Frame};
 use crate::offload::{self, Caps, VNET_HEADER_LEN};
 use crate::port::Shortcut;
 use crate::stats::{DropReason, PortCounters};
@@ -117,6 +117,30 @@ impl Backlog {
     fn let_go(&self, bytes: usize) {
         self.bytes.fetch_sub(bytes, Relaxed);
         self.frames.fetch_sub(1, Relaxed);
+    }
+}
+
+/// What may still be read from a port before its worker turns to others, all its queues together: as much
+/// as a batch. Frames that are refused or go straight to their receiver fill no batch, and count too.
+#[derive(Debug)]
+pub struct Budget {
+    frames: usize,
+    straight_bytes: usize,
+}
+
+impl Budget {
+    /// Whether nothing more may be read.
+    pub fn is_spent(&self) -> bool {
+        self.frames == 0 || self.straight_bytes == 0
+    }
+}
+
+impl Default for Budget {
+    fn default() -> Self {
+        Self {
+            frames: BATCH_FRAMES_MAX,
+            straight_bytes: BATCH_BYTES,
+        }
     }
 }
 
@@ -236,20 +260,20 @@ impl Queue {
         self.broken = true;
     }
 
-    /// Reads frames into `batch` until it is full (`true`) or the ring empty. Large ones may leave by
-    /// `shortcut`: while the batch is empty, and a batch that is not ends before them.
+    /// Reads frames into `batch` until it is full or the budget spent (`true`), or the ring empty. Large
+    /// ones may leave by `shortcut`: while the batch is empty, and a batch that is not ends before them.
     ///
     /// # Errors
     /// The driver broke a rule.
     pub fn drain(
         &mut self,
         batch: &mut Batch,
+        budget: &mut Budget,
         counters: &PortCounters,
         shortcut: &mut dyn Shortcut,
     ) -> Result<bool, Broken> {
         self.ring.disable_kick()?;
-        // Refused frames count too: a guest that sends nothing else must not hold the worker.
-        for _ in 0..BATCH_FRAMES_MAX {
+        while !budget.is_spent() {
             let is_first = batch.is_empty();
             let Some(buffer) = batch.next_buffer() else {
                 return Ok(true);
@@ -258,11 +282,14 @@ impl Queue {
             let Some(head) = self.ring.take(&mut self.buffers)? else {
                 return Ok(false);
             };
+            budget.frames -= 1;
             let header_len = self.terms.header_len();
             let frame_len = self.buffers.bytes().saturating_sub(header_len);
             if (STRAIGHT_BYTES_MIN..=STRAIGHT_BYTES_MAX).contains(&frame_len) && self.enabled {
                 match self.send_straight(buffer, is_first, shortcut)? {
                     Straight::Sent => {
+                        let bytes = &mut budget.straight_bytes;
+                        *bytes = bytes.saturating_sub(frame_len);
                         counters.rx(frame_len);
                         self.ring.push_used(head, 0)?;
                         continue;

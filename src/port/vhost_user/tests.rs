@@ -507,6 +507,57 @@ fn a_full_batch_is_gone_on_with() {
     assert!(!wakes(&driver));
 }
 
+/// Takes all large frames.
+struct Sink(usize);
+
+impl Shortcut for Sink {
+    fn leads(&self, _: &[u8]) -> bool {
+        true
+    }
+
+    fn send(&mut self, frame: &RemoteFrame<'_>) -> bool {
+        self.0 += frame.frame_len();
+        true
+    }
+}
+
+#[test]
+fn a_guest_with_many_queues_holds_its_worker_no_longer_than_one_with_one() {
+    // Frames that are refused.
+    let mut driver = Driver::with_queues(terms(), device::QUEUES_MAX);
+    for queue in (1..device::QUEUES_MAX).step_by(2) {
+        for _ in 0..SIZE {
+            driver.chain(queue, &[(BUFFERS, 1)]);
+        }
+    }
+    let mut refused = 0;
+    for _ in 0..device::QUEUE_PAIRS_MAX {
+        let (_, more, counters) = recv(&driver);
+        assert_eq!(more, More::Yes);
+        assert_eq!(drops(&counters), [(DropReason::Truncated, 64)]);
+        refused += 64;
+    }
+    assert_eq!(refused, device::QUEUE_PAIRS_MAX * usize::from(SIZE));
+    for queue in (1..device::QUEUES_MAX).step_by(2) {
+        assert_eq!(driver.used(queue).len(), usize::from(SIZE), "{queue}");
+    }
+    // And such as go straight to their receiver.
+    let mut driver = Driver::with_queues(terms(), 4);
+    for queue in [1, 3, 1, 3] {
+        for _ in 0..SIZE / 4 {
+            driver.chain(queue, &[(BUFFERS, 60_012)]);
+        }
+    }
+    for turn in 0..4 {
+        let (mut batch, mut sink) = (Batch::new(), Sink(0));
+        let counters = PortCounters::default();
+        let more = driver.device.recv(&mut batch, &counters, &mut sink);
+        assert_eq!((more, sink.0), (More::Yes, 9 * 60_000));
+        let used = [1, 3].map(|queue| driver.used(queue).len());
+        assert_eq!(used, if turn % 2 == 0 { [9, 0] } else { [0, 9] });
+    }
+}
+
 /// Leads to another driver's device, for frames whose 13th byte says so.
 struct To<'a>(&'a Driver, Vec<usize>);
 

@@ -5,6 +5,8 @@ use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
 use super::ring::{Broken, Buffers, CHAIN_DESCRIPTORS_MAX, Direction, Remote, Ring};
 use crate::frame::{BATCH_BYTES, BATCH_FRAMES_MAX, Batch, FRAME_BUFFER_LEN, Frame};
 use crate::offload::{self, Caps, VNET_HEADER_LEN};
@@ -546,8 +548,16 @@ impl Queue {
 
     fn call_guest(&self) {
         if let Some(call) = &self.call {
-            // Fails when its counter is full, and then the guest is called already.
-            let _ = rustix::io::write(call, &1u64.to_ne_bytes());
+            // A counter that is full has called the guest already. Asked first, since its owner can have
+            // made it blocking again; a front-end that fills it up between the two calls is left.
+            let mut fds = [PollFd::new(call, PollFlags::OUT)];
+            let now = Timespec {
+                tv_sec: 0,
+                tv_nsec: 0,
+            };
+            if poll(&mut fds, Some(&now)) == Ok(1) {
+                let _ = rustix::io::write(call, &1u64.to_ne_bytes());
+            }
         }
     }
 }

@@ -369,6 +369,19 @@ fn the_driver_is_called_when_it_wants_to_be() {
 }
 
 #[test]
+fn a_call_that_would_block_is_left() {
+    let mut driver = Driver::start(terms());
+    let call = &driver.queues[0].call;
+    rustix::io::write(call, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+    let flags = rustix::fs::fcntl_getfl(call).unwrap();
+    rustix::fs::fcntl_setfl(call, flags - rustix::fs::OFlags::NONBLOCK).unwrap();
+    driver.chain(0, &[(BUFFERS, 1000)]);
+    driver.device.send(plain(&frame(60, 1))).unwrap();
+    driver.device.flush();
+    assert_eq!(driver.used(0), [(0, 72)]);
+}
+
+#[test]
 fn indices_wrap() {
     let mut driver = Driver::start(terms());
     for n in 0..70_000u32 {

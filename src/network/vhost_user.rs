@@ -14,7 +14,7 @@ use crate::uplink::listen::{self, SocketFile};
 /// A listening socket for vhost-user front-ends.
 #[derive(Debug)]
 pub struct VhostUserSocket {
-    /// The socket.
+    /// The socket. It ends with the port, for whoever else has it too.
     pub fd: OwnedFd,
     /// What the log calls it: its path.
     pub name: String,

@@ -1,8 +1,10 @@
 //! What a vhost-user port's two halves and its control thread share: the queues, each behind a lock of its
 //! own, and which of them are open.
 //!
-//! Locks: a queue's is held for a batch (receive) or a frame (send) by a worker, and for a few stores by
-//! the control thread. Mapping and unmapping memory happens with none held.
+//! Locks: a queue's is held by a worker for a batch (receive), a frame (send) or what waits for the guest
+//! and finds buffers (flush: [`super::queue::BACKLOG_BYTES_MAX`] at most, a millisecond or two, once the
+//! guest has given that many), and for a few stores by the control thread. Mapping and unmapping memory
+//! happens with none held.
 
 use std::io;
 use std::mem::MaybeUninit;

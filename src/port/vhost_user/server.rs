@@ -4,6 +4,7 @@
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
@@ -44,6 +45,7 @@ impl Server {
             device,
             end: Arc::clone(&end),
             connection: Arc::clone(&connection),
+            turned_away: AtomicBool::new(false),
         };
         let thread = std::thread::Builder::new()
             .name("lanlet-vhost".to_owned())
@@ -78,6 +80,8 @@ struct Seat {
     device: Arc<Device>,
     end: Arc<OwnedFd>,
     connection: Arc<Mutex<Option<UnixStream>>>,
+    /// Somebody was turned away, and that was said.
+    turned_away: AtomicBool,
 }
 
 /// A front-end that is connected.
@@ -209,7 +213,15 @@ impl Seat {
         };
         let name = self.device.name();
         if taken {
-            log::warn!("{name}: a second front-end was turned away: a port is for one guest");
+            // Whoever connects again and again would fill the log.
+            let level = match self.turned_away.swap(true, Relaxed) {
+                false => log::Level::Warn,
+                true => log::Level::Debug,
+            };
+            log::log!(
+                level,
+                "{name}: a second front-end was turned away: a port is for one guest"
+            );
             return Ok(None);
         }
         self.seat(Some(stream.try_clone()?));

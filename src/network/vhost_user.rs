@@ -55,7 +55,8 @@ struct Attached {
 
 impl Network {
     /// Attaches a socket that vhost-user front-ends connect to, one at a time. The port stays until it is
-    /// detached, whoever comes and goes.
+    /// detached, whoever comes and goes; how many queues it has is each front-end's to say
+    /// ([`vhost_user::device::QUEUE_PAIRS_MAX`] at most).
     ///
     /// # Errors
     /// It is no listening socket, or the system refused what the port needs.

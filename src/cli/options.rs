@@ -19,6 +19,7 @@ use crate::nat::mapping::Dependence;
 use crate::nat::policy::parse::check_guest_name;
 use crate::nat::udp::UdpBehaviour;
 use crate::network::{PortOptions, VhostUserSocket};
+use crate::port::vhost_user::device::QUEUE_PAIRS_MAX;
 use crate::tap::QUEUES_MAX;
 
 /// Which network.
@@ -233,8 +234,8 @@ pub(super) struct PortFlags {
     #[arg(long, value_name = "NAME", value_parser = parse_guest_name)]
     pub(super) group: Option<String>,
 
-    /// Queues of the guest's network card, 1 to 16: with --workers its flows are spread over as many
-    /// threads [default: 1]
+    /// Queues of the guest's network card, 1 to 16, with --vhost-user to 8: with --workers the flows of a
+    /// tap are spread over as many threads [default: 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=i64::from(QUEUES_MAX)))]
     pub(super) queues: Option<u16>,
 
@@ -262,8 +263,14 @@ impl VmmFlags {
     /// The socket for vhost-user, where that is wanted.
     ///
     /// # Errors
-    /// It can't be made.
-    pub(super) fn vhost_user(&self) -> Result<Option<VhostUserSocket>, Failure> {
+    /// It can't be made, or the guest wants more queues than such a port has.
+    pub(super) fn vhost_user(&self, queues: u16) -> Result<Option<VhostUserSocket>, Failure> {
+        if self.vhost_user.is_some() && usize::from(queues) > QUEUE_PAIRS_MAX {
+            return Err(Failure::because(format!(
+                "a vhost-user port has {QUEUE_PAIRS_MAX} queues at most: give --queues {QUEUE_PAIRS_MAX} or \
+                 less, or leave --vhost-user out"
+            )));
+        }
         let path = match &self.vhost_user {
             None => return Ok(None),
             Some(None) => RuntimeDir::from_env().own_socket("vhost-user")?,
@@ -274,7 +281,7 @@ impl VmmFlags {
 }
 
 impl PortFlags {
-    /// Queues of the tap.
+    /// Queues of the guest's card.
     pub(super) fn queues(&self) -> u16 {
         self.queues.unwrap_or(1)
     }

@@ -88,14 +88,9 @@ pub(super) fn command(
         By::Tap { queues: 1, fd, .. } => add("-netdev", format!("tap,id={id},fd={fd}")),
         By::Tap { queues, fds, .. } => {
             add("-netdev", format!("tap,id={id},fds={fds}"));
-            card_options.push_str(",mq=on");
-            if card(program, arguments) == PCI_CARD {
-                // An interrupt for each direction of each queue, for control and for configuration.
-                let vectors = 2 * queues + 2;
-                card_options.push_str(&format!(",vectors={vectors}"));
-            }
+            card_options.push_str(&several_queues(*queues, program, arguments));
         }
-        By::VhostUser { socket } => {
+        By::VhostUser { socket, queues } => {
             if let Some(bytes) = memory::to_share(arguments)? {
                 let memory = format!("memory-backend-memfd,id={id}-memory,size={bytes},share=on");
                 add("-object", memory);
@@ -107,8 +102,18 @@ pub(super) fn command(
                 "-chardev",
                 format!("socket,id={id}-socket,path={path},reconnect=1"),
             );
-            add("-netdev", format!("vhost-user,id={id},chardev={id}-socket"));
-            card_options.push_str(match has_kvm(arguments) {
+            let netdev = format!("vhost-user,id={id},chardev={id}-socket");
+            let has_kvm = has_kvm(arguments);
+            if *queues == 1 {
+                add("-netdev", netdev);
+            } else {
+                add("-netdev", format!("{netdev},queues={queues}"));
+                card_options.push_str(&match has_kvm {
+                    true => several_queues((*queues).into(), program, arguments),
+                    false => ",mq=on".to_owned(),
+                });
+            }
+            card_options.push_str(match has_kvm {
                 true => VHOST_USER_CARD,
                 false => VHOST_USER_CARD_WITHOUT_KVM,
             });
@@ -122,6 +127,17 @@ pub(super) fn command(
         );
     }
     Ok(command)
+}
+
+/// Options of a card with several queues.
+fn several_queues(queues: usize, program: &Path, arguments: &[OsString]) -> String {
+    if card(program, arguments) == PCI_CARD {
+        // An interrupt for each direction of each queue, for control and for configuration.
+        let vectors = 2 * queues + 2;
+        format!(",mq=on,vectors={vectors}")
+    } else {
+        ",mq=on".to_owned()
+    }
 }
 
 /// Whether the arguments ask for KVM.
@@ -276,6 +292,7 @@ mod tests {
     fn a_vhost_user_guests_memory_is_shared() {
         let by = || By::VhostUser {
             socket: "/run/a,b.sock".into(),
+            queues: 1,
         };
         for kvm in [
             &["-enable-kvm"][..],
@@ -335,6 +352,21 @@ mod tests {
             "q -netdev tap,id=lanlet0,fds=7:8 \
              -device virtio-net-pci,netdev=lanlet0,mac=52:54:00:00:00:01,mq=on,vectors=6"
         );
+    }
+
+    #[test]
+    fn a_vhost_user_card_has_as_many() {
+        let by = || By::VhostUser {
+            socket: "s".into(),
+            queues: 4,
+        };
+        let words = line_by(by(), "q", &["-enable-kvm"]).unwrap();
+        assert!(words.contains(",chardev=lanlet0-socket,queues=4 "));
+        let rest = "mq=on,vectors=10,rx_queue_size=1024,tx_queue_size=1024";
+        assert!(words.ends_with(rest), "{words}");
+        let words = line_by(by(), "q", &[]).unwrap();
+        let rest = "mq=on,rx_queue_size=1024,tx_queue_size=1024,vectors=0";
+        assert!(words.ends_with(rest), "{words}");
     }
 
     #[test]

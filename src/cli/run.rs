@@ -20,8 +20,8 @@ use crate::sys::signal::SignalFd;
 /// (IFF_VNET_HDR), as QEMU, Cloud Hypervisor and crosvm want it. The port goes when CMD closes the tap.
 ///
 /// With --vhost-user there is no tap: {socket}, in the environment LANLET_SOCKET, is the path of a unix
-/// socket that CMD connects to as a vhost-user front-end, as often as it likes; the port goes when CMD
-/// ends.
+/// socket that CMD connects to as a vhost-user front-end, as often as it likes, with as many queues as its
+/// own arguments say, 8 at most; the port goes when CMD ends.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
@@ -88,6 +88,8 @@ pub(super) enum By {
     VhostUser {
         /// Its path.
         socket: String,
+        /// How many queues the guest's card is to have.
+        queues: u16,
     },
 }
 
@@ -114,7 +116,7 @@ impl Link {
             By::Tap {
                 fd, fds, ifname, ..
             } => names.extend([("fd", fd.as_str()), ("fds", fds), ("ifname", ifname)]),
-            By::VhostUser { socket } => names.push(("socket", socket)),
+            By::VhostUser { socket, .. } => names.push(("socket", socket)),
         }
         names
     }
@@ -132,7 +134,7 @@ pub(super) fn with_link(
     (port, vmm, forwards): (&PortFlags, &VmmFlags, &ForwardFlags),
     command: impl FnOnce(&Link) -> Result<Vec<OsString>, Failure>,
 ) -> Result<ExitCode, Failure> {
-    if let Some(socket) = vmm.vhost_user()? {
+    if let Some(socket) = vmm.vhost_user(port.queues())? {
         return with_socket(lan, signals, (port, socket, forwards), command);
     }
     let port = lan.attach_vmm(port.port(port.mac))?;
@@ -158,7 +160,10 @@ fn with_socket(
     lan.add_forwards(forwards, port.mac)?;
     let link = Link {
         mac: port.mac.to_string(),
-        by: By::VhostUser { socket: path },
+        by: By::VhostUser {
+            socket: path,
+            queues: flags.queues(),
+        },
     };
     let child = child::init_command()
         .args(command(&link)?)

@@ -14,7 +14,7 @@ use crate::uplink::listen::{self, SocketFile};
 /// A listening socket for vhost-user front-ends.
 #[derive(Debug)]
 pub struct VhostUserSocket {
-    /// The socket.
+    /// The socket. It ends with the port, for whoever else has it too.
     pub fd: OwnedFd,
     /// What the log calls it: its path.
     pub name: String,
@@ -55,7 +55,8 @@ struct Attached {
 
 impl Network {
     /// Attaches a socket that vhost-user front-ends connect to, one at a time. The port stays until it is
-    /// detached, whoever comes and goes.
+    /// detached, whoever comes and goes; how many queues it has is each front-end's to say
+    /// ([`vhost_user::device::QUEUE_PAIRS_MAX`] at most).
     ///
     /// # Errors
     /// It is no listening socket, or the system refused what the port needs.

@@ -14,8 +14,18 @@ use std::sync::OnceLock;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use std::sync::atomic::{AtomicBool, AtomicUsize};
 
-/// Mappings guarded at a time: eight each of 128 guests.
-pub const GUARDS_MAX: usize = 1024;
+/// Mappings guarded at a time: 64 each of 256 guests, which is the most that one can have
+/// (`port::vhost_user::memory`), so that it takes 256 that mean harm to leave none for the next. 512 KiB of
+/// address space, of which what was never used takes no memory.
+pub const GUARDS_MAX: usize = 16_384;
+
+/// Why a mapping is not guarded, and so not had.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "guests' memory is in {GUARDS_MAX} pieces already: detach vhost-user ports, or attach this guest to \
+     another network"
+)]
+struct TooMany;
 
 struct Slot {
     taken: AtomicBool,
@@ -33,6 +43,9 @@ static SLOTS: [Slot; GUARDS_MAX] = [const {
         page_len: AtomicUsize::new(0),
     }
 }; GUARDS_MAX];
+
+/// End of the slots that were ever taken: the handler need not look beyond.
+static SLOTS_END: AtomicUsize = AtomicUsize::new(0);
 
 /// What SIGBUS did before.
 static BEFORE: OnceLock<libc::sigaction> = OnceLock::new();
@@ -52,7 +65,9 @@ pub fn guard(start: usize, len: usize, page_len: usize) -> io::Result<Guard> {
     let free = SLOTS
         .iter()
         .position(|slot| !slot.taken.swap(true, Acquire))
-        .ok_or_else(|| io::Error::other("too many guests' mappings (1024)"))?;
+        .ok_or_else(|| io::Error::other(TooMany))?;
+    // Before the slot says what it guards.
+    SLOTS_END.fetch_max(free + 1, Release);
     let slot = &SLOTS[free];
     slot.len.store(len, Relaxed);
     slot.page_len.store(page_len, Relaxed);
@@ -70,7 +85,8 @@ impl Drop for Guard {
 
 /// The page that an address is in, and its length, where it is guarded.
 fn page_of(address: usize) -> Option<(usize, usize)> {
-    SLOTS.iter().find_map(|slot| {
+    let mut taken = SLOTS.iter().take(SLOTS_END.load(Acquire));
+    taken.find_map(|slot| {
         let start = slot.start.load(Acquire);
         let (len, page_len) = (slot.len.load(Relaxed), slot.page_len.load(Relaxed));
         let at = address.checked_sub(start).filter(|&at| at < len)?;

@@ -1,8 +1,10 @@
 //! What a vhost-user port's two halves and its control thread share: the queues, each behind a lock of its
 //! own, and which of them are open.
 //!
-//! Locks: a queue's is held for a batch (receive) or a frame (send) by a worker, and for a few stores by
-//! the control thread. Mapping and unmapping memory happens with none held.
+//! Locks: a queue's is held by a worker for a batch (receive), a frame (send) or what waits for the guest
+//! and finds buffers (flush: [`super::queue::BACKLOG_BYTES_MAX`] at most, a millisecond or two, once the
+//! guest has given that many), and for a few stores by the control thread. Mapping and unmapping memory
+//! happens with none held.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -13,7 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use rustix::event::{Timespec, epoll};
 
 use super::memory::Memory;
-use super::queue::{Backlog, Queue, Refill, RemoteFrame, Terms};
+use super::queue::{Backlog, Budget, Queue, Refill, RemoteFrame, Terms};
 use super::ring::{Broken, Direction, Remote};
 use crate::frame::{Batch, Frame};
 use crate::offload::Caps;
@@ -61,6 +63,8 @@ pub struct Device {
     served: AtomicU32,
     /// Queues to the guest where frames wait.
     waiting: AtomicU32,
+    /// Pair to begin reading at: the one after that which was not emptied, so that each gets its turn.
+    first: AtomicU32,
     caps: AtomicU8,
     backlog: Backlog,
 }
@@ -90,6 +94,7 @@ impl Device {
             open: AtomicU32::new(0),
             served: AtomicU32::new(0),
             waiting: AtomicU32::new(0),
+            first: AtomicU32::new(0),
             caps: AtomicU8::new(CAP_CSUM | CAP_TSO | CAP_USO),
             backlog: Backlog::default(),
         };
@@ -167,7 +172,8 @@ impl Device {
         let index = 2 * pair as usize;
         let mut queue = self.queue(index);
         let sent = queue.send(frame, rest, &self.backlog, &self.name);
-        if sent.is_err() {
+        // Before a flush can ask for the kick that whoever reads the port looks at `waiting` after.
+        if sent.is_err() || queue.has_waiting() {
             self.note(index, &queue);
         }
         sent
@@ -201,14 +207,15 @@ impl Device {
         counters: &PortCounters,
         shortcut: &mut dyn Shortcut,
     ) -> More {
+        let mut budget = Budget::default();
         self.flush_queues(self.waiting.load(Relaxed));
-        if self.drain(batch, counters, shortcut) {
+        if self.drain(batch, &mut budget, counters, shortcut) {
             return More::Yes;
         }
         self.take_events();
         // Once more, for whoever kicked between the look and the taking.
         self.flush_queues(self.waiting.load(Relaxed));
-        if self.drain(batch, counters, shortcut) {
+        if self.drain(batch, &mut budget, counters, shortcut) {
             self.ring_again();
             return More::Yes;
         }
@@ -219,25 +226,38 @@ impl Device {
     fn drain(
         &self,
         batch: &mut Batch,
+        budget: &mut Budget,
         counters: &PortCounters,
         shortcut: &mut dyn Shortcut,
     ) -> bool {
         let mut more = false;
-        let mut served = self.served.load(Relaxed);
+        let first = self.first.load(Relaxed);
+        // Bit `i` is pair `first + i`.
+        let mut served = self.served.load(Relaxed).rotate_right(first);
         while served != 0 {
-            let pair = served.trailing_zeros();
+            if budget.is_spent() {
+                return true;
+            }
+            let pair = (first + served.trailing_zeros()) % u32::BITS;
             served &= served - 1;
             let index = 2 * pair as usize + 1;
             let mut queue = self.queue(index);
             if !queue.is_served() {
                 continue;
             }
-            let read = queue.drain(batch, counters, shortcut).and_then(|full| {
+            let drained = queue.drain(batch, budget, counters, shortcut);
+            let read = drained.and_then(|full| {
                 queue.show()?;
                 Ok(full || queue.ring.enable_kick()?)
             });
             match read {
-                Ok(has_more) => more |= has_more,
+                Ok(false) => {}
+                Ok(true) => {
+                    if !more {
+                        self.first.store((pair + 1) % u32::BITS, Relaxed);
+                    }
+                    more = true;
+                }
                 Err(why) => {
                     queue.give_up(why, &self.backlog, &self.name);
                     self.note(index, &queue);
@@ -337,9 +357,7 @@ impl Device {
         let caps = bit(csum, CAP_CSUM) | bit(tso, CAP_TSO) | bit(uso, CAP_USO);
         self.caps.store(caps, Relaxed);
         for index in 0..QUEUES_MAX {
-            let mut queue = self.queue(index);
-            queue.terms = terms;
-            queue.ring.set_event_idx(terms.event_idx);
+            self.queue(index).set_terms(terms);
         }
     }
 

@@ -22,6 +22,9 @@ use crate::sys::bus_error;
 /// Regions of one guest at most: what one message of the protocol can carry (QEMU and DPDK send 8 at
 /// most).
 pub const REGIONS_MAX: usize = 32;
+/// A guest has its table and, while that is exchanged, the one before it: its share of what can be guarded
+/// is the 256th part.
+const _: () = assert!(2 * REGIONS_MAX * 256 <= bus_error::GUARDS_MAX);
 /// Bytes of one guest's memory at most: what fits the address space many times over, so that a front-end
 /// can't exhaust it for the others.
 pub const MEMORY_BYTES_MAX: u64 = 1 << 42;

@@ -5,8 +5,10 @@ use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
 use super::ring::{Broken, Buffers, CHAIN_DESCRIPTORS_MAX, Direction, Remote, Ring};
-use crate::frame::{BATCH_FRAMES_MAX, Batch, FRAME_BUFFER_LEN, Frame};
+use crate::frame::{BATCH_BYTES, BATCH_FRAMES_MAX, Batch, FRAME_BUFFER_LEN, Frame};
 use crate::offload::{self, Caps, VNET_HEADER_LEN};
 use crate::port::Shortcut;
 use crate::stats::{DropReason, PortCounters};
@@ -120,6 +122,30 @@ impl Backlog {
     }
 }
 
+/// What may still be read from a port before its worker turns to others, all its queues together: as much
+/// as a batch. Frames that are refused or go straight to their receiver fill no batch, and count too.
+#[derive(Debug)]
+pub struct Budget {
+    frames: usize,
+    straight_bytes: usize,
+}
+
+impl Budget {
+    /// Whether nothing more may be read.
+    pub fn is_spent(&self) -> bool {
+        self.frames == 0 || self.straight_bytes == 0
+    }
+}
+
+impl Default for Budget {
+    fn default() -> Self {
+        Self {
+            frames: BATCH_FRAMES_MAX,
+            straight_bytes: BATCH_BYTES,
+        }
+    }
+}
+
 /// How far a queue's refill came.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Refill {
@@ -142,16 +168,16 @@ pub struct Queue {
     pub call: Option<OwnedFd>,
     /// SET_VRING_ENABLE.
     pub enabled: bool,
-    /// What was agreed.
-    pub terms: Terms,
+    terms: Terms,
     running: bool,
     broken: bool,
     buffers: Buffers,
     /// Heads of the chains in `buffers`, and their sizes.
     heads: Vec<(u16, usize)>,
     waiting: VecDeque<Box<[u8]>>,
-    /// A kick was asked for, for what waits.
-    asked: bool,
+    /// A kick was asked for, for what waits, when the driver's available index was this. Once the driver
+    /// has gone past it no kick comes any more, with EVENT_IDX: however many buffers it adds then.
+    asked_at: Option<u16>,
 }
 
 impl Queue {
@@ -168,15 +194,25 @@ impl Queue {
             buffers: Buffers::default(),
             heads: Vec::new(),
             waiting: VecDeque::new(),
-            asked: false,
+            asked_at: None,
         }
     }
 
-    /// Starts the queue where it has all it needs; whether it runs.
+    /// Puts in force what was agreed on.
+    pub fn set_terms(&mut self, terms: Terms) {
+        self.terms = terms;
+        self.ring.set_event_idx(terms.event_idx);
+        // Kicks are asked for in another way with EVENT_IDX than without.
+        self.asked_at = None;
+    }
+
+    /// Starts the queue where it has all it needs, after any change; whether it runs.
     ///
     /// # Errors
     /// The ring is not where the front-end says.
     pub fn start(&mut self) -> Result<bool, Broken> {
+        // The wish for a kick may have been left where the ring is no more.
+        self.asked_at = None;
         if !self.running && self.kick.is_some() && self.ring.has_place() {
             self.ring.start()?;
             self.ring.disable_kick()?;
@@ -188,8 +224,13 @@ impl Queue {
 
     /// Stops the queue; what waits for its guest is lost.
     pub fn stop(&mut self, backlog: &Backlog) {
+        if self.is_served() {
+            // What was sent since the last flush: whoever goes on with the ring reads the used index there,
+            // and buffers above it would be nobody's.
+            let _ = self.show();
+        }
         self.running = false;
-        self.asked = false;
+        self.asked_at = None;
         for frame in self.waiting.drain(..) {
             backlog.let_go(frame.len());
             backlog.lost.fetch_add(1, Relaxed);
@@ -221,20 +262,20 @@ impl Queue {
         self.broken = true;
     }
 
-    /// Reads frames into `batch` until it is full (`true`) or the ring empty. Large ones may leave by
-    /// `shortcut`: while the batch is empty, and a batch that is not ends before them.
+    /// Reads frames into `batch` until it is full or the budget spent (`true`), or the ring empty. Large
+    /// ones may leave by `shortcut`: while the batch is empty, and a batch that is not ends before them.
     ///
     /// # Errors
     /// The driver broke a rule.
     pub fn drain(
         &mut self,
         batch: &mut Batch,
+        budget: &mut Budget,
         counters: &PortCounters,
         shortcut: &mut dyn Shortcut,
     ) -> Result<bool, Broken> {
         self.ring.disable_kick()?;
-        // Refused frames count too: a guest that sends nothing else must not hold the worker.
-        for _ in 0..BATCH_FRAMES_MAX {
+        while !budget.is_spent() {
             let is_first = batch.is_empty();
             let Some(buffer) = batch.next_buffer() else {
                 return Ok(true);
@@ -243,11 +284,14 @@ impl Queue {
             let Some(head) = self.ring.take(&mut self.buffers)? else {
                 return Ok(false);
             };
+            budget.frames -= 1;
             let header_len = self.terms.header_len();
             let frame_len = self.buffers.bytes().saturating_sub(header_len);
             if (STRAIGHT_BYTES_MIN..=STRAIGHT_BYTES_MAX).contains(&frame_len) && self.enabled {
                 match self.send_straight(buffer, is_first, shortcut)? {
                     Straight::Sent => {
+                        let bytes = &mut budget.straight_bytes;
+                        *bytes = bytes.saturating_sub(frame_len);
                         counters.rx(frame_len);
                         self.ring.push_used(head, 0)?;
                         continue;
@@ -457,25 +501,33 @@ impl Queue {
                 let Some((header, bytes)) = frame.split_first_chunk_mut() else {
                     continue;
                 };
-                match self.deliver(header, bytes, None)? {
-                    Delivery::NoRoom => {
+                match self.deliver(header, bytes, None) {
+                    Ok(Delivery::Done) => {}
+                    Ok(Delivery::TooSmall) => drop(backlog.lost.fetch_add(1, Relaxed)),
+                    Ok(Delivery::NoRoom) => {
                         self.waiting.push_front(frame);
                         break;
                     }
-                    Delivery::Done => {}
-                    Delivery::TooSmall => drop(backlog.lost.fetch_add(1, Relaxed)),
+                    Err(why) => {
+                        // Lost, and counted, with those behind it.
+                        self.waiting.push_front(frame);
+                        return Err(why);
+                    }
                 }
-                self.asked = false;
                 backlog.let_go(frame.len());
             }
             if self.waiting.is_empty() {
+                if self.asked_at.take().is_some() {
+                    self.ring.disable_kick()?;
+                }
                 return Ok(Refill::Empty);
             }
-            if self.asked && !self.ring.has_news()? {
+            let seen = self.ring.avail_seen();
+            if self.asked_at == Some(seen) && !self.ring.has_news()? {
                 return Ok(Refill::Asked);
             }
             self.show()?;
-            self.asked = true;
+            self.asked_at = Some(self.ring.avail_seen());
             if !self.ring.enable_kick()? {
                 return Ok(Refill::Asked);
             }
@@ -496,8 +548,16 @@ impl Queue {
 
     fn call_guest(&self) {
         if let Some(call) = &self.call {
-            // Fails when its counter is full, and then the guest is called already.
-            let _ = rustix::io::write(call, &1u64.to_ne_bytes());
+            // A counter that is full has called the guest already. Asked first, since its owner can have
+            // made it blocking again; a front-end that fills it up between the two calls is left.
+            let mut fds = [PollFd::new(call, PollFlags::OUT)];
+            let now = Timespec {
+                tv_sec: 0,
+                tv_nsec: 0,
+            };
+            if poll(&mut fds, Some(&now)) == Ok(1) {
+                let _ = rustix::io::write(call, &1u64.to_ne_bytes());
+            }
         }
     }
 }

@@ -315,6 +315,11 @@ impl Ring {
         self.next_avail
     }
 
+    /// The driver's available index when it was last looked at.
+    pub fn avail_seen(&self) -> u16 {
+        self.avail_seen
+    }
+
     /// Sets the entry of the available ring to go on at.
     pub fn set_next_avail(&mut self, index: u16) {
         self.next_avail = index;

@@ -4,11 +4,11 @@
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{RecvFlags, SocketFlags, accept_with, recv};
 use vhost::vhost_user::{BackendReqHandler, Error, VhostUserBackendReqHandlerMut};
 
@@ -16,12 +16,16 @@ use super::device::Device;
 use super::front_end::FrontEnd;
 
 /// Pause after a failed accept (out of descriptors), so that the loop does not spin.
-const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+const ACCEPT_RETRY: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 100_000_000,
+};
 
-/// A served socket. Dropping it ends the connection and the thread.
+/// A served socket. Dropping it ends the connection, the socket and the thread.
 #[derive(Debug)]
 pub struct Server {
     end: Arc<OwnedFd>,
+    listener: Arc<OwnedFd>,
     /// The connection, to cut off a front-end that is in the middle of a message.
     connection: Arc<Mutex<Option<UnixStream>>>,
     thread: Option<JoinHandle<()>>,
@@ -34,18 +38,21 @@ impl Server {
     /// The kernel gives no eventfd or thread.
     pub fn start(listener: OwnedFd, device: Arc<Device>) -> io::Result<Self> {
         let end = Arc::new(super::eventfd()?);
+        let listener = Arc::new(listener);
         let connection = Arc::default();
         let seat = Seat {
-            listener,
+            listener: Arc::clone(&listener),
             device,
             end: Arc::clone(&end),
             connection: Arc::clone(&connection),
+            turned_away: AtomicBool::new(false),
         };
         let thread = std::thread::Builder::new()
             .name("lanlet-vhost".to_owned())
             .spawn(move || seat.run())?;
         Ok(Self {
             end,
+            listener,
             connection,
             thread: Some(thread),
         })
@@ -55,6 +62,8 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         let _ = rustix::io::write(&self.end, &1u64.to_ne_bytes());
+        // Whoever shares the socket can have made it block, and taken the connection that was to be accepted.
+        let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
         let connection = self.connection.lock();
         if let Some(stream) = &*connection.unwrap_or_else(PoisonError::into_inner) {
             let _ = stream.shutdown(std::net::Shutdown::Both);
@@ -67,10 +76,12 @@ impl Drop for Server {
 
 /// A front-end's place.
 struct Seat {
-    listener: OwnedFd,
+    listener: Arc<OwnedFd>,
     device: Arc<Device>,
     end: Arc<OwnedFd>,
     connection: Arc<Mutex<Option<UnixStream>>>,
+    /// Somebody was turned away, and that was said.
+    turned_away: AtomicBool,
 }
 
 /// A front-end that is connected.
@@ -174,11 +185,14 @@ impl Seat {
                     Ok(None) => {}
                     Ok(accepted) => guest = accepted,
                     Err(error) => {
+                        let mut end = [PollFd::new(&self.end, PollFlags::IN)];
+                        if poll(&mut end, Some(&ACCEPT_RETRY)) == Ok(1) {
+                            break;
+                        }
                         if !std::mem::replace(&mut warned, true) {
                             let name = self.device.name();
                             log::warn!("{name}: cannot accept a front-end: {error}");
                         }
-                        std::thread::sleep(ACCEPT_RETRY);
                     }
                 }
             }
@@ -199,7 +213,15 @@ impl Seat {
         };
         let name = self.device.name();
         if taken {
-            log::warn!("{name}: a second front-end was turned away: a port is for one guest");
+            // Whoever connects again and again would fill the log.
+            let level = match self.turned_away.swap(true, Relaxed) {
+                false => log::Level::Warn,
+                true => log::Level::Debug,
+            };
+            log::log!(
+                level,
+                "{name}: a second front-end was turned away: a port is for one guest"
+            );
             return Ok(None);
         }
         self.seat(Some(stream.try_clone()?));

@@ -208,6 +208,36 @@ fn what_finds_no_buffers_waits_for_the_drivers_kick() {
         assert_eq!(driver.used(0), [(2, 112), (3, 112)]);
         assert_eq!(driver.read(BUFFERS + 12, 100), frame(100, 2));
         assert_eq!(driver.read(BUFFERS + 0x1000 + 12, 100), frame(100, 3));
+        let quiet = driver.read(Driver::used_at(0), 2) != [0, 0];
+        assert!(quiet || event_idx, "nothing waits: kicks are of no use");
+    }
+}
+
+#[test]
+fn a_frame_gets_its_buffers_one_kick_after_the_other() {
+    for event_idx in [false, true] {
+        let mut driver = Driver::start(Terms {
+            event_idx,
+            ..terms()
+        });
+        settle(&driver);
+        driver.device.send(plain(&frame(1200, 1))).unwrap();
+        // By the worker that reads the port, before the one that sent has flushed it.
+        settle(&driver);
+        for n in 0..3 {
+            assert_eq!(driver.used(0), [], "{n}");
+            let buffer = [(BUFFERS + n * 0x1000, 500)];
+            match event_idx {
+                true => driver.chain_and_kick(0, &buffer),
+                false => {
+                    driver.chain(0, &buffer);
+                    driver.kick(0);
+                }
+            }
+            assert!(wakes(&driver), "{n}: the driver was asked to kick");
+            settle(&driver);
+        }
+        assert_eq!(driver.used(0), [(0, 500), (1, 500), (2, 212)]);
     }
 }
 
@@ -228,11 +258,22 @@ fn what_waits_is_bounded_and_lost_with_its_guest() {
     );
     let drops = driver.device.kernel_drops().unwrap();
     assert_eq!(drops.tx, kept as u64);
-    // And by number.
-    let driver = Driver::start(terms());
+    // And by number; with none left over where the ring breaks under the first.
+    let mut driver = Driver::start(terms());
+    driver.device.send(plain(&big)).unwrap();
+    driver.device.send(plain(&big)).unwrap();
+    driver.chain(0, &[(0, 1000)]);
+    driver.device.flush();
+    assert_eq!(driver.device.kernel_drops().unwrap().tx, 2);
+    driver.device.reset();
+    let mut driver = driver.again();
     let small = frame(60, 1);
     let kept = (0..).take_while(|_| driver.device.send(plain(&small)).is_ok());
     assert_eq!(kept.count(), queue::BACKLOG_FRAMES_MAX);
+    driver.device.reset();
+    driver = driver.again();
+    let kept = (0..).take_while(|_| driver.device.send(plain(&big)).is_ok());
+    assert_eq!(kept.count(), queue::BACKLOG_BYTES_MAX / 60_012);
 }
 
 #[test]
@@ -325,6 +366,19 @@ fn the_driver_is_called_when_it_wants_to_be() {
     driver.write(used_event, &3u16.to_le_bytes());
     assert!(!send(&mut driver));
     assert!(send(&mut driver));
+}
+
+#[test]
+fn a_call_that_would_block_is_left() {
+    let mut driver = Driver::start(terms());
+    let call = &driver.queues[0].call;
+    rustix::io::write(call, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+    let flags = rustix::fs::fcntl_getfl(call).unwrap();
+    rustix::fs::fcntl_setfl(call, flags - rustix::fs::OFlags::NONBLOCK).unwrap();
+    driver.chain(0, &[(BUFFERS, 1000)]);
+    driver.device.send(plain(&frame(60, 1))).unwrap();
+    driver.device.flush();
+    assert_eq!(driver.used(0), [(0, 72)]);
 }
 
 #[test]
@@ -430,6 +484,23 @@ fn a_queue_goes_on_where_it_was_stopped() {
 }
 
 #[test]
+fn buffers_that_are_filled_go_back_when_the_queue_stops() {
+    let mut driver = Driver::start(terms());
+    for n in 0..2 {
+        driver.chain(0, &[(BUFFERS + n * 0x1000, 1000)]);
+    }
+    driver.device.send(plain(&frame(100, 1))).unwrap();
+    assert_eq!(driver.device.stop(0).unwrap(), 1);
+    assert_eq!(driver.used(0), [(0, 112)], "before any flush");
+    assert!(rung(&driver.queues[0].call));
+    let kick = driver.queues[0].kick.try_clone().unwrap();
+    driver.device.set_kick(0, kick).unwrap();
+    driver.device.send(plain(&frame(100, 2))).unwrap();
+    driver.device.flush();
+    assert_eq!(driver.used(0), [(1, 112)]);
+}
+
+#[test]
 fn a_full_batch_is_gone_on_with() {
     let mut driver = Driver::start(terms());
     for seed in 0..50 {
@@ -447,6 +518,57 @@ fn a_full_batch_is_gone_on_with() {
     assert!(wakes(&driver), "the worker may turn to others meanwhile");
     assert_eq!(frames.len() + settle(&driver).len(), 59);
     assert!(!wakes(&driver));
+}
+
+/// Takes all large frames.
+struct Sink(usize);
+
+impl Shortcut for Sink {
+    fn leads(&self, _: &[u8]) -> bool {
+        true
+    }
+
+    fn send(&mut self, frame: &RemoteFrame<'_>) -> bool {
+        self.0 += frame.frame_len();
+        true
+    }
+}
+
+#[test]
+fn a_guest_with_many_queues_holds_its_worker_no_longer_than_one_with_one() {
+    // Frames that are refused.
+    let mut driver = Driver::with_queues(terms(), device::QUEUES_MAX);
+    for queue in (1..device::QUEUES_MAX).step_by(2) {
+        for _ in 0..SIZE {
+            driver.chain(queue, &[(BUFFERS, 1)]);
+        }
+    }
+    let mut refused = 0;
+    for _ in 0..device::QUEUE_PAIRS_MAX {
+        let (_, more, counters) = recv(&driver);
+        assert_eq!(more, More::Yes);
+        assert_eq!(drops(&counters), [(DropReason::Truncated, 64)]);
+        refused += 64;
+    }
+    assert_eq!(refused, device::QUEUE_PAIRS_MAX * usize::from(SIZE));
+    for queue in (1..device::QUEUES_MAX).step_by(2) {
+        assert_eq!(driver.used(queue).len(), usize::from(SIZE), "{queue}");
+    }
+    // And such as go straight to their receiver.
+    let mut driver = Driver::with_queues(terms(), 4);
+    for queue in [1, 3, 1, 3] {
+        for _ in 0..SIZE / 4 {
+            driver.chain(queue, &[(BUFFERS, 60_012)]);
+        }
+    }
+    for turn in 0..4 {
+        let (mut batch, mut sink) = (Batch::new(), Sink(0));
+        let counters = PortCounters::default();
+        let more = driver.device.recv(&mut batch, &counters, &mut sink);
+        assert_eq!((more, sink.0), (More::Yes, 9 * 60_000));
+        let used = [1, 3].map(|queue| driver.used(queue).len());
+        assert_eq!(used, if turn % 2 == 0 { [9, 0] } else { [0, 9] });
+    }
 }
 
 /// Leads to another driver's device, for frames whose 13th byte says so.

@@ -94,6 +94,15 @@ impl Driver {
 
     pub fn with_queues(terms: Terms, count: usize) -> Self {
         let device = Arc::new(Device::new("test".to_owned()).unwrap());
+        Self::on(device, terms, count)
+    }
+
+    /// The guest's successor, on the same device and with other memory.
+    pub fn again(self) -> Self {
+        Self::on(self.device, terms(), self.queues.len())
+    }
+
+    fn on(device: Arc<Device>, terms: Terms, count: usize) -> Self {
         let file = memfd(MEMORY_BYTES);
         let regions = vec![(region(MEMORY_BYTES), file.try_clone().unwrap())];
         device
@@ -213,6 +222,17 @@ impl Driver {
 
     pub fn kick(&self, queue: usize) {
         rustix::io::write(&self.queues[queue].kick, &1u64.to_ne_bytes()).unwrap();
+    }
+
+    /// Makes a chain available and kicks as a driver with EVENT_IDX does (virtio 1.2, 2.7.10): where the
+    /// device has asked for it.
+    pub fn chain_and_kick(&mut self, queue: usize, buffers: &[(u64, u32)]) {
+        let before = self.queues[queue].avail;
+        self.chain(queue, buffers);
+        let avail_event = self.word(Self::used_at(queue) + 4 + 8 * u64::from(SIZE));
+        if avail_event == before {
+            self.kick(queue);
+        }
     }
 
     /// Sends a frame with a header before it, in one buffer.

@@ -278,3 +278,19 @@ fn a_port_ends_although_its_front_end_is_in_mid_sentence() {
     drop(listening.port.take());
     assert!(begun.elapsed() < Duration::from_secs(5));
 }
+
+/// unix(7), net/unix/af_unix.c: shutting a listening socket down wakes who waits in accept.
+#[test]
+fn a_port_ends_although_its_socket_was_made_to_block() {
+    let listener = UnixListener::bind(
+        std::env::temp_dir().join(format!("lanlet-vhost-blocks-{}", std::process::id())),
+    )
+    .unwrap();
+    let path = listener.local_addr().unwrap();
+    let copy = listener.try_clone().unwrap();
+    let waiting = std::thread::spawn(move || listener.accept().unwrap_err().raw_os_error());
+    std::thread::sleep(Duration::from_millis(20));
+    drop(open(copy.into(), "test".to_owned()).unwrap());
+    assert_eq!(waiting.join().unwrap(), Some(libc::EINVAL));
+    std::fs::remove_file(path.as_pathname().unwrap()).unwrap();
+}

@@ -30,6 +30,13 @@ struct Lab {
 
 impl Lab {
     fn new() -> Self {
+        let range = DhcpConfig::new(lan()).range();
+        let leases = LeaseTable::new(range, &lan()).unwrap();
+        let common = Common::new(&lan(), Arc::default());
+        Self::of(common, Arc::new(Mutex::new(leases)))
+    }
+
+    fn of(common: Common, leases: Arc<Mutex<LeaseTable>>) -> Self {
         let config = NatConfig {
             lan: lan(),
             flows_max: 4_096,
@@ -37,10 +44,8 @@ impl Lab {
             host: Default::default(),
         };
         let now = Instant::from_secs(100);
-        let mut nat = Nat::new(config, now);
-        let range = DhcpConfig::new(lan()).range();
-        let leases = LeaseTable::new(range, &lan()).unwrap();
-        nat.forwards_mut().set_leases(Arc::new(Mutex::new(leases)));
+        let mut nat = Nat::with(config, common, now);
+        nat.forwards_mut().set_leases(leases);
         Self {
             nat,
             up: FakeUplink::new(7),
@@ -699,4 +704,108 @@ fn ports_to_try_stay_above_the_services() {
     assert!(ports.iter().all(|&port| port >= 49_152));
     assert!(ports.iter().collect::<BTreeSet<_>>().len() > ports.len() / 2);
     assert_eq!(ports_to_try(Some(1_024), 3).next(), Some(1_024));
+}
+
+#[test]
+fn a_forward_moves_to_the_worker_of_its_guest_with_all_that_waits() {
+    let range = DhcpConfig::new(lan()).range();
+    let leases = Arc::new(Mutex::new(LeaseTable::new(range, &lan()).unwrap()));
+    let common = Common::new(&lan(), Arc::default());
+    common.homes.set(PortId(1), WorkerId(1));
+    let mut here = Lab::of(common.clone(), Arc::clone(&leases));
+    let mut there = Lab::of(common.for_worker(WorkerId(1)), leases);
+    let text = "8080:192.168.122.2:80";
+    let listen = [ListenerKind::Tcp(at("0.0.0.0:8080"))];
+    let (id, sockets) = here.add(text, &listen);
+    let spec = text.parse().unwrap();
+    let add = there
+        .nat
+        .add_forward((id, &spec), &listen, &mut there.up, |_, _, _| Ok(None));
+    add.unwrap();
+    // A client waits while the guest is looked for; its answer is heard by the other worker.
+    here.up.knock(sockets[0], Some(at(CLIENT)));
+    here.settle();
+    assert!(here.log.pop().is_some() && here.nat.forwards_mut().poll_leaving().is_none());
+    there.answer_arp(GUEST_MAC, GUEST);
+    assert!(there.nat.forwards_mut().take_announcement());
+    here.settle();
+    let (to, moved) = here
+        .nat
+        .forwards_mut()
+        .poll_leaving()
+        .expect("it is elsewhere");
+    assert_eq!(to, WorkerId(1));
+    assert_eq!((moved.listeners.len(), moved.parked.len()), (1, 1));
+    assert_eq!(here.counters(id), ForwardCounters::default());
+    // Its sockets become the other's.
+    let mut taken = Vec::new();
+    there.nat.take_forward(
+        moved,
+        there.now,
+        (&mut there.up, &mut there.log),
+        |up, _, kind, owner| {
+            taken.push(kind);
+            match kind {
+                Some(_) => Ok(up.listen(owner)),
+                None => up.tcp_connect(at(CLIENT), owner),
+            }
+        },
+    );
+    assert_eq!(taken, [Some(listen[0]), None]);
+    there.settle();
+    assert_eq!(there.next_syn().1, at("192.168.122.2:80"));
+    let counters = there.counters(id);
+    assert_eq!((counters.opened, counters.waiting), (1, 0));
+}
+
+#[test]
+fn who_has_a_guests_name_keeps_it_where_the_forward_moves() {
+    let range = DhcpConfig::new(lan()).range();
+    let leases = Arc::new(Mutex::new(LeaseTable::new(range, &lan()).unwrap()));
+    let common = Common::new(&lan(), Arc::default());
+    let mut here = Lab::of(common.clone(), Arc::clone(&leases));
+    let mut there = Lab::of(common.for_worker(WorkerId(1)), leases);
+    let thief = Mac([0x52, 0x54, 0, 0, 0, 1]);
+    let listen = [ListenerKind::Tcp(at("0.0.0.0:8080"))];
+    let (id, sockets) = here.add("8080:web:80", &listen);
+    let spec = "8080:web:80".parse().unwrap();
+    let add = there
+        .nat
+        .add_forward((id, &spec), &listen, &mut there.up, |_, _, _| Ok(None));
+    add.unwrap();
+    for lab in [&mut here, &mut there] {
+        lab.nat
+            .forwards_mut()
+            .name_port(PortId(9), "web", Some(GUEST_MAC));
+    }
+    here.answer_arp(GUEST_MAC, GUEST);
+    here.up.knock(sockets[0], Some(at(CLIENT)));
+    here.settle();
+    assert_eq!(here.next_syn().1, at("192.168.122.2:80"));
+    // Another port of that name, which would be found first.
+    for lab in [&mut here, &mut there] {
+        lab.nat
+            .forwards_mut()
+            .name_port(PortId(1), "web", Some(thief));
+    }
+    there.answer_arp(thief, Ipv4Addr::new(192, 168, 122, 3));
+    common.homes.set(PortId(1), WorkerId(1));
+    here.up.knock(sockets[0], Some(at("198.51.100.9:40001")));
+    here.settle();
+    let (_, moved) = here
+        .nat
+        .forwards_mut()
+        .poll_leaving()
+        .expect("it is elsewhere");
+    there.nat.take_forward(
+        moved,
+        there.now,
+        (&mut there.up, &mut there.log),
+        |up, _, kind, owner| match kind {
+            Some(_) => Ok(up.listen(owner)),
+            None => up.tcp_connect(at(CLIENT), owner),
+        },
+    );
+    there.settle();
+    assert_eq!(there.next_syn().1, at("192.168.122.2:80"));
 }

@@ -65,11 +65,17 @@ fn the_hot_path_is_as_fast_as_on_record() {
         "{}",
         outcome.text()
     );
-    // Everything done one and a half times, which every steady piece shows.
-    let handicapped = guard(&["--handicap"]);
-    assert_eq!(handicapped.status, Some(1), "{}", handicapped.text());
-    let noticed = slow(&handicapped);
-    let is_steady = |name: &&String| !UNSTEADY.contains(&name.as_str());
-    let noticed = noticed.iter().filter(is_steady).count();
-    assert_eq!(noticed, pieces - UNSTEADY.len(), "{}", handicapped.text());
+    // Everything done one and a half times, which every steady piece shows, if not at the first look: what
+    // disturbs a plain loop makes a piece look fast.
+    let is_steady = |name: &String| !UNSTEADY.contains(&name.as_str());
+    let mut noticed = BTreeSet::new();
+    for _ in 0..LOOKS {
+        outcome = guard(&["--handicap"]);
+        assert_eq!(outcome.status, Some(1), "{}", outcome.text());
+        noticed.extend(slow(&outcome).into_iter().filter(is_steady));
+        if noticed.len() == pieces - UNSTEADY.len() {
+            return;
+        }
+    }
+    panic!("only {noticed:?}: {}", outcome.text());
 }

@@ -30,8 +30,9 @@
 //!
 //! # Several workers
 //! Each port is read by one worker, or a queue of it by each of several, and that worker writes into
-//! whatever port a frame is for. Shared are the MAC table, the leases and a few numbers; gateway and NAT
-//! are each worker's own, for the ports that are at home with it ([`nat::common`]).
+//! whatever port a frame is for. Shared are the MAC table, the leases, where guests are, and a few
+//! numbers; gateway and NAT are each worker's own, for the ports that are at home with it
+//! ([`nat::common`]).
 //!
 //! # Layers
 //! A module imports only from its own layer and from those above it in this list

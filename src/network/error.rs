@@ -52,9 +52,9 @@ pub enum NetworkError {
     #[error("the switch has {PORTS_MAX} ports already: detach some or start a second network")]
     PortsFull,
     /// The data path did not answer.
-    #[error("the network's worker is busy; what was asked for is done when it gets to it")]
+    #[error("the data path is busy; what was asked for is done when it gets to it")]
     Busy,
     /// The data path has ended.
-    #[error("the network's worker has ended{}", .0.as_ref().map(|cause| format!(": {cause}")).unwrap_or_default())]
+    #[error("the data path has ended{}", .0.as_ref().map(|cause| format!(": {cause}")).unwrap_or_default())]
     Ended(Option<String>),
 }

@@ -1,5 +1,5 @@
-//! What has to be looked after while a network runs: the lease file, whether the host has IPv6, and
-//! whether the workers share the load, and memory that nobody wants any more.
+//! What has to be looked after while a network runs: the lease file, the host's IPv6, the workers' load,
+//! and memory that nobody wants any more.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};

@@ -5,8 +5,9 @@ use std::time::Duration;
 use crate::common::{World, heavy};
 use crate::{assert_said, scenario};
 
-/// Of datagrams at a rate far below what the path can do.
-const LOST_PERCENT_MAX: f64 = 0.5;
+/// Of datagrams at a rate far below what the path can do: where the sender was held up for 10 ms by other
+/// tests, what it then sends at once is more than the receiver's buffer holds (rmem_max, 12 of 8000 bytes).
+const LOST_PERCENT_MAX: f64 = 3.0;
 /// Far below what any build does: a stream that stands still is what is looked for here. Rates are
 /// `lab/compare`'s business.
 const MBPS_MIN: f64 = 50.0;

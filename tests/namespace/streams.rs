@@ -5,9 +5,8 @@ use std::time::Duration;
 use crate::common::{World, heavy};
 use crate::{assert_said, scenario};
 
-/// Of datagrams at a rate far below what the path can do: where the sender was held up for 10 ms by other
-/// tests, what it then sends at once is more than the receiver's buffer holds (rmem_max, 12 of 8000 bytes).
-const LOST_PERCENT_MAX: f64 = 3.0;
+/// Of datagrams at a rate far below what the path can do.
+const LOST_PERCENT_MAX: f64 = 0.5;
 /// Far below what any build does: a stream that stands still is what is looked for here. Rates are
 /// `lab/compare`'s business.
 const MBPS_MIN: f64 = 50.0;
@@ -25,7 +24,7 @@ fn iperf3_in_every_direction() {
         cat >run.py <<'END'
 import json, subprocess, time
 
-def run(name, address, *options):
+def run(name, address, *options, tries=3):
     time.sleep(0.3)  # the server listens again
     done = subprocess.run(["iperf3", "-c", address, "-J", *options], capture_output=True, timeout=40)
     result = json.loads(done.stdout)
@@ -34,6 +33,10 @@ def run(name, address, *options):
         return
     end = result["end"]
     if "sum" in end and "lost_percent" in end["sum"]:
+        # A sender that other tests held up for 10 ms then sends at once more than the receiver's buffer
+        # holds (rmem_max, 12 of 8000 bytes). What lanlet loses it loses every time.
+        if end["sum"]["lost_percent"] > 0.5 and tries > 1:
+            return run(name, address, *options, tries=tries - 1)
         print(f"@@LANLET {name}_packets={end['sum']['packets']} {name}_lost={end['sum']['lost_percent']}")
         return
     print(f"@@LANLET {name}_mbps={end['sum_received']['bits_per_second'] / 1e6:.1f}")

@@ -7,6 +7,7 @@
 pub mod arena;
 pub mod bus_error;
 pub mod error_queue;
+pub mod eventfd;
 pub mod fd_pass;
 pub mod inherited;
 pub mod late_close;

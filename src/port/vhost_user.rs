@@ -29,9 +29,8 @@
 //!   Its queue is given up, nobody else's.
 //! - Never to give buffers: its frames wait up to the limit, then drop. Nobody waits for it.
 //! - To stop in the middle of a message: the control thread is this port's alone.
-//! - Descriptors that block: kicks are never read; calls must be eventfds, made non-blocking, and are asked
-//!   before each write. A front-end that makes its eventfd blocking again and fills it up in the
-//!   microsecond between the two can hold a worker up until it reads it or ends.
+//! - Descriptors that block: kicks are never read; calls must be eventfds, and are signalled as the kernel
+//!   does it, which never waits ([`crate::sys::eventfd`]).
 //! - Memory that goes away: see [`memory`].
 
 pub mod device;

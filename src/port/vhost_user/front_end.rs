@@ -135,9 +135,8 @@ impl Drop for FrontEnd {
 
 /// The eventfd in a file that a front-end sent.
 ///
-/// Its kind is checked, since a write to anything else may block. An eventfd's may too, while its counter
-/// is full and its owner has made it blocking; it is made non-blocking here, which a front-end that means
-/// harm can undo.
+/// Its kind is checked, since a write to anything else may block, and it is made non-blocking, where
+/// [`crate::sys::eventfd`] has to write: a front-end that means harm can undo that.
 fn eventfd(file: Option<File>) -> std::result::Result<OwnedFd, SetupError> {
     let fd = OwnedFd::from(file.ok_or(SetupError::NoEventfd)?);
     let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;

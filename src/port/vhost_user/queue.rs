@@ -2,16 +2,15 @@
 //! guest.
 
 use std::collections::VecDeque;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
-
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::ring::{Broken, Buffers, CHAIN_DESCRIPTORS_MAX, Direction, Remote, Ring};
 use crate::frame::{BATCH_BYTES, BATCH_FRAMES_MAX, Batch, FRAME_BUFFER_LEN, Frame};
 use crate::offload::{self, Caps, VNET_HEADER_LEN};
 use crate::port::Shortcut;
 use crate::stats::{DropReason, PortCounters};
+use crate::sys::eventfd;
 
 /// Bytes that wait for one port's guest at most, all its queues together: what TCP has in flight between
 /// two guests of one host by default (net.ipv4.tcp_rmem, 6 MiB), and some.
@@ -540,25 +539,13 @@ impl Queue {
     /// # Errors
     /// The ring has no place.
     pub fn show(&mut self) -> Result<(), Broken> {
-        if self.ring.publish()? && self.ring.wants_call()? {
-            self.call_guest();
+        if self.ring.publish()?
+            && self.ring.wants_call()?
+            && let Some(call) = &self.call
+        {
+            eventfd::signal(call.as_fd());
         }
         Ok(())
-    }
-
-    fn call_guest(&self) {
-        if let Some(call) = &self.call {
-            // A counter that is full has called the guest already. Asked first, since its owner can have
-            // made it blocking again; a front-end that fills it up between the two calls is left.
-            let mut fds = [PollFd::new(call, PollFlags::OUT)];
-            let now = Timespec {
-                tv_sec: 0,
-                tv_nsec: 0,
-            };
-            if poll(&mut fds, Some(&now)) == Ok(1) {
-                let _ = rustix::io::write(call, &1u64.to_ne_bytes());
-            }
-        }
     }
 }
 

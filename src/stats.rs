@@ -38,7 +38,7 @@ drop_reasons! {
     Reserved = "reserved",
     /// The destination is behind the port the frame came from.
     SamePort = "same_port",
-    /// A flood that found no other port.
+    /// A flood that found no other port, or a frame whose own port was removed before the gateway had it.
     NoPort = "no_port",
     /// The egress port's kernel queue took no more.
     EgressFull = "egress_full",

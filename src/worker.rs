@@ -501,7 +501,10 @@ impl Path {
     /// Takes a frame for the gateway, or posts it where its port is at home.
     fn receive_for_gateway(&mut self, ingress: PortId, frame: Frame<'_>) -> Result<(), DropReason> {
         if let Some(home) = self.common.elsewhere(ingress) {
-            self.crew.member(home).post(ingress, frame)?;
+            let port = self.lan.ports.get(usize::from(ingress.0));
+            let port = port.and_then(Option::as_ref).ok_or(DropReason::NoPort)?;
+            let counters = Arc::clone(&port.counters);
+            self.crew.member(home).post(ingress, counters, frame)?;
             if !self.posted.contains(&home) {
                 self.posted.push(home);
             }
@@ -514,13 +517,13 @@ impl Path {
 
     /// Handles the frames for the gateway that other workers have read.
     fn take_posted(&mut self, seat: &Seat) {
-        seat.take_posted(&mut |ingress, frame| {
+        seat.take_posted(&mut |ingress, counters, frame| {
             // Of a port that is gone there must be no flow.
-            let Some(Some(egress)) = self.lan.ports.get(usize::from(ingress.0)) else {
-                return;
+            let received = match self.lan.is_port(ingress, counters) {
+                true => self.receive_for_gateway(ingress, frame),
+                false => Err(DropReason::NoPort),
             };
-            let counters = Arc::clone(&egress.counters);
-            if let Err(reason) = self.receive_for_gateway(ingress, frame) {
+            if let Err(reason) = received {
                 counters.count_drop(reason);
             }
         });

@@ -19,7 +19,7 @@ use crate::config::WORKERS_MAX;
 use crate::frame::{FRAME_BUFFER_LEN, Frame, PortId, WorkerId};
 use crate::nat::common::Homes;
 use crate::offload::Offload;
-use crate::stats::DropReason;
+use crate::stats::{DropReason, PortCounters};
 use crate::switch::PORTS_MAX;
 
 /// Frames that wait for one worker. Their memory is used only where frames are posted.
@@ -63,7 +63,12 @@ impl WorkerHandle {
     ///
     /// # Errors
     /// [`DropReason::HomeBusy`]: it is that far behind, or the port has its share of what waits.
-    pub(super) fn post(&self, ingress: PortId, frame: Frame<'_>) -> Result<(), DropReason> {
+    pub(super) fn post(
+        &self,
+        ingress: PortId,
+        counters: Arc<PortCounters>,
+        frame: Frame<'_>,
+    ) -> Result<(), DropReason> {
         let waiting = self.waiting.get(usize::from(ingress.0));
         let waiting = waiting.ok_or(DropReason::NoPort)?;
         if waiting.load(Relaxed) >= POSTED_PER_PORT_MAX {
@@ -76,6 +81,7 @@ impl WorkerHandle {
         buffer[..len].copy_from_slice(frame.bytes);
         let parcel = Parcel {
             ingress,
+            counters,
             len,
             offload: frame.offload,
             buffer,
@@ -89,6 +95,8 @@ impl WorkerHandle {
 /// A frame for another worker's gateway.
 struct Parcel {
     ingress: PortId,
+    /// The port's: what tells it from another that has its number since.
+    counters: Arc<PortCounters>,
     len: usize,
     offload: Offload,
     buffer: Box<[u8]>,
@@ -112,7 +120,7 @@ impl Seat {
     }
 
     /// Hands the frames that others left to `sink`, as many as fit in the mailbox at most.
-    pub(super) fn take_posted(&self, sink: &mut dyn FnMut(PortId, Frame<'_>)) {
+    pub(super) fn take_posted(&self, sink: &mut dyn FnMut(PortId, &Arc<PortCounters>, Frame<'_>)) {
         for _ in 0..POSTED_MAX {
             let parcel = match self.posted.try_recv() {
                 Ok(parcel) => parcel,
@@ -121,13 +129,11 @@ impl Seat {
             if let Some(waiting) = self.waiting.get(usize::from(parcel.ingress.0)) {
                 waiting.fetch_sub(1, Relaxed);
             }
-            sink(
-                parcel.ingress,
-                Frame {
-                    bytes: &parcel.buffer[..parcel.len],
-                    offload: parcel.offload,
-                },
-            );
+            let frame = Frame {
+                bytes: &parcel.buffer[..parcel.len],
+                offload: parcel.offload,
+            };
+            sink(parcel.ingress, &parcel.counters, frame);
             // There is room: all buffers together are as many as the channel holds.
             let _ = self.spare.try_send(parcel.buffer);
         }

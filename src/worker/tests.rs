@@ -428,6 +428,47 @@ fn what_another_worker_reads_is_answered_by_the_ports_home() {
     assert_eq!(lab.snapshot().udp, 0);
 }
 
+/// A frame waits for its port's home; before that has it, the port goes and another takes its number.
+#[test]
+fn a_frame_whose_port_goes_before_its_home_has_it_is_counted() {
+    let lab = Lab::with_workers(1, 2);
+    let (first, second) = (WorkerId(0), WorkerId(1));
+    let (port, (mac, guest, counters)) = (PortId(1), &lab.guests[0]);
+    let from = std::net::SocketAddr::new(GUEST.into(), 4000);
+    let mut frame = guest_udp(from, LOOPBACK, 64, b"a");
+    frame[6..12].copy_from_slice(&mac.0);
+    // A flow, so that the home stays.
+    lab.send(0, &frame);
+    lab.crew.member(first).send(Command::PassPort {
+        id: port,
+        to: second,
+    });
+    lab.settle();
+    assert_eq!(lab.crew.homes().of(port), first);
+    let (_, _, drops_before) = lab.sums();
+    received(guest);
+    // The home is held up: it waits until the answer is taken.
+    let (reply, answer) = crossbeam_channel::bounded(0);
+    lab.crew.member(first).send(Command::Snapshot(reply));
+    rustix::io::write(guest, &ping(*mac, lan().address)).unwrap();
+    let begun = time::Instant::now();
+    while counters.rx_gateway.load(Relaxed) < 2 {
+        assert!(begun.elapsed() < time::Duration::from_secs(10));
+        std::thread::yield_now();
+    }
+    lab.crew.tell_all(|_| Command::RemovePort(port));
+    let (_, successor, of_successor) = add_guest(&lab.crew, 1);
+    answer.recv().unwrap();
+    lab.settle();
+    let no_port = counters.dropped().find(|drop| drop.0 == DropReason::NoPort);
+    assert_eq!(no_port, Some((DropReason::NoPort, 1)));
+    let (rx, tx, drops) = lab.sums();
+    assert_eq!(drops, drops_before + 1);
+    assert_eq!(rx, tx + drops);
+    assert_eq!((received(guest), received(&successor)), (vec![], vec![]));
+    assert_eq!(of_successor.dropped().count(), 0);
+}
+
 #[test]
 fn ports_come_go_and_move_under_traffic() {
     const WORKERS: u64 = 3;

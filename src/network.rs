@@ -210,6 +210,7 @@ impl Network {
             "namespace"
         };
         let opened = Opened {
+            counters: Arc::default(),
             queues,
             drops,
             kind,

@@ -48,6 +48,8 @@ drop_reasons! {
     EgressTooBig = "egress_too_big",
     /// For the gateway, but the worker with the port's flows is too far behind.
     HomeBusy = "home_busy",
+    /// Counted as sent, but it waited in vain: the vhost-user guest went, or its buffers are too small.
+    Abandoned = "abandoned",
     /// The egress port is a vhost-user one without a front-end, or whose guest's driver is not up.
     Unconnected = "unconnected",
     /// For the gateway's MAC, but no service and no NAT rule wants it.

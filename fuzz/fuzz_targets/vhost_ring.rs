@@ -56,7 +56,7 @@ fuzz_target!(|data: (u8, u16, u16, &[u8])| {
     let count = bytes.len().min(image.len());
     image[..count].copy_from_slice(&bytes[..count]);
     file.write_all_at(&image, 0).expect("the guest's memory");
-    let device = Device::new("fuzz".to_owned()).expect("a device");
+    let device = Device::new("fuzz".to_owned(), Arc::default()).expect("a device");
     device.set_memory(memory).expect("its memory");
     device.set_terms(Terms {
         caps: Caps {

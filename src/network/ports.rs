@@ -51,6 +51,7 @@ pub(super) type Queue = (Box<dyn PortRx>, Arc<dyn PortTx>);
 
 /// A port's halves and what belongs to them, before it has a number.
 pub(super) struct Opened {
+    pub(super) counters: Arc<PortCounters>,
     pub(super) queues: Vec<Queue>,
     pub(super) drops: Vec<Arc<dyn DropSource>>,
     pub(super) kind: &'static str,
@@ -92,6 +93,7 @@ impl Shared {
         leased: bool,
     ) -> Result<(PortId, Option<Ipv4Addr>), NetworkError> {
         let Opened {
+            counters,
             queues,
             drops,
             kind,
@@ -101,7 +103,6 @@ impl Shared {
         if let Some(group) = &group {
             check_guest_name(group).map_err(|reason| ConfigError::new("group", reason))?;
         }
-        let counters = Arc::new(PortCounters::default());
         let mut ports = lock(&self.ports);
         let id = ports.free_id().ok_or(NetworkError::PortsFull)?;
         // Before the port is there: where it fails, the lease that stands in its way is not touched.

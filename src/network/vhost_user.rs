@@ -9,6 +9,7 @@ use super::{Network, NetworkError, PortOptions, system};
 use crate::config::{PortKind, PortSpec};
 use crate::frame::{Mac, PortId};
 use crate::port::vhost_user;
+use crate::stats::PortCounters;
 use crate::uplink::listen::{self, SocketFile};
 
 /// A listening socket for vhost-user front-ends.
@@ -68,9 +69,12 @@ impl Network {
         let mac = options.mac.unwrap_or_else(|| self.make_mac());
         let failed = system("attach a vhost-user socket");
         listen::check_listening(&socket.fd).map_err(&failed)?;
-        let port = vhost_user::open(socket.fd, socket.name).map_err(failed)?;
+        let counters = Arc::<PortCounters>::default();
+        let port = vhost_user::open(socket.fd, socket.name, Arc::clone(&counters));
+        let port = port.map_err(failed)?;
         let opened = Opened {
-            drops: vec![port.tx.drops()],
+            counters,
+            drops: Vec::new(),
             queues: vec![(Box::new(port.rx), Arc::new(port.tx))],
             kind: "vhost-user",
             wire: None,

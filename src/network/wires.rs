@@ -51,6 +51,7 @@ impl Shared {
             .map(&mut open)
             .collect::<Result<_, _>>()?;
         let opened = Opened {
+            counters: Arc::default(),
             queues,
             drops,
             kind: "vmm",

@@ -16,7 +16,8 @@
 //! buffers, but for its headers, which are looked at in between. To the guest: a frame is
 //! copied into as many chains as it needs, behind a header that says how many; they are shown, and the
 //! guest called, once per batch ([`PortTx::flush`]). Where the guest has too few buffers the frame waits,
-//! as it would in a tap's queue, until the guest has made some available.
+//! as it would in a tap's queue, until the guest has made some available; if the guest goes before, or has
+//! made too small ones available, the frame counts as [`Abandoned`](DropReason::Abandoned).
 //!
 //! # Limits
 //! [`memory::REGIONS_MAX`], [`memory::MEMORY_BYTES_MAX`], [`device::QUEUE_PAIRS_MAX`],
@@ -47,7 +48,7 @@ use std::sync::Arc;
 use self::device::Device;
 pub use self::queue::RemoteFrame;
 pub use self::server::Server;
-use super::{DropSource, More, PortRx, PortTx, Shortcut};
+use super::{More, PortRx, PortTx, Shortcut};
 use crate::frame::{Batch, Frame};
 use crate::offload::Caps;
 use crate::stats::{DropReason, PortCounters};
@@ -63,12 +64,13 @@ pub struct VhostUser {
     pub server: Server,
 }
 
-/// Makes a port from a listening Unix stream socket. `name` is what the log calls it.
+/// Makes a port from a listening Unix stream socket. `name` is what the log calls it, and `counters` are
+/// those that its frames are counted in.
 ///
 /// # Errors
 /// The kernel gives no epoll, eventfd or thread.
-pub fn open(listener: OwnedFd, name: String) -> io::Result<VhostUser> {
-    let device = Arc::new(Device::new(name)?);
+pub fn open(listener: OwnedFd, name: String, counters: Arc<PortCounters>) -> io::Result<VhostUser> {
+    let device = Arc::new(Device::new(name, counters)?);
     Ok(VhostUser {
         rx: VhostRx(Arc::clone(&device)),
         tx: VhostTx(Arc::clone(&device)),
@@ -127,13 +129,6 @@ impl Shortcut for NoShortcut {
 /// Send half.
 #[derive(Debug)]
 pub struct VhostTx(Arc<Device>);
-
-impl VhostTx {
-    /// Where frames are counted that waited for a guest which went.
-    pub fn drops(&self) -> Arc<dyn DropSource> {
-        Arc::clone(&self.0) as _
-    }
-}
 
 impl PortTx for VhostTx {
     fn caps(&self) -> Caps {

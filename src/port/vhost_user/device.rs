@@ -19,7 +19,7 @@ use super::queue::{Backlog, Budget, Queue, Refill, RemoteFrame, Terms};
 use super::ring::{Broken, Direction, Remote};
 use crate::frame::{Batch, Frame};
 use crate::offload::Caps;
-use crate::port::{DropSource, KernelDrops, More, Shortcut};
+use crate::port::{More, Shortcut};
 use crate::stats::{DropReason, PortCounters};
 
 /// Queue pairs of one port at most. Each costs an fd or two and, while its guest uses it, a look per
@@ -74,11 +74,11 @@ const CAP_TSO: u8 = 2;
 const CAP_USO: u8 = 4;
 
 impl Device {
-    /// A port without a front-end.
+    /// A port without a front-end. Frames that wait for a guest in vain are counted in `counters`.
     ///
     /// # Errors
     /// The kernel gives no epoll or eventfd.
-    pub fn new(name: String) -> io::Result<Self> {
+    pub fn new(name: String, counters: Arc<PortCounters>) -> io::Result<Self> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let again = super::eventfd()?;
         let device = Self {
@@ -96,7 +96,7 @@ impl Device {
             waiting: AtomicU32::new(0),
             first: AtomicU32::new(0),
             caps: AtomicU8::new(CAP_CSUM | CAP_TSO | CAP_USO),
-            backlog: Backlog::default(),
+            backlog: Backlog::new(counters),
         };
         device.watch(&device.again)?;
         Ok(device)
@@ -394,15 +394,6 @@ impl Device {
         } else {
             set(&self.served, queue.is_served());
         }
-    }
-}
-
-impl DropSource for Device {
-    fn kernel_drops(&self) -> io::Result<KernelDrops> {
-        Ok(KernelDrops {
-            rx: 0,
-            tx: self.backlog.lost.load(Relaxed),
-        })
     }
 }
 

@@ -3,7 +3,8 @@
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use super::ring::{Broken, Buffers, CHAIN_DESCRIPTORS_MAX, Direction, Remote, Ring};
 use crate::frame::{BATCH_BYTES, BATCH_FRAMES_MAX, Batch, FRAME_BUFFER_LEN, Frame};
@@ -96,15 +97,23 @@ impl Default for Terms {
 }
 
 /// What waits for the guest of a port, all its queues together.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Backlog {
     bytes: AtomicUsize,
     frames: AtomicUsize,
-    /// Frames that were waiting when their guest went.
-    pub lost: AtomicU64,
+    counters: Arc<PortCounters>,
 }
 
 impl Backlog {
+    /// Nothing; `counters` are the port's.
+    pub fn new(counters: Arc<PortCounters>) -> Self {
+        Self {
+            bytes: AtomicUsize::new(0),
+            frames: AtomicUsize::new(0),
+            counters,
+        }
+    }
+
     fn take_in(&self, bytes: usize) -> bool {
         let fits = self.bytes.fetch_add(bytes, Relaxed) + bytes <= BACKLOG_BYTES_MAX
             && self.frames.load(Relaxed) < BACKLOG_FRAMES_MAX;
@@ -118,6 +127,10 @@ impl Backlog {
     fn let_go(&self, bytes: usize) {
         self.bytes.fetch_sub(bytes, Relaxed);
         self.frames.fetch_sub(1, Relaxed);
+    }
+
+    fn count_abandoned(&self) {
+        self.counters.count_drop(DropReason::Abandoned);
     }
 }
 
@@ -232,7 +245,7 @@ impl Queue {
         self.asked_at = None;
         for frame in self.waiting.drain(..) {
             backlog.let_go(frame.len());
-            backlog.lost.fetch_add(1, Relaxed);
+            backlog.count_abandoned();
         }
         self.waiting.shrink_to_fit();
     }
@@ -502,7 +515,7 @@ impl Queue {
                 };
                 match self.deliver(header, bytes, None) {
                     Ok(Delivery::Done) => {}
-                    Ok(Delivery::TooSmall) => drop(backlog.lost.fetch_add(1, Relaxed)),
+                    Ok(Delivery::TooSmall) => backlog.count_abandoned(),
                     Ok(Delivery::NoRoom) => {
                         self.waiting.push_front(frame);
                         break;

@@ -13,6 +13,7 @@ use super::super::memory::{Memory, RegionInfo};
 use super::super::queue::Terms;
 use super::super::ring::Addresses;
 use crate::offload::Caps;
+use crate::stats::PortCounters;
 
 pub const GUEST: u64 = 0x1000_0000;
 pub const FRONT_END: u64 = 0x7f00_0000_0000;
@@ -62,6 +63,8 @@ pub fn terms() -> Terms {
 pub struct Driver {
     pub file: File,
     pub device: Arc<Device>,
+    /// The port's.
+    pub counters: Arc<PortCounters>,
     pub queues: Vec<DriverQueue>,
 }
 
@@ -93,16 +96,17 @@ impl Driver {
     }
 
     pub fn with_queues(terms: Terms, count: usize) -> Self {
-        let device = Arc::new(Device::new("test".to_owned()).unwrap());
-        Self::on(device, terms, count)
+        let counters = Arc::<PortCounters>::default();
+        let device = Arc::new(Device::new("test".to_owned(), Arc::clone(&counters)).unwrap());
+        Self::on(device, counters, terms, count)
     }
 
     /// The guest's successor, on the same device and with other memory.
     pub fn again(self) -> Self {
-        Self::on(self.device, terms(), self.queues.len())
+        Self::on(self.device, self.counters, terms(), self.queues.len())
     }
 
-    fn on(device: Arc<Device>, terms: Terms, count: usize) -> Self {
+    fn on(device: Arc<Device>, counters: Arc<PortCounters>, terms: Terms, count: usize) -> Self {
         let file = memfd(MEMORY_BYTES);
         let regions = vec![(region(MEMORY_BYTES), file.try_clone().unwrap())];
         device
@@ -112,6 +116,7 @@ impl Driver {
         let mut driver = Self {
             file,
             device,
+            counters,
             queues: Vec::new(),
         };
         for index in 0..count {

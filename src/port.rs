@@ -91,6 +91,12 @@ pub trait PortTx: Send + Sync {
         false
     }
 
+    /// Open files that the port may take later, besides those that it has from the start: guests' host
+    /// sockets leave them alone.
+    fn files_to_come(&self) -> usize {
+        0
+    }
+
     /// Ends a batch of [`PortTx::send`]. Never blocks.
     fn flush(&self) {}
 }

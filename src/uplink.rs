@@ -221,7 +221,7 @@ impl HostUplink {
             epoll,
             outbound,
             addresses,
-            file_max: file_max(),
+            file_max: file_max(0),
             sockets: Vec::new(),
             free: Vec::new(),
             batch: mmsg::RecvBatch::new(),
@@ -303,6 +303,12 @@ impl HostUplink {
         Some(fd)
     }
 
+    /// Leaves `to_come` open files to the ports, besides what is spared anyway. Sockets that are open
+    /// already stay.
+    pub fn spare_files(&mut self, to_come: usize) {
+        self.file_max = file_max(to_come);
+    }
+
     /// Sockets open now.
     pub fn open_count(&self) -> usize {
         self.sockets.len() - self.free.len()
@@ -364,15 +370,20 @@ impl HostUplink {
 }
 
 /// Open files that guests' flows leave to the rest: the control socket's clients, DNS, ports to come.
-/// Of a limit below 256, a quarter.
 const FILES_SPARED: u64 = 64;
 
-fn file_max() -> i32 {
+/// The number that the files of guests' flows stay below, where ports may take `to_come` more.
+fn file_max(to_come: usize) -> i32 {
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
-    let of = |limit: u64| limit - FILES_SPARED.min(limit / 4);
     limit.map_or(i32::MAX, |limit| {
-        i32::try_from(of(limit)).unwrap_or(i32::MAX)
+        i32::try_from(files_of_flows(limit, to_come)).unwrap_or(i32::MAX)
     })
+}
+
+/// What a limit has for guests' flows: all but what is spared, and three quarters at least, since what
+/// ports may take in the worst case few of them do.
+fn files_of_flows(limit: u64, to_come: usize) -> u64 {
+    limit - (FILES_SPARED + to_come as u64).min(limit / 4)
 }
 
 /// What an errno means to a guest.

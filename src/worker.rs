@@ -471,6 +471,7 @@ impl Path {
             tx,
             counters,
         });
+        self.uplink.spare_files(self.lan.files_to_come());
         if self.common.is_first() {
             self.gateway.ndp.port_added(self.now);
         }
@@ -484,6 +485,7 @@ impl Path {
         self.lan.switch.remove_port(id);
         self.nat.forget_port(id, &mut self.uplink);
         self.fragments.forget_port(id);
+        self.uplink.spare_files(self.lan.files_to_come());
         if self.lan.ports.iter().all(Option::is_none) {
             self.gateway.ndp.ports_gone();
         }
@@ -798,6 +800,12 @@ impl Lan {
     fn is_port(&self, id: PortId, counters: &Arc<PortCounters>) -> bool {
         let port = self.ports.get(usize::from(id.0)).and_then(Option::as_ref);
         port.is_some_and(|egress| Arc::ptr_eq(&egress.counters, counters))
+    }
+
+    /// Open files that the ports may take later.
+    fn files_to_come(&self) -> usize {
+        let ports = self.ports.iter().flatten();
+        ports.map(|egress| egress.tx.files_to_come()).sum()
     }
 
     /// What the receiver of a frame takes undone; nothing if there are several, or none is known.

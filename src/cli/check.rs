@@ -183,7 +183,7 @@ fn nameservers(text: &str) -> Vec<String> {
 
 fn open_files(report: &mut Report) {
     let flows_max = NetworkConfig::default().flows_max;
-    let wanted = open_files_wanted(flows_max);
+    let wanted = open_files_wanted(flows_max, &[]);
     match getrlimit(Resource::Nofile).maximum {
         Some(maximum) if maximum < wanted as u64 => report.add(
             Verdict::Note,

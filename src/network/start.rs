@@ -14,7 +14,7 @@ use super::housekeeping::{HostIpv6, LeaseKeeper, housekeep};
 use super::policy::AskWorker;
 use super::ports::{Port, Ports};
 use super::{Network, NetworkError, Shared, lock, system};
-use crate::config::{ConfigError, NetworkConfig, PREFIX6_LEN, Subnet6};
+use crate::config::{ConfigError, NetworkConfig, PREFIX6_LEN, PortKind, PortSpec, Subnet6};
 use crate::control::lease_file::LeaseFile;
 use crate::control::resolver::{AnswerSink, Resolver, ResolverConfig};
 use crate::dhcp::DhcpConfig;
@@ -23,6 +23,7 @@ use crate::frame::{self, Mac, PortId, WorkerId};
 use crate::gateway::{Lan6, LanConfig};
 use crate::nat::common::Common;
 use crate::nat::{NatConfig, Service};
+use crate::port::vhost_user;
 use crate::stats::PortCounters;
 use crate::switch::{Switch, SwitchConfig};
 use crate::uplink::{ServiceStream, overlap};
@@ -32,19 +33,23 @@ use crate::worker::{Command, Crew, Event, Seat, Worker, WorkerConfig, WorkerHand
 /// Events that wait for the event thread at most: a burst of DNS queries of all guests.
 const EVENTS_MAX: usize = 1024;
 
-/// Open files of a network besides those of its flows: an fd or three for each guest, control
-/// connections, DNS queries and connections under way.
+/// Open files of a network besides those of its flows and of the ports it starts with: of each tap one per
+/// queue, of a wire's three with the VMM's while it is handed over, control connections, DNS queries and
+/// connections under way.
 const FILES_RESERVED: usize = 1536;
 
-/// Open files that a network needs whose NAT is full of TCP flows. UDP and ping mappings are not
-/// counted: they expire within minutes, and out of files the oldest gives way.
-pub fn open_files_wanted(flows_max: usize) -> usize {
-    flows_max + FILES_RESERVED
+/// Open files that a network of these ports needs whose NAT is full of TCP flows. UDP and ping mappings are
+/// not counted: they expire within minutes, and out of files the oldest gives way.
+pub fn open_files_wanted(flows_max: usize, ports: &[PortSpec]) -> usize {
+    let of_port = |port: &PortSpec| match port.kind {
+        PortKind::VhostUser(_) => vhost_user::FILES_MAX,
+    };
+    flows_max + FILES_RESERVED + ports.iter().map(of_port).sum::<usize>()
 }
 
 /// Warns where the NAT would run out of sockets before it runs out of flows.
-fn check_open_files(flows_max: usize) {
-    let wanted = open_files_wanted(flows_max);
+fn check_open_files(flows_max: usize, ports: &[PortSpec]) {
+    let wanted = open_files_wanted(flows_max, ports);
     let limit = getrlimit(Resource::Nofile).current;
     if let Some(limit) = limit.filter(|&limit| limit < wanted as u64) {
         log::warn!(
@@ -84,7 +89,7 @@ impl Network {
             .outbound
             .check()
             .map_err(|(key, reason)| ConfigError::new(key, reason))?;
-        check_open_files(config.flows_max);
+        check_open_files(config.flows_max, &config.ports);
         check_overlap(&config);
         let mac = gateway_mac(&config);
         let lan = LanConfig {

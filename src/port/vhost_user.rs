@@ -53,6 +53,9 @@ use crate::frame::{Batch, Frame};
 use crate::offload::Caps;
 use crate::stats::{DropReason, PortCounters};
 
+/// Open files of a port at most: its socket, epoll and two bells, and its front-end's.
+pub const FILES_MAX: usize = 4 + device::FRONT_END_FILES_MAX;
+
 /// A port and what serves its socket.
 #[derive(Debug)]
 pub struct VhostUser {
@@ -145,6 +148,10 @@ impl PortTx for VhostTx {
 
     fn is_batched(&self) -> bool {
         true
+    }
+
+    fn files_to_come(&self) -> usize {
+        device::FRONT_END_FILES_MAX
     }
 
     fn flush(&self) {

@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::event::{Timespec, epoll};
 
-use super::memory::Memory;
+use super::memory::{Memory, REGIONS_MAX};
 use super::queue::{Backlog, Budget, Queue, Refill, RemoteFrame, Terms};
 use super::ring::{Broken, Direction, Remote};
 use crate::frame::{Batch, Frame};
@@ -27,6 +27,10 @@ use crate::stats::{DropReason, PortCounters};
 pub const QUEUE_PAIRS_MAX: usize = 8;
 /// Queues of one port, both directions: even ones to the guest, odd ones from it (virtio 1.2, 5.1.2).
 pub const QUEUES_MAX: usize = 2 * QUEUE_PAIRS_MAX;
+/// Open files that a front-end can have its port hold: a table of memory and, while that is exchanged, the
+/// one before it; a kick and a call for each queue, and the one that takes another's place; its connection,
+/// which the handler has twice.
+pub const FRONT_END_FILES_MAX: usize = 2 * REGIONS_MAX + 2 * QUEUES_MAX + 1 + 2;
 /// Events taken at a time: all there can be.
 const EVENTS_MAX: usize = QUEUES_MAX + 1;
 const _: () = assert!(QUEUE_PAIRS_MAX <= u32::BITS as usize);

@@ -10,7 +10,6 @@
 
 pub mod active;
 pub mod directory;
-mod moved;
 pub mod parse;
 pub mod part;
 pub mod sessions;
@@ -21,8 +20,7 @@ use std::net::IpAddr;
 
 use crate::gateway::LanConfig;
 
-pub use active::{ActiveForwards, ForwardCounters, ListenerKind};
-pub use moved::Moved;
+pub use active::{ActiveForwards, ForwardCounters, ListenerKind, Moved};
 pub use spec::{
     Direction, ForwardError, ForwardName, ForwardSpec, Guest, GuestName, HostEnd, HostPorts,
     InterfaceName, PortRange, Protocol, ShownSource, SocketPath,

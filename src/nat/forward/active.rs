@@ -26,6 +26,10 @@
 //! A guest that does not answer costs its clients 5 s each. A client that connects and says nothing
 //! costs a flow like one that a guest opens, and counts against the same limits.
 
+mod connections;
+mod datagrams;
+mod moved;
+
 use std::collections::{BTreeMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -33,13 +37,14 @@ use std::sync::{Arc, Mutex};
 
 use hashbrown::HashMap;
 
+use self::datagrams::Waiting;
+pub use self::moved::Moved;
 use super::directory::{Directory, Memory};
-use super::moved::{Moved, MovedListener, MovedParked};
-use super::sessions::{Entrance, Sessions, Way, ports_to_try};
+use super::sessions::Sessions;
 use super::spec::{Direction, ForwardSpec, Guest, HostEnd, ShownSource};
 use super::{ForwardId, SOCKETS_MAX};
 use crate::dhcp::lease::LeaseTable;
-use crate::frame::{Duration, Instant, Mac, PortId, Station, WorkerId};
+use crate::frame::{Duration, Instant, Mac, PortId, WorkerId};
 use crate::gateway::neighbor::{self, Neighbors, Reach};
 use crate::gateway::{LanConfig, Outbox};
 use crate::nat::common::Common;
@@ -134,17 +139,6 @@ struct Parked {
     guest_port: u16,
     /// In the queue of those that wait.
     queued: bool,
-}
-
-/// A datagram whose guest is being looked for.
-#[derive(Debug)]
-pub(super) struct Waiting {
-    until: Instant,
-    listener: FlowId,
-    client: SocketAddr,
-    destination: Option<IpAddr>,
-    payload: Vec<u8>,
-    segment: Option<u16>,
 }
 
 /// The forwards of a network and what is under way by them.
@@ -334,126 +328,6 @@ impl ActiveForwards {
         waiting.filter(|&at| is_its(at)).collect()
     }
 
-    // ---- to another worker ----
-
-    /// A forward whose guest is with another worker, with all that has to go there. UDP sessions end:
-    /// their guest was here.
-    pub fn poll_leaving(&mut self) -> Option<(WorkerId, Moved<SockId>)> {
-        let (id, to, active) = loop {
-            let (id, to) = self.leaving.pop_first()?;
-            // One that was removed meanwhile goes nowhere.
-            if let Some(active) = self.forwards.get_mut(&id) {
-                break (id, to, active);
-            }
-        };
-        let sockets = std::mem::take(&mut active.sockets);
-        let mut moved = Moved {
-            forward: id,
-            memory: std::mem::take(&mut active.memory),
-            listeners: Vec::with_capacity(sockets.len()),
-            parked: Vec::new(),
-        };
-        for own in sockets {
-            let Some(Own::Listener(listener)) = self.own.remove(own) else {
-                continue;
-            };
-            let (held, kept): (VecDeque<_>, _) = std::mem::take(&mut self.held)
-                .into_iter()
-                .partition(|waiting| waiting.listener == own);
-            self.held = kept;
-            moved.listeners.push(MovedListener {
-                socket: listener.socket,
-                kind: listener.kind,
-                guest_port: listener.guest_port,
-                held: held.into(),
-            });
-        }
-        let queued: HashMap<_, _> = self.parked.iter().map(|&(until, at)| (at, until)).collect();
-        for own in self.parked_of(id) {
-            let until = queued.get(&own).copied();
-            let (Some(parked), Some(until)) = (self.unpark(own), until) else {
-                continue;
-            };
-            moved.parked.push(MovedParked {
-                socket: parked.socket,
-                client: parked.client,
-                guest_port: parked.guest_port,
-                until,
-            });
-        }
-        self.sessions.remove_forward(id);
-        Some((to, moved))
-    }
-
-    /// Takes over a forward from another worker; `open` registers a socket. Where the forward was
-    /// removed meanwhile nothing is opened.
-    pub fn arrive<S, U: Uplink + ?Sized, O: Outbox + ?Sized>(
-        &mut self,
-        moved: Moved<S>,
-        tcp: &mut TcpNat,
-        now: Instant,
-        (up, out): (&mut U, &mut O),
-        mut open: impl FnMut(&mut U, S, Option<ListenerKind>, SockOwner) -> Result<SockId, HostError>,
-    ) {
-        let forward = moved.forward;
-        let Some(active) = self.forwards.get_mut(&forward) else {
-            return;
-        };
-        active.memory = moved.memory;
-        for listener in moved.listeners {
-            let (kind, guest_port) = (listener.kind, listener.guest_port);
-            let opened = self.own.insert_with(HostError::Exhausted, |own| {
-                let owner = SockOwner::Forward(own);
-                let socket = open(up, listener.socket, Some(kind), owner)?;
-                Ok(Own::Listener(Listener {
-                    forward,
-                    socket,
-                    kind,
-                    guest_port,
-                }))
-            });
-            match opened {
-                Ok(own) => {
-                    active.sockets.push(own);
-                    let room = HELD_MAX.saturating_sub(self.held.len());
-                    active.counters.refused += listener.held.len().saturating_sub(room) as u64;
-                    let held = listener.held.into_iter();
-                    let held = held.map(|waiting| Waiting {
-                        listener: own,
-                        ..waiting
-                    });
-                    self.held.extend(held.take(room));
-                }
-                Err(error) => log::error!("forward {forward}: a socket of it is lost: {error:?}"),
-            }
-        }
-        for parked in moved.parked {
-            if self.is_full(forward) {
-                // Its socket closes: the client hears of it.
-                if let Some(active) = self.forwards.get_mut(&forward) {
-                    active.counters.refused += 1;
-                }
-                continue;
-            }
-            let opened = self.own.insert_with(HostError::Exhausted, |own| {
-                Ok(Own::Parked(Parked {
-                    forward,
-                    socket: open(up, parked.socket, None, SockOwner::Forward(own))?,
-                    client: parked.client,
-                    guest_port: parked.guest_port,
-                    queued: false,
-                }))
-            });
-            if let Ok(own) = opened {
-                self.park(own, parked.until, now);
-                self.move_on(own, tcp, now, (&mut *up, &mut *out));
-            }
-        }
-        if !self.held.is_empty() {
-            self.try_again(tcp, now, (up, out));
-        }
-    }
-
     fn close<U: Uplink + ?Sized>(&mut self, sockets: &[FlowId], up: &mut U) {
         for &own in sockets {
             if let Some(Own::Listener(listener)) = self.own.remove(own) {
@@ -529,152 +403,6 @@ impl ActiveForwards {
         }
     }
 
-    // ---- connections ----
-
-    fn accept<U: Uplink + ?Sized, O: Outbox + ?Sized>(
-        &mut self,
-        id: FlowId,
-        listener: Listener,
-        tcp: &mut TcpNat,
-        now: Instant,
-        (up, out): (&mut U, &mut O),
-    ) {
-        for _ in 0..ACCEPTS_PER_EVENT {
-            if self.is_full(listener.forward) {
-                self.rest(id, listener.socket, now, up);
-                return;
-            }
-            let accepted = self.own.insert_with(Some(HostError::Exhausted), |own| {
-                let accepted = up.accept(listener.socket, SockOwner::Forward(own));
-                let (socket, client) = accepted.map_err(Some)?.ok_or(None)?;
-                Ok(Own::Parked(Parked {
-                    forward: listener.forward,
-                    socket,
-                    client,
-                    guest_port: listener.guest_port,
-                    queued: false,
-                }))
-            });
-            match accepted {
-                Ok(own) => self.move_on(own, tcp, now, (up, out)),
-                Err(None) => return,
-                Err(Some(error)) => {
-                    if !std::mem::replace(&mut self.warned, true) {
-                        log::warn!(
-                            "connections to forwards have to wait, none can be taken: {error:?} (raise \
-                             the limit on open files, ulimit -n, if that is it)"
-                        );
-                    }
-                    self.rest(id, listener.socket, now, up);
-                    return;
-                }
-            }
-        }
-    }
-
-    /// Whether no more connections may wait for the guest of a forward.
-    fn is_full(&self, forward: ForwardId) -> bool {
-        let waiting = self.forwards.get(&forward);
-        let waiting = waiting.map_or(0, |active| active.counters.waiting);
-        self.parked_count >= PARKED_MAX || waiting >= FORWARD_PARKED_MAX
-    }
-
-    /// Stops to hear of a listening socket for a while.
-    fn rest<U: Uplink + ?Sized>(&mut self, id: FlowId, socket: SockId, now: Instant, up: &mut U) {
-        up.listen_for(socket, false);
-        self.resting.push_back((now + REST, id));
-    }
-
-    /// Passes a connection on to its guest, if that can be reached, else lets it wait.
-    fn move_on<U: Uplink + ?Sized, O: Outbox + ?Sized>(
-        &mut self,
-        id: FlowId,
-        tcp: &mut TcpNat,
-        now: Instant,
-        (up, out): (&mut U, &mut O),
-    ) {
-        let Some(&mut Own::Parked(parked)) = self.own.get_mut(id) else {
-            return;
-        };
-        let family = parked.client.map_or(Family::V4, |at| Family::of(at.ip()));
-        let place = self.locate(parked.forward, family, now, out);
-        let Some((address, Reach::Known(station))) = place else {
-            if !parked.queued {
-                self.park(id, now + PARKED_TIME, now);
-            }
-            return;
-        };
-        let shown = self
-            .forwards
-            .get(&parked.forward)
-            .map(|active| active.shown);
-        let shown = shown.unwrap_or_default();
-        let guest = SocketAddr::new(address, parked.guest_port);
-        let at = shown_address(&self.lan, shown, parked.client, address);
-        let at = at.and_then(|at| match at {
-            Shown::Client(client) => Some(client).filter(|&at| !tcp.has_flow(guest, at)),
-            Shown::Gateway(gateway) => {
-                let own = parked.client.map(|client| client.port());
-                ports_to_try(own, up.random())
-                    .map(|port| SocketAddr::new(gateway, port))
-                    .find(|&at| !tcp.has_flow(guest, at))
-            }
-        });
-        let opened = at.is_some_and(|at| {
-            let Station { mac, port } = station;
-            tcp.open_to_guest(parked.socket, (guest, mac, port), at, now, up)
-                .is_ok()
-        });
-        if !opened {
-            self.give_up(id, up);
-            return;
-        }
-        self.unpark(id);
-        if let Some(active) = self.forwards.get_mut(&parked.forward) {
-            active.counters.opened += 1;
-        }
-    }
-
-    /// Takes a connection out; its socket is the caller's.
-    fn unpark(&mut self, id: FlowId) -> Option<Parked> {
-        let Some(Own::Parked(parked)) = self.own.remove(id) else {
-            return None;
-        };
-        self.parked_count -= usize::from(parked.queued);
-        if let Some(active) = self.forwards.get_mut(&parked.forward) {
-            active.counters.waiting -= usize::from(parked.queued);
-        }
-        Some(parked)
-    }
-
-    /// Lets a connection wait for its guest.
-    fn park(&mut self, id: FlowId, until: Instant, now: Instant) {
-        let Some(Own::Parked(parked)) = self.own.get_mut(id) else {
-            return;
-        };
-        parked.queued = true;
-        if let Some(active) = self.forwards.get_mut(&parked.forward) {
-            active.counters.waiting += 1;
-        }
-        self.parked_count += 1;
-        // One that came from another worker has waited already.
-        let later = self.parked.partition_point(|&(others, _)| others <= until);
-        self.parked.insert(later, (until, id));
-        self.retry_at.get_or_insert(now + RETRY);
-    }
-
-    /// Resets a connection.
-    fn give_up<U: Uplink + ?Sized>(&mut self, id: FlowId, up: &mut U) {
-        let Some(parked) = self.unpark(id) else {
-            return;
-        };
-        up.tcp_abort_on_close(parked.socket);
-        up.close(parked.socket);
-        if let Some(active) = self.forwards.get_mut(&parked.forward) {
-            active.counters.refused += 1;
-        }
-    }
-
     /// Which address the guest of a forward has, and where that is. Nowhere here: the forward leaves.
     fn locate<O: Outbox + ?Sized>(
         &mut self,
@@ -703,108 +431,6 @@ impl ActiveForwards {
         }
         Some((found.address, reach))
     }
-
-    // ---- datagrams ----
-
-    fn receive<U: Uplink + ?Sized, O: Outbox + ?Sized>(
-        &mut self,
-        id: FlowId,
-        listener: Listener,
-        now: Instant,
-        (up, out): (&mut U, &mut O),
-        drops: &mut dyn FnMut(DropReason),
-    ) {
-        let ListenerKind::Udp(at) = listener.kind else {
-            return;
-        };
-        let place = self.locate(listener.forward, Family::of(at.ip()), now, out);
-        let mut seed = up.random();
-        up.recv_from(listener.socket, &mut |datagram| {
-            seed = seed.rotate_left(13).wrapping_add(1);
-            if let Err(reason) = self.pass_on(id, listener, place, &datagram, seed, now, out) {
-                drops(reason);
-                if let Some(active) = self.forwards.get_mut(&listener.forward) {
-                    active.counters.refused += 1;
-                }
-            }
-        });
-    }
-
-    /// Gives a datagram to its guest, or keeps it until the guest is found.
-    #[allow(clippy::too_many_arguments)] // what is known of the batch, and of the datagram
-    fn pass_on<O: Outbox + ?Sized>(
-        &mut self,
-        id: FlowId,
-        listener: Listener,
-        place: Option<(IpAddr, Reach)>,
-        datagram: &Datagram<'_>,
-        seed: u64,
-        now: Instant,
-        out: &mut O,
-    ) -> Result<(), DropReason> {
-        let socket = listener.socket;
-        let station = match place {
-            Some((_, Reach::Known(station))) => station,
-            // A session goes on while its guest is asked whether it is still there.
-            Some((address, Reach::Stale(station)))
-                if self.sessions.has(
-                    socket,
-                    datagram.source,
-                    SocketAddr::new(address, listener.guest_port),
-                ) =>
-            {
-                station
-            }
-            _ => return self.hold(id, datagram, now),
-        };
-        let Some((address, _)) = place else {
-            return Err(DropReason::NoFlow);
-        };
-        let active = self.forwards.get_mut(&listener.forward);
-        let active = active.ok_or(DropReason::NoFlow)?;
-        let shown = shown_address(&self.lan, active.shown, Some(datagram.source), address);
-        let way = Way {
-            guest: SocketAddr::new(address, listener.guest_port),
-            station,
-            shown: match shown.ok_or(DropReason::NoFlow)? {
-                Shown::Client(client) => client,
-                Shown::Gateway(gateway) => SocketAddr::new(gateway, 0),
-            },
-        };
-        let entrance = Entrance {
-            forward: listener.forward,
-            socket,
-        };
-        let before = self.sessions.counters.opened;
-        let sent = self
-            .sessions
-            .deliver(entrance, way, datagram, seed, now, out);
-        active.counters.opened += self.sessions.counters.opened - before;
-        sent
-    }
-
-    fn hold(
-        &mut self,
-        listener: FlowId,
-        datagram: &Datagram<'_>,
-        now: Instant,
-    ) -> Result<(), DropReason> {
-        if self.held.len() >= HELD_MAX {
-            return Err(DropReason::Limit);
-        }
-        self.held.push_back(Waiting {
-            until: now + PARKED_TIME,
-            listener,
-            client: datagram.source,
-            destination: datagram.destination,
-            payload: datagram.payload.to_vec(),
-            segment: datagram.segment,
-        });
-        self.retry_at.get_or_insert(now + RETRY);
-        Ok(())
-    }
-
-    // ---- what waits ----
 
     /// Ends a turn: passes on what waited for a guest that has been found.
     pub fn flush<U: Uplink + ?Sized, O: Outbox + ?Sized>(

@@ -5,6 +5,7 @@ use std::net::Ipv4Addr;
 
 use super::*;
 use crate::dhcp::DhcpConfig;
+use crate::nat::forward::sessions::ports_to_try;
 use crate::nat::testing::{
     FakeUplink, FrameLog, GATEWAY_MAC, GUEST, GUEST_MAC, GUEST6, guest_ipv6, guest_tcp, guest_udp,
     guest_udp_train, lan, parse,

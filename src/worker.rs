@@ -30,32 +30,25 @@ use std::time;
 
 use crossbeam_channel::Sender;
 use rustix::event::{Timespec, epoll};
-use tokio::sync::oneshot;
 
+use self::lan::LanShortcut;
+use self::path::Path;
 use crate::dhcp::DhcpConfig;
 use crate::dhcp::lease::LeaseTable;
-use crate::frame::{
-    Batch, ETH_HEADER_LEN, FRAME_BUFFER_LEN, Frame, Instant, Mac, PortId, WorkerId,
-};
-use crate::gateway::dns::DnsAnswer;
-use crate::gateway::fragment::Reassembler;
-use crate::gateway::{Gateway, Outbox, ndp};
+use crate::frame::{Batch, Instant, PortId, WorkerId};
 use crate::nat::common::Common;
-use crate::nat::forward::{ForwardId, ForwardSpec, ListenerKind, Moved};
-use crate::nat::policy::Policy;
-use crate::nat::{HostError, Nat, NatConfig, SockOwner};
-use crate::offload::{self, Caps, Offload};
-use crate::port::vhost_user::RemoteFrame;
-use crate::port::{More, PortTx, Shortcut};
-use crate::stats::{DropReason, PortCounters};
-use crate::switch::{Switch, Verdict};
-use crate::uplink::addresses::Change;
+use crate::nat::{NatConfig, SockOwner};
+use crate::offload;
+use crate::port::More;
+use crate::stats::PortCounters;
+use crate::switch::Switch;
+use crate::uplink;
 use crate::uplink::outbound::Outbound;
-use crate::uplink::{self, HostUplink};
-use crate::wire::Packet;
 
 mod command;
 pub mod crew;
+mod lan;
+mod path;
 
 pub use self::command::{Command, Event, Reception, Snapshot};
 pub use self::crew::{Crew, Seat, WorkerHandle};
@@ -66,9 +59,6 @@ const BATCHES_PER_TURN: usize = 4;
 /// Pause before [`Event::PortGone`] is tried again while the event thread is behind: it must not get
 /// lost, as a query may, and must not be waited for.
 const GONE_RETRY: time::Duration = time::Duration::from_millis(100);
-/// Bytes of IP packet that a port takes. Taps pass anything; what a guest's MTU is, is between the
-/// guests, as on the kernel's bridge.
-const PORT_MTU: usize = 65_535;
 /// Events taken from epoll at a time.
 const EVENTS_PER_TURN: usize = 64;
 /// Longest sleep: bounds how late the MAC table ages.
@@ -114,41 +104,6 @@ pub struct Worker {
     path: Path,
 }
 
-/// Everything a frame meets behind the receive half.
-struct Path {
-    lan: Lan,
-    buffer: Box<[u8]>,
-    gateway: Gateway,
-    nat: Nat,
-    fragments: Reassembler,
-    uplink: HostUplink,
-    crew: Crew,
-    common: Common,
-    /// Workers that frames were posted to, to be woken after the batch.
-    posted: Vec<WorkerId>,
-    now: Instant,
-}
-
-/// The switch and the send halves.
-struct Lan {
-    switch: Arc<Switch>,
-    /// By port number; the gateway's place stays empty.
-    ports: Vec<Option<Egress>>,
-    /// Counters of the gateway's port: received is what the gateway sends into the switch.
-    gateway: Arc<PortCounters>,
-    scratch: Box<[u8]>,
-    /// Ports whose batch is to be ended.
-    unflushed: Vec<usize>,
-}
-
-struct Egress {
-    tx: Arc<dyn PortTx>,
-    counters: Arc<PortCounters>,
-    is_batched: bool,
-    /// It is among [`Lan::unflushed`].
-    is_unflushed: bool,
-}
-
 impl Worker {
     /// Sets a worker up on its seat in the crew; [`Worker::run`] is the thread's body.
     ///
@@ -162,33 +117,13 @@ impl Worker {
             epoll::EventData::new_u64(TOKEN_WAKE),
             epoll::EventFlags::IN,
         )?;
-        let now = clock(config.epoch);
-        let common = config.common;
-        let mut nat = Nat::with(config.nat, common.clone(), now);
-        nat.forwards_mut().set_leases(Arc::clone(&config.leases));
+        let (events, epoch) = (config.events.clone(), config.epoch);
         Ok(Self {
-            path: Path {
-                lan: Lan {
-                    switch: config.switch,
-                    ports: vec![None],
-                    gateway: config.gateway_counters,
-                    scratch: vec![0; FRAME_BUFFER_LEN].into_boxed_slice(),
-                    unflushed: Vec::new(),
-                },
-                buffer: vec![0; FRAME_BUFFER_LEN].into_boxed_slice(),
-                gateway: Gateway::new(config.dhcp, config.leases),
-                nat,
-                fragments: Reassembler::new(),
-                uplink: HostUplink::new(Arc::clone(&epoll), config.outbound)?,
-                crew: crew.clone(),
-                common,
-                posted: Vec::new(),
-                now,
-            },
+            path: Path::new(config, crew, Arc::clone(&epoll))?,
             epoll,
             seat,
-            events: config.events,
-            epoch: config.epoch,
+            events,
+            epoch,
             receivers: Vec::new(),
             gone: Vec::new(),
             batch: Batch::new(),
@@ -443,11 +378,11 @@ impl Worker {
     fn pass_port(&mut self, id: PortId, to: WorkerId) {
         let other = self.path.crew.member(to).clone();
         let path = &mut self.path;
-        if let Some(Some(egress)) = path.lan.ports.get(usize::from(id.0))
+        if let Some(counters) = path.lan.counters(id)
             && path.common.elsewhere(id).is_none()
             && !path.nat.serves(id)
         {
-            let counters = Arc::clone(&egress.counters);
+            let counters = Arc::clone(counters);
             let pins = path.nat.policy().take_pins(id);
             other.send(Command::TakeHome { id, counters, pins });
             path.common.homes.set(id, to);
@@ -455,498 +390,6 @@ impl Worker {
         // What was read is through: order holds.
         for reception in self.take_receptions(id) {
             other.send(Command::Receive(reception));
-        }
-    }
-}
-
-impl Path {
-    fn add_port(&mut self, id: PortId, tx: Arc<dyn PortTx>, counters: Arc<PortCounters>) {
-        let index = usize::from(id.0);
-        if self.lan.ports.len() <= index {
-            self.lan.ports.resize_with(index + 1, || None);
-        }
-        self.lan.ports[index] = Some(Egress {
-            is_batched: tx.is_batched(),
-            is_unflushed: false,
-            tx,
-            counters,
-        });
-        self.uplink.spare_files(self.lan.files_to_come());
-        if self.common.is_first() {
-            self.gateway.ndp.port_added(self.now);
-        }
-    }
-
-    fn remove_port(&mut self, id: PortId) {
-        let port = self.lan.ports.get_mut(usize::from(id.0));
-        if port.and_then(Option::take).is_none() {
-            return;
-        }
-        self.lan.switch.remove_port(id);
-        self.nat.forget_port(id, &mut self.uplink);
-        self.fragments.forget_port(id);
-        self.uplink.spare_files(self.lan.files_to_come());
-        if self.lan.ports.iter().all(Option::is_none) {
-            self.gateway.ndp.ports_gone();
-        }
-    }
-
-    /// Switches one frame of a port; whether it was for the gateway.
-    fn handle_frame(&mut self, ingress: PortId, frame: Frame<'_>) -> Result<bool, DropReason> {
-        let for_gateway = self.lan.forward(ingress, frame)?;
-        if for_gateway {
-            self.receive_for_gateway(ingress, frame)?;
-        }
-        Ok(for_gateway)
-    }
-
-    /// Takes a frame for the gateway, or posts it where its port is at home.
-    fn receive_for_gateway(&mut self, ingress: PortId, frame: Frame<'_>) -> Result<(), DropReason> {
-        if let Some(home) = self.common.elsewhere(ingress) {
-            let port = self.lan.ports.get(usize::from(ingress.0));
-            let port = port.and_then(Option::as_ref).ok_or(DropReason::NoPort)?;
-            let counters = Arc::clone(&port.counters);
-            self.crew.member(home).post(ingress, counters, frame)?;
-            if !self.posted.contains(&home) {
-                self.posted.push(home);
-            }
-            return Ok(());
-        }
-        self.handle_for_gateway(ingress, frame)?;
-        self.lan.gateway.tx(frame.bytes.len());
-        Ok(())
-    }
-
-    /// Handles the frames for the gateway that other workers have read.
-    fn take_posted(&mut self, seat: &Seat) {
-        seat.take_posted(&mut |ingress, counters, frame| {
-            // Of a port that is gone there must be no flow.
-            let received = match self.lan.is_port(ingress, counters) {
-                true => self.receive_for_gateway(ingress, frame),
-                false => Err(DropReason::NoPort),
-            };
-            if let Err(reason) = received {
-                counters.count_drop(reason);
-            }
-        });
-    }
-
-    fn handle_for_gateway(&mut self, ingress: PortId, frame: Frame<'_>) -> Result<(), DropReason> {
-        // A group frame concerns the gateway only if a service claims it: it reached the others.
-        let group = frame.destination().is_group();
-        let packet = match Packet::parse(frame, ingress) {
-            Ok(packet) => packet,
-            Err(_) if group => return Ok(()),
-            Err(reason) => return Err(reason),
-        };
-        // Put together before anyone looks, so that no rule sees less than the receiver would.
-        let packet = if packet.is_fragment() {
-            // Of a group's packets, nothing in fragments is for the gateway.
-            if group {
-                return Ok(());
-            }
-            let Some(whole) = self.fragments.handle(&packet, self.now)? else {
-                return Ok(());
-            };
-            let mut whole = Packet::parse(whole, ingress)?;
-            whole.reassembled = true;
-            // RFC 6980 5: no Neighbor Discovery in fragments.
-            if ndp::Ndp::is_discovery(&whole) {
-                return Err(DropReason::Malformed);
-            }
-            whole
-        } else {
-            packet
-        };
-        self.nat.observe(&packet, self.now);
-        let mut out = GatewayOut {
-            lan: &mut self.lan,
-            buffer: &mut self.buffer,
-        };
-        match self.gateway.handle(&packet, self.now, &mut out) {
-            Some(handled) => handled,
-            None if group => Ok(()),
-            None => self
-                .nat
-                .handle_packet(&packet, self.now, (&mut self.uplink, &mut out)),
-        }
-    }
-
-    fn handle_socket(&mut self, owner: SockOwner, ready: crate::nat::Ready) {
-        let counters = Arc::clone(&self.lan.gateway);
-        let mut out = GatewayOut {
-            lan: &mut self.lan,
-            buffer: &mut self.buffer,
-        };
-        // A datagram from outside that is not wanted never became a frame: it counts as one received
-        // by the gateway and dropped.
-        let mut drops = |reason| {
-            counters.rx(0);
-            counters.count_drop(reason);
-        };
-        self.nat.handle_ready(
-            owner,
-            ready,
-            self.now,
-            (&mut self.uplink, &mut out),
-            &mut drops,
-        );
-    }
-
-    /// The host's addresses have changed.
-    fn readdress(&mut self) {
-        let (mut gone, mut gained) = (Vec::new(), Vec::new());
-        let all_heard = self.uplink.poll_addresses(&mut |change| match change {
-            Change::Lost(address) => gone.push(Some(address)),
-            Change::Gained(address) => gained.push(Some(address)),
-        });
-        if !all_heard {
-            (gone, gained) = (vec![None], vec![None]);
-        }
-        for address in gained {
-            self.nat.address_gained(address, &mut self.uplink);
-        }
-        let mut out = GatewayOut {
-            lan: &mut self.lan,
-            buffer: &mut self.buffer,
-        };
-        for address in gone {
-            let io = (&mut self.uplink, &mut out);
-            self.nat.address_gone(address, self.now, io);
-        }
-    }
-
-    /// Ends a port's batch.
-    fn flush(&mut self, events: &Sender<Event>) {
-        let mut out = GatewayOut {
-            lan: &mut self.lan,
-            buffer: &mut self.buffer,
-        };
-        self.nat.flush(self.now, &mut self.uplink, &mut out);
-        while let Some(worker) = self.posted.pop() {
-            self.crew.member(worker).wake();
-        }
-        while let Some(query) = self.gateway.dns.poll_query() {
-            let id = query.id;
-            let policy = self.nat.policy();
-            if !policy.decide_query(query.port, &query.message, self.now) {
-                self.gateway.dns.refuse(&query, &mut out);
-                continue;
-            }
-            let worker = self.common.worker;
-            if events.try_send(Event::Dns { worker, query }).is_err() {
-                self.gateway.dns.abandon(id);
-            }
-        }
-        while let Some(stream) = self.uplink.poll_service() {
-            // If the control thread is behind, the guest finds the connection closed.
-            let _ = events.try_send(Event::Serve(stream));
-        }
-        self.lan.flush();
-    }
-
-    /// Forwards and the news of where guests are, between workers.
-    fn settle_forwards(&mut self) {
-        let forwards = self.nat.forwards_mut();
-        if forwards.take_announcement() {
-            for other in self.crew.others(self.common.worker) {
-                other.wake();
-            }
-        }
-        while let Some((to, moved)) = self.nat.forwards_mut().poll_leaving() {
-            let uplink = &mut self.uplink;
-            let moved = moved.exchange(|socket| uplink.release(socket));
-            self.crew.member(to).send(Command::TakeForward(moved));
-        }
-    }
-
-    /// Takes over a forward whose guest is this worker's.
-    fn take_forward(&mut self, moved: Moved<OwnedFd>) {
-        let mut out = GatewayOut {
-            lan: &mut self.lan,
-            buffer: &mut self.buffer,
-        };
-        let io = (&mut self.uplink, &mut out);
-        self.nat
-            .take_forward(moved, self.now, io, |uplink, fd, kind, owner| match kind {
-                Some(kind) => uplink.adopt(fd, kind, owner),
-                None => uplink.adopt_stream(fd, owner),
-            });
-    }
-
-    /// Ends a turn of the event loop: what the host sockets brought, and timers.
-    fn end_turn(&mut self) {
-        let mut out = GatewayOut {
-            lan: &mut self.lan,
-            buffer: &mut self.buffer,
-        };
-        self.nat.flush(self.now, &mut self.uplink, &mut out);
-        if self.nat.poll_timeout().is_some_and(|due| due <= self.now) {
-            self.nat
-                .handle_timeout(self.now, &mut self.uplink, &mut out);
-        }
-        if self
-            .gateway
-            .dns
-            .poll_at()
-            .is_some_and(|due| due <= self.now)
-        {
-            self.gateway.dns.expire(self.now);
-        }
-        let (nat, now) = (&mut self.nat, self.now);
-        self.fragments.handle_timeout(now, &mut |expired| {
-            nat.reassembly_expired(&expired, now, &mut out);
-        });
-        if self
-            .gateway
-            .ndp
-            .poll_timeout()
-            .is_some_and(|due| due <= self.now)
-        {
-            self.gateway.ndp.handle_timeout(self.now, &mut out);
-        }
-        self.settle_forwards();
-        self.lan.flush();
-    }
-
-    /// Says what guests have to know before the network ends.
-    fn stop(&mut self) {
-        let mut out = GatewayOut {
-            lan: &mut self.lan,
-            buffer: &mut self.buffer,
-        };
-        self.gateway.ndp.stop(&mut out);
-        self.lan.flush();
-    }
-
-    fn add_forward(
-        &mut self,
-        id: ForwardId,
-        spec: &ForwardSpec,
-        sockets: Vec<(Option<OwnedFd>, ListenerKind)>,
-    ) -> Result<(), HostError> {
-        let kinds: Vec<_> = sockets.iter().map(|&(_, kind)| kind).collect();
-        let mut sockets = sockets.into_iter();
-        self.nat
-            .add_forward((id, spec), &kinds, &mut self.uplink, |uplink, _, owner| {
-                let Some((Some(fd), kind)) = sockets.next() else {
-                    return Ok(None);
-                };
-                uplink.adopt(fd, kind, owner).map(Some)
-            })
-    }
-
-    fn set_policy(&mut self, policy: Option<Arc<Policy>>) {
-        let mut out = GatewayOut {
-            lan: &mut self.lan,
-            buffer: &mut self.buffer,
-        };
-        self.nat
-            .set_policy(policy, self.now, (&mut self.uplink, &mut out));
-    }
-
-    fn answer_dns(&mut self, answer: &DnsAnswer) {
-        // Before the answer is cut, and before the guest has it.
-        if let Some(port) = self.gateway.dns.port_of(answer.id) {
-            match self.common.elsewhere(port) {
-                // The port's home has moved since the guest asked.
-                Some(home) => {
-                    self.crew.member(home).send(Command::Pin {
-                        port,
-                        message: answer.message.to_vec().into(),
-                        done: oneshot::channel().0,
-                    });
-                }
-                None => self.nat.policy().pin(port, &answer.message, self.now),
-            }
-        }
-        let mut out = GatewayOut {
-            lan: &mut self.lan,
-            buffer: &mut self.buffer,
-        };
-        // A late answer is counted by the service; no frame was dropped.
-        let _ = self.gateway.dns.handle_answer(answer, &mut out);
-    }
-
-    fn snapshot(&mut self) -> Snapshot {
-        let policy = self.nat.policy().view(self.now);
-        let (tcp, udp, icmp) = self.nat.flows();
-        let services = self.gateway.counters();
-        Snapshot {
-            tcp,
-            udp,
-            icmp,
-            counters: services
-                .chain(self.nat.counters())
-                .chain(self.fragments.counters().iter())
-                .map(|(name, count)| (name.to_owned(), count))
-                .collect(),
-            host_sockets: self.uplink.open_count(),
-            forwards: self.nat.forwards().collect(),
-            policy,
-        }
-    }
-}
-
-/// What the gateway takes undone: its sockets do the rest.
-const GATEWAY_CAPS: Caps = Caps {
-    csum: true,
-    tso: true,
-    uso: true,
-};
-
-impl Lan {
-    /// Whether `id` is the port with these counters still.
-    fn is_port(&self, id: PortId, counters: &Arc<PortCounters>) -> bool {
-        let port = self.ports.get(usize::from(id.0)).and_then(Option::as_ref);
-        port.is_some_and(|egress| Arc::ptr_eq(&egress.counters, counters))
-    }
-
-    /// Open files that the ports may take later.
-    fn files_to_come(&self) -> usize {
-        let ports = self.ports.iter().flatten();
-        ports.map(|egress| egress.tx.files_to_come()).sum()
-    }
-
-    /// What the receiver of a frame takes undone; nothing if there are several, or none is known.
-    fn takes(&self, frame: &Frame<'_>) -> Caps {
-        match self.switch.find(frame.destination()) {
-            Some(PortId::GATEWAY) => GATEWAY_CAPS,
-            Some(port) => match self.ports.get(usize::from(port.0)) {
-                Some(Some(egress)) => egress.tx.caps(),
-                _ => Caps::default(),
-            },
-            None => Caps::default(),
-        }
-    }
-
-    /// Decides about a frame and sends it to the ports it is for. Returns whether the gateway is
-    /// among its receivers.
-    fn forward(&mut self, ingress: PortId, frame: Frame<'_>) -> Result<bool, DropReason> {
-        debug_assert!(frame.bytes.len() >= ETH_HEADER_LEN);
-        match self.switch.decide(ingress, frame.bytes) {
-            Verdict::Unicast(PortId::GATEWAY) => Ok(true),
-            Verdict::Unicast(port) => {
-                let index = usize::from(port.0);
-                if let Some(Some(egress)) = self.ports.get_mut(index) {
-                    egress.send(frame, &mut self.scratch);
-                    egress.note_unflushed(index, &mut self.unflushed);
-                    Ok(false)
-                } else {
-                    Err(DropReason::NoPort)
-                }
-            }
-            Verdict::Flood { to_gateway } => {
-                let mut receivers = usize::from(to_gateway);
-                for (index, egress) in self.ports.iter_mut().enumerate() {
-                    if let Some(egress) =
-                        egress.as_mut().filter(|_| index != usize::from(ingress.0))
-                    {
-                        receivers += 1;
-                        egress.send(frame, &mut self.scratch);
-                        egress.note_unflushed(index, &mut self.unflushed);
-                    }
-                }
-                if receivers == 0 {
-                    Err(DropReason::NoPort)
-                } else {
-                    Ok(to_gateway)
-                }
-            }
-            Verdict::Drop(reason) => Err(reason),
-        }
-    }
-
-    /// Ends the batches of the ports that were sent to.
-    fn flush(&mut self) {
-        for index in self.unflushed.drain(..) {
-            // The port may have gone meanwhile.
-            if let Some(Some(egress)) = self.ports.get_mut(index) {
-                egress.is_unflushed = false;
-                egress.tx.flush();
-            }
-        }
-    }
-}
-
-/// From one guest's memory to another's.
-struct LanShortcut<'a> {
-    lan: &'a mut Lan,
-    ingress: PortId,
-}
-
-impl Shortcut for LanShortcut<'_> {
-    fn leads(&self, head: &[u8]) -> bool {
-        let port = self.lan.switch.find(Mac::at(head, 0));
-        let port = port.filter(|&port| port != self.ingress);
-        let egress = port.and_then(|port| self.lan.ports.get(usize::from(port.0)));
-        matches!(egress, Some(Some(egress)) if egress.is_batched)
-    }
-
-    fn send(&mut self, frame: &RemoteFrame<'_>) -> bool {
-        // What is not for one port is decided about once more, on its way through the batch: with the
-        // same outcome, as nothing comes between.
-        let verdict = self.lan.switch.decide(self.ingress, frame.head.bytes);
-        let Verdict::Unicast(port) = verdict else {
-            return false;
-        };
-        let index = usize::from(port.0);
-        let Some(Some(egress)) = self.lan.ports.get_mut(index) else {
-            return false;
-        };
-        if !egress.tx.caps().take(frame.head.offload) {
-            return false;
-        }
-        match egress.tx.send_remote(frame) {
-            None => return false,
-            Some(Ok(())) => egress.counters.tx(frame.frame_len()),
-            Some(Err(reason)) => egress.counters.count_drop(reason),
-        }
-        egress.note_unflushed(index, &mut self.lan.unflushed);
-        true
-    }
-}
-
-impl Egress {
-    /// Sends a frame as this port needs it; losses are counted here.
-    fn send(&self, frame: Frame<'_>, scratch: &mut [u8]) {
-        let mut send = |frame: Frame<'_>| match self.tx.send(frame) {
-            Ok(()) => self.counters.tx(frame.bytes.len()),
-            Err(reason) => self.counters.count_drop(reason),
-        };
-        if let Err(reason) = offload::fit(frame, self.tx.caps(), PORT_MTU, scratch, &mut send) {
-            self.counters.count_drop(reason);
-        }
-    }
-
-    /// Remembers that this port's batch is to be ended.
-    fn note_unflushed(&mut self, index: usize, unflushed: &mut Vec<usize>) {
-        if self.is_batched && !self.is_unflushed {
-            self.is_unflushed = true;
-            unflushed.push(index);
-        }
-    }
-}
-
-/// Frames of the gateway enter the switch here, by its own port.
-struct GatewayOut<'a> {
-    lan: &'a mut Lan,
-    buffer: &'a mut [u8],
-}
-
-impl Outbox for GatewayOut<'_> {
-    fn buffer(&mut self) -> &mut [u8] {
-        self.buffer
-    }
-
-    fn send(&mut self, len: usize, offload: Offload) {
-        let frame = Frame {
-            bytes: &self.buffer[..len],
-            offload,
-        };
-        self.lan.gateway.rx(len);
-        if let Err(reason) = self.lan.forward(PortId::GATEWAY, frame) {
-            self.lan.gateway.count_drop(reason);
         }
     }
 }

@@ -6,12 +6,13 @@ use std::sync::atomic::Ordering::Relaxed;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
 use super::*;
-use crate::frame::Mac;
+use crate::frame::{ETH_HEADER_LEN, Frame, Mac};
 use crate::gateway::LanConfig;
 use crate::nat::egress::HostAccess;
 use crate::nat::testing::{GATEWAY_MAC, GUEST, guest_ipv4, guest_udp, lan};
-use crate::offload::Caps;
-use crate::port::PortRx;
+use crate::offload::{Caps, Offload};
+use crate::port::{PortRx, PortTx};
+use crate::stats::DropReason;
 use crate::switch::SwitchConfig;
 use crate::wire::{self, checksum, ipv6};
 use crossbeam_channel::Receiver;

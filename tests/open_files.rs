@@ -33,10 +33,12 @@ const LOOPBACK: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
 const GUEST: Ipv4Addr = Ipv4Addr::new(192, 168, 122, 9);
 const GATEWAY: Ipv4Addr = Ipv4Addr::new(192, 168, 122, 1);
 
+const GET_FEATURES: u32 = 1;
 const SET_FEATURES: u32 = 2;
 const SET_MEM_TABLE: u32 = 5;
 const SET_VRING_KICK: u32 = 12;
 const SET_VRING_CALL: u32 = 13;
+const GET_PROTOCOL_FEATURES: u32 = 15;
 const SET_PROTOCOL_FEATURES: u32 = 16;
 const VERSION: u32 = 1;
 const NEED_REPLY: u32 = 1 << 3;
@@ -101,9 +103,9 @@ fn datagram(from: (Mac, u16), to: (Mac, u16)) -> Vec<u8> {
     with_header(&frame)
 }
 
-/// Sends a front-end's message and waits until it is done; whether it went well.
-fn told(stream: &mut UnixStream, request: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) -> bool {
-    let header: Vec<u8> = [request, VERSION | NEED_REPLY, payload.len() as u32]
+/// Sends a front-end's message.
+fn send(stream: &UnixStream, request: u32, flags: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) {
+    let header: Vec<u8> = [request, VERSION | flags, payload.len() as u32]
         .iter()
         .flat_map(|word| word.to_ne_bytes())
         .collect();
@@ -111,11 +113,21 @@ fn told(stream: &mut UnixStream, request: u32, payload: &[u8], fds: &[BorrowedFd
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
     assert!(fds.is_empty() || ancillary.push(SendAncillaryMessage::ScmRights(fds)));
     let parts = [IoSlice::new(&header), IoSlice::new(payload)];
-    if sendmsg(&*stream, &parts, &mut ancillary, SendFlags::NOSIGNAL).is_err() {
-        return false;
-    }
+    sendmsg(stream, &parts, &mut ancillary, SendFlags::NOSIGNAL).expect("it is connected");
+}
+
+/// The number in an answer.
+fn reply(stream: &mut UnixStream) -> u64 {
     let mut reply = [0; 12 + 8];
-    stream.read_exact(&mut reply).is_ok() && reply[12..] == [0; 8]
+    stream.read_exact(&mut reply).expect("it is connected");
+    let number = reply.last_chunk().expect("it ends with one");
+    u64::from_ne_bytes(*number)
+}
+
+/// Sends a front-end's message and waits until it is done.
+fn tell(stream: &mut UnixStream, request: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) {
+    send(stream, request, NEED_REPLY, payload, fds);
+    assert_eq!(reply(stream), 0, "request {request}");
 }
 
 /// How many files of the process are a memory of `name`.
@@ -181,21 +193,17 @@ fn flows_leave_files_for_all_that_a_front_end_may_bring() {
     let sockets = network.status().totals["host_sockets"];
     assert!((500..FILES_MAX).contains(&sockets), "{sockets} sockets");
 
-    for (request, features) in [
-        (SET_FEATURES, PROTOCOL_FEATURES),
-        (SET_PROTOCOL_FEATURES, REPLY_ACK),
+    for (offered, taken, features) in [
+        (GET_FEATURES, SET_FEATURES, PROTOCOL_FEATURES),
+        (GET_PROTOCOL_FEATURES, SET_PROTOCOL_FEATURES, REPLY_ACK),
     ] {
-        let header: Vec<u8> = [request, VERSION, 8]
-            .iter()
-            .flat_map(|word: &u32| word.to_ne_bytes())
-            .collect();
-        let message = [header, features.to_ne_bytes().to_vec()].concat();
-        stream.write_all(&message).unwrap();
+        send(&stream, offered, 0, &[], &[]);
+        assert_ne!(reply(&mut stream) & features, 0);
+        send(&stream, taken, 0, &features.to_ne_bytes(), &[]);
     }
     for queue in 0..QUEUES_MAX as u64 {
         for request in [SET_VRING_KICK, SET_VRING_CALL] {
-            let set = told(&mut stream, request, &queue.to_ne_bytes(), &[bell.as_fd()]);
-            assert!(set, "queue {queue}");
+            tell(&mut stream, request, &queue.to_ne_bytes(), &[bell.as_fd()]);
         }
     }
     let mut table = Vec::from((REGIONS_MAX as u64).to_ne_bytes());
@@ -208,7 +216,7 @@ fn flows_leave_files_for_all_that_a_front_end_may_bring() {
     // The second comes while the first is in force.
     let fds = [memory.as_fd(); REGIONS_MAX];
     for _ in 0..2 {
-        assert!(told(&mut stream, SET_MEM_TABLE, &table, &fds));
+        tell(&mut stream, SET_MEM_TABLE, &table, &fds);
         assert_eq!(memory_files("lanlet-regions"), 1 + REGIONS_MAX);
     }
     assert_eq!(network.status().totals["host_sockets"], sockets);

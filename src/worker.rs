@@ -50,7 +50,7 @@ pub mod crew;
 mod lan;
 mod path;
 
-pub use self::command::{Command, Event, Reception, Snapshot};
+pub use self::command::{Command, Event, Readers, Reception, Snapshot};
 pub use self::crew::{Crew, Seat, WorkerHandle};
 
 /// Batches read from one port before the others get their turn: about a millisecond of the largest
@@ -264,10 +264,12 @@ impl Worker {
                     counters,
                     name,
                     group,
+                    readers,
                 } => {
                     let policy = self.path.nat.policy();
                     policy.add_guest(id, &name, group.as_deref());
                     self.path.add_port(id, tx, counters);
+                    self.path.crew.hand_out(readers);
                 }
                 Command::Receive(reception) => self.receive(reception),
                 Command::RemovePort(id) => self.remove_port(id),

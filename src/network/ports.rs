@@ -3,7 +3,7 @@
 use std::any::Any;
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, Weak};
 
 use super::{NetworkError, Shared, lock};
 use crate::config::ConfigError;
@@ -14,7 +14,7 @@ use crate::port::{DropSource, PortRx, PortTx};
 use crate::stats::PortCounters;
 use crate::switch::PORTS_MAX;
 use crate::tap::Helper;
-use crate::worker::{Command, Crew, Reception};
+use crate::worker::{Command, Crew, Readers, Reception};
 
 #[derive(Default)]
 pub(super) struct Ports {
@@ -143,6 +143,16 @@ impl Shared {
         let workers = self.crew.members().len();
         let (receivers, senders): (Vec<_>, Vec<_>) = queues.into_iter().unzip();
         let home = usize::from(home.0);
+        let reader = |(nth, rx)| {
+            let reception = Reception {
+                port: id,
+                rx,
+                counters: Arc::clone(&counters),
+            };
+            (WorkerId(((home + nth) % workers) as u8), reception)
+        };
+        let readers = receivers.into_iter().enumerate().map(reader).collect();
+        let readers: Readers = Arc::new(Mutex::new(readers));
         added &= self.crew.tell_all(|worker| {
             let nth = (usize::from(worker.0) + workers - home) % workers;
             Command::AddPort {
@@ -151,17 +161,10 @@ impl Shared {
                 counters: Arc::clone(&counters),
                 name: name.clone(),
                 group: group.clone(),
+                readers: Arc::clone(&readers),
             }
         });
-        for (nth, rx) in receivers.into_iter().enumerate() {
-            let reception = Reception {
-                port: id,
-                rx,
-                counters: Arc::clone(&counters),
-            };
-            let worker = &self.crew.members()[(home + nth) % workers];
-            added &= worker.send(Command::Receive(reception));
-        }
+        self.crew.hand_out(readers);
         drop(ports);
         if added {
             return Ok((id, address));

@@ -1,7 +1,7 @@
 //! What other threads ask of a worker, and what it tells them.
 
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use crossbeam_channel::Sender;
 use tokio::sync::oneshot;
@@ -28,9 +28,13 @@ pub struct Reception {
     pub counters: Arc<PortCounters>,
 }
 
+/// The queues of a port that begins, and who is to read them.
+pub type Readers = Arc<Mutex<Vec<(WorkerId, Reception)>>>;
+
 /// What other threads ask of a worker.
 pub enum Command {
-    /// There is this port to send to. Its [`Command::Receive`] follows where it is to be read.
+    /// There is this port to send to. Its [`Command::Receive`] follows where it is to be read, once all workers
+    /// know it.
     AddPort {
         /// Its number, unused so far.
         id: PortId,
@@ -42,6 +46,8 @@ pub enum Command {
         name: String,
         /// Its guests' group.
         group: Option<String>,
+        /// Its queues.
+        readers: Readers,
     },
     /// Read from this port.
     Receive(Reception),

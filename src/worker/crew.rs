@@ -8,13 +8,13 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU8, Ordering::Relaxed};
+use std::sync::{Arc, PoisonError};
 
 use crossbeam_channel::{Receiver, Sender, TryRecvError};
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::command::Command;
+use super::command::{Command, Readers};
 use crate::config::WORKERS_MAX;
 use crate::frame::{FRAME_BUFFER_LEN, Frame, PortId, WorkerId};
 use crate::nat::common::Homes;
@@ -223,6 +223,18 @@ impl Crew {
             all &= member.send(command(WorkerId(number as u8)));
         }
         all
+    }
+
+    /// Hands the queues of a port to their readers, if all others that were told of the port have done this:
+    /// no worker meets an answer to a frame of a port that it does not know yet.
+    pub fn hand_out(&self, readers: Readers) {
+        let Some(readers) = Arc::into_inner(readers) else {
+            return;
+        };
+        let readers = readers.into_inner();
+        for (worker, reception) in readers.unwrap_or_else(PoisonError::into_inner) {
+            self.member(worker).send(Command::Receive(reception));
+        }
     }
 
     /// The others: all but `worker`.

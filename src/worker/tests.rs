@@ -112,13 +112,15 @@ impl Lab {
             })
             .collect();
         let guests = (1..=guests).map(|n| add_guest(&crew, n)).collect();
-        Self {
+        let lab = Self {
             crew,
             events,
             gateway,
             guests,
             threads,
-        }
+        };
+        lab.settle();
+        lab
     }
 
     /// Sends a frame from a guest and waits until the worker is through with it.
@@ -195,19 +197,22 @@ fn add_guest(crew: &Crew, n: u8) -> (Mac, OwnedFd, Arc<PortCounters>) {
     let home = WorkerId((usize::from(n - 1) % crew.members().len()) as u8);
     crew.homes().set(id, home);
     let tx: Arc<dyn PortTx> = Arc::new(ScriptedTx(Arc::clone(&theirs)));
+    let reception = Reception {
+        port: id,
+        rx: Box::new(ScriptedRx(theirs)),
+        counters: Arc::clone(&counters),
+    };
+    let readers = Arc::new(Mutex::new(vec![(home, reception)]));
     let added = crew.tell_all(|_| Command::AddPort {
         id,
         tx: Arc::clone(&tx),
         counters: Arc::clone(&counters),
         name: format!("guest{n}"),
         group: None,
+        readers: Arc::clone(&readers),
     });
     assert!(added);
-    crew.member(home).send(Command::Receive(Reception {
-        port: id,
-        rx: Box::new(ScriptedRx(theirs)),
-        counters: Arc::clone(&counters),
-    }));
+    crew.hand_out(readers);
     (Mac([0x52, 0x54, 0, 0, 1, n]), ours, counters)
 }
 
@@ -427,6 +432,32 @@ fn what_another_worker_reads_is_answered_by_the_ports_home() {
     lab.crew.tell_all(|_| Command::RemovePort(port));
     lab.settle();
     assert_eq!(lab.snapshot().udp, 0);
+}
+
+/// An answer to the first frame of a port, read by a worker that is behind with its commands.
+#[test]
+fn a_port_is_read_when_all_workers_know_it() {
+    let lab = Lab::with_workers(2, 2);
+    let (first, second) = (WorkerId(0), WorkerId(1));
+    // The second guest's worker is held up: it waits until the answer is taken.
+    let (reply, answer) = crossbeam_channel::bounded(0);
+    lab.crew.member(second).send(Command::Snapshot(reply));
+    let (mac, guest, counters) = add_guest(&lab.crew, 3);
+    let mut frame = vec![0; 60];
+    wire::write_ethernet(&mut frame, Mac::BROADCAST, mac, 0x88b5);
+    rustix::io::write(&guest, &frame).unwrap();
+    for _ in 0..2 {
+        let (reply, answer) = crossbeam_channel::bounded(1);
+        lab.crew.member(first).send(Command::Snapshot(reply));
+        answer.recv().unwrap();
+    }
+    assert_eq!(counters.rx_frames.load(Relaxed), 0);
+    answer.recv().unwrap();
+    lab.settle();
+    assert_eq!(counters.rx_frames.load(Relaxed), 1);
+    lab.send(1, &lab.frame(1, mac));
+    assert_eq!(received(&guest).len(), 1);
+    assert_eq!(lab.guests[1].2.dropped().count(), 0);
 }
 
 /// A frame waits for its port's home; before that has it, the port goes and another takes its number.

@@ -6,7 +6,9 @@ use crate::{assert_said, scenario};
 
 /// For the scenarios: guests that stay, each in the background with its address in NAME.address until
 /// NAME.over exists: guest NAME COMMANDS [OPTION of lanlet exec...]. What they say is in NAME.log.
-/// served NAME: makes a directory with a page that says NAME. get URL: the page, or curl's status.
+/// served NAME: makes a directory with a page that says NAME. get URL: the page, or curl's status. busybox
+/// httpd lets nine connections wait; where more come while it is held up, TCP tries again after 1, 3, 7 and
+/// 15 s.
 pub const PRELUDE: &str = r#"
 guest() {
     local name=$1 commands=$2
@@ -23,7 +25,7 @@ guest() {
     done
 }
 served() { mkdir -p "$1.www" && echo "$1" >"$1.www/index.html" && chmod -R a+rX "$1.www"; }
-get() { curl -s --max-time 10 "$@" || echo "curl=$?"; }
+get() { curl -s --max-time 30 "$@" || echo "curl=$?"; }
 http() { echo "busybox httpd -p $2 -h $1.www"; }
 "#;
 

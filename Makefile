@@ -53,11 +53,15 @@ bench:
 	lab/setup demo
 	$(CARGO) bench --locked
 
-# lanlet, the kernel's bridge and NAT, pasta, slirp4netns and QEMU's user network, interleaved, as a table.
+# lanlet, the kernel's bridge and NAT, pasta, slirp4netns and QEMU's user network, interleaved, as a table;
+# and guests on vhost-user ports beside the same guests on a kernel bridge.
 compare:
 	lab/setup test
+	lab/guest-image/build
+	lab/dpdk/build
 	$(CARGO) build --release --locked --bin lanlet
 	lab/compare
+	lab/compare-vhost-user
 
 # What pieces of the hot path take, in times of plain loops: tests/guard.rs compares to it. For changes
 # that are meant to cost something; on a machine that has nothing else to do.

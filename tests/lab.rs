@@ -5,7 +5,7 @@ mod common;
 use std::thread;
 use std::time::Duration;
 
-use common::{World, skip, world_missing};
+use common::{World, heavy, lab, skip, world_missing};
 
 #[test]
 fn addresses_fail_as_described() {
@@ -406,4 +406,62 @@ fn a_scenario_ends_at_its_limit_and_leaves_nothing() {
         line.starts_with(b"sleep\x003217")
     });
     assert_eq!(left.count(), 0, "the world's processes outlived it");
+}
+
+/// testpmd's part of the comparison by vhost-user has figures, says what it lacks, and can be cut short.
+#[test]
+fn vhost_user_is_compared_and_nothing_outlives_it() {
+    if let Some(reason) = world_missing() {
+        return skip(&reason);
+    }
+    if !lab()
+        .dir
+        .join("out/dpdk/lib/librte_net_af_packet.so.23")
+        .exists()
+    {
+        return skip("no testpmd with its drivers: run lab/dpdk/build");
+    }
+    let _alone = heavy();
+    let world = World::new().limit(Duration::from_secs(150));
+    let outcome = world.run(
+        r#"
+        export LANLET_BIN=$LANLET
+        compare="$LAB/compare-vhost-user --secs 0.5"
+        $compare --rounds 1 --only testpmd >table; say compared=$?
+        say figures="$(grep -cE '^(64|1518)-byte frames +kpps( +[0-9][0-9,.]*){5}$' table)"
+        ours='compare-vhost-user|dpdk/testpmd|lanlet (up|bench)'
+        for signal in INT TERM KILL; do
+            $compare --only testpmd >cut 2>&1 &
+            compared=$!
+            for _ in $(seq 500); do
+                pgrep -f dpdk/testpmd >/dev/null && say running=yes && break
+                sleep 0.02
+            done
+            kill -$signal $compared; wait $compared
+            say $signal=$?
+            for _ in $(seq 100); do
+                pgrep -f "$ours" >/dev/null || break
+                sleep 0.02
+            done
+            say left=$(pgrep -fc "$ours")
+        done
+        LANLET_BIN=/none $compare >missing; say missing=$? told=$(grep -c 'there is no /none' missing)
+        true
+        "#,
+    );
+    let outcome = outcome.passed();
+    let markers = outcome.markers();
+    for (key, wanted) in [
+        ("compared", "0"),
+        ("figures", "2"),
+        ("INT", "130"),
+        ("TERM", "143"),
+        ("KILL", "137"),
+        ("missing", "1"),
+        ("told", "2"),
+    ] {
+        assert_eq!(markers.get(key), Some(wanted), "{key}: {}", outcome.text());
+    }
+    assert_eq!(markers.all("running"), ["yes"; 3], "{}", outcome.text());
+    assert_eq!(markers.all("left"), ["0"; 3], "{}", outcome.text());
 }

@@ -74,6 +74,7 @@ Examples:
   lanlet bench --html report.html --json report.json
   lanlet bench --only lanlet,kernel --cases tcp,rtt --rounds 9 --secs 2
   lanlet bench --only lanlet --base ./lanlet-of-yesterday
+  lanlet bench --only lanlet,lanlet-vhost-user,kernel --sections vm-to-vm --guest-image lab/out
   lanlet bench --only lanlet,kernel --cases tcp --workers auto")]
 pub(super) struct Args {
     /// How often everything is measured [default: 5; 1 with --quick]
@@ -176,6 +177,10 @@ impl Args {
                 return Err(Failure::Usage(missing.to_owned()));
             }
             None => ways.retain(|way| *way != Way::Workers),
+        }
+        // It is of VMs alone, and would have nothing to say but that.
+        if self.guest_image.is_none() && self.only.is_empty() {
+            ways.retain(|way| *way != Way::VhostUser);
         }
         ways.sort_unstable();
         ways.dedup();
@@ -340,7 +345,7 @@ mod tests {
         let plan = plan(&[]).unwrap();
         assert_eq!((plan.rounds, plan.secs), (ROUNDS, SECS));
         assert_eq!(plan.cases.len(), case::CASES.len());
-        assert_eq!(plan.ways.len(), Way::value_variants().len() - 2);
+        assert_eq!(plan.ways.len(), Way::value_variants().len() - 3);
         assert!(!plan.ways.contains(&Way::Base) && !plan.ways.contains(&Way::Workers));
     }
 
@@ -350,6 +355,8 @@ mod tests {
         assert_eq!(plan.ways, [Way::Lanlet, Way::Kernel]);
         assert_eq!((plan.rounds, plan.secs), (2, SECS_QUICK));
         assert!(!plan.cases.iter().any(|name| name == CASE_NOT_QUICK));
+        let vms = self::plan(&["--only", "lanlet-vhost-user", "--sections", "vm-to-vm"]).unwrap();
+        assert_eq!(vms.ways, [Way::VhostUser]);
         let single = self::plan(&["--quick", "--cases", CASE_NOT_QUICK]).unwrap();
         assert_eq!(single.cases, [CASE_NOT_QUICK]);
     }

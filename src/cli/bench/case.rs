@@ -24,12 +24,14 @@ pub(super) enum Section {
     VmToOutside,
     /// From the outside to a QEMU guest that has connected to it; takes --guest-image
     OutsideToVm,
+    /// From a QEMU guest to another on the same network; takes --guest-image
+    VmToVm,
     /// Memory and processor time that lanlet itself takes
     Costs,
 }
 
 impl Section {
-    pub(super) const ALL: [Section; 8] = [
+    pub(super) const ALL: [Section; 9] = [
         Section::GuestToGuest,
         Section::GuestToOutside,
         Section::OutsideToGuest,
@@ -37,6 +39,7 @@ impl Section {
         Section::PublishedToOutside,
         Section::VmToOutside,
         Section::OutsideToVm,
+        Section::VmToVm,
         Section::Costs,
     ];
 
@@ -49,6 +52,7 @@ impl Section {
             Section::PublishedToOutside => "published port to outside",
             Section::VmToOutside => "VM to outside",
             Section::OutsideToVm => "outside to VM",
+            Section::VmToVm => "VM to VM",
             Section::Costs => "memory and idle time",
         }
     }
@@ -57,9 +61,15 @@ impl Section {
     pub(super) fn guests(self) -> Option<Guests> {
         match self {
             Section::VmToOutside | Section::OutsideToVm => Some(Guests::Vms),
+            Section::VmToVm => Some(Guests::VmPairs),
             Section::Costs => None,
             _ => Some(Guests::Namespaces),
         }
+    }
+
+    /// Whether both ends are guests.
+    pub(super) fn is_inside(self) -> bool {
+        matches!(self, Section::GuestToGuest | Section::VmToVm)
     }
 
     /// Whether the outside opens the connections, and the guest serves.
@@ -86,6 +96,12 @@ pub(super) enum Guests {
     Namespaces,
     /// QEMU's, booted from the image that --guest-image names.
     Vms,
+    /// Two of these on a network.
+    VmPairs,
+}
+
+impl Guests {
+    pub(super) const ALL: [Guests; 3] = [Guests::Namespaces, Guests::Vms, Guests::VmPairs];
 }
 
 /// What the load generators do.
@@ -209,10 +225,11 @@ impl Load {
         }
         let goes_back = matches!(self, Load::Tcp { .. } | Load::Udp { .. });
         // Ports are forwarded, and VMs emulated, at a cost per connection and byte; what datagrams and
-        // many flows cost the rest shows.
+        // many flows cost the rest shows. But between VMs datagrams are what no offload helps.
         let is_basic = match self {
             Load::Tcp { .. } | Load::Connects | Load::RoundTrips { flows: 1 } => true,
-            Load::Udp { .. } | Load::RoundTrips { .. } | Load::Pairs | Load::Cost(_) => false,
+            Load::Udp { .. } => section == Section::VmToVm,
+            Load::RoundTrips { .. } | Load::Pairs | Load::Cost(_) => false,
         };
         let is_plain = section.guests() == Some(Guests::Namespaces) && !section.is_published();
         (is_basic || is_plain) && (goes_back || !section.is_way_back())
@@ -416,6 +433,9 @@ mod tests {
         let down = |load: Load| load.goes(Section::OutsideToGuest);
         assert!(down(Load::Tcp { streams: 1 }));
         assert!(!down(Load::Connects) && !down(Load::RoundTrips { flows: 1 }));
+        assert!(udp(64, 1, false).goes(Section::VmToVm));
+        assert!(!udp(64, 1, false).goes(Section::VmToOutside));
+        assert!(!Load::Pairs.goes(Section::VmToVm));
         for case in CASES {
             let is_cost = matches!(case.load, Load::Cost(_));
             assert_eq!(case.load.goes(Section::Costs), is_cost, "{}", case.name);

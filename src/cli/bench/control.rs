@@ -54,10 +54,10 @@ impl Plan {
         Section::ALL.into_iter().filter(is_wanted).collect()
     }
 
-    /// Whether nothing but VMs is measured.
-    fn is_of_vms(&self) -> bool {
+    /// Whether no other guests are measured.
+    fn is_of(&self, guests: Guests) -> bool {
         let mut sections = self.sections().into_iter();
-        sections.all(|section| section.guests() == Some(Guests::Vms))
+        sections.all(|section| section.guests() == Some(guests))
     }
 
     pub(super) fn cases(&self) -> Vec<Case> {
@@ -148,7 +148,7 @@ impl Bench {
             for section in self.plan.sections() {
                 let image = self.plan.guest_image.as_deref();
                 let missing = match section.guests() {
-                    Some(Guests::Vms) if image.is_none() => Some(NO_GUEST_IMAGE),
+                    Some(Guests::Vms | Guests::VmPairs) if image.is_none() => Some(NO_GUEST_IMAGE),
                     _ => way.lacks(section),
                 };
                 match missing {
@@ -163,24 +163,25 @@ impl Bench {
                 self.close_all(way, reason)?;
                 continue;
             }
-            for guests in [Guests::Namespaces, Guests::Vms] {
+            for guests in Guests::ALL {
                 let is_of = |section: &&Section| section.guests() == Some(guests);
                 let sections: Vec<_> = sections.iter().filter(is_of).copied().collect();
                 if sections.is_empty() {
                     continue;
                 }
                 match (self.start_ends(way, guests), guests) {
-                    // VMs boot when it is their turn, and do not disturb others before.
-                    (Ok(_), Guests::Vms) if !self.plan.is_of_vms() => {}
-                    (Ok(ends), _) => drop(self.ends.insert((guests, way), ends)),
+                    (Ok(ends), Guests::Namespaces) => drop(self.ends.insert((guests, way), ends)),
                     (Err(reason), Guests::Namespaces) => self.close_all(way, reason)?,
-                    (Err(reason), Guests::Vms) => self.close(way, &sections, &reason)?,
+                    // VMs boot when it is their turn, and do not disturb others before.
+                    (Ok(_), _) if !self.plan.is_of(guests) => {}
+                    (Ok(ends), _) => drop(self.ends.insert((guests, way), ends)),
+                    (Err(reason), _) => self.close(way, &sections, &reason)?,
                 }
             }
             if way == Way::Kernel
                 && let Err(reason) = masquerade()
             {
-                let is_nat = |section: &Section| *section != Section::GuestToGuest;
+                let is_nat = |section: &Section| !section.is_inside();
                 let nat: Vec<_> = sections.into_iter().filter(is_nat).collect();
                 self.close(way, &nat, &reason)?;
             }
@@ -191,8 +192,9 @@ impl Bench {
     fn start_ends(&self, way: Way, guests: Guests) -> Result<Ends, String> {
         match (guests, &self.plan.guest_image) {
             (Guests::Namespaces, _) => way.start(&self.world, &self.plan),
-            (Guests::Vms, Some(image)) => vm::start(way, &self.world, &self.plan, image),
-            (Guests::Vms, None) => Err(NO_GUEST_IMAGE.to_owned()),
+            (_, None) => Err(NO_GUEST_IMAGE.to_owned()),
+            (Guests::Vms, Some(image)) => vm::start(way, &self.world, &self.plan, image, 1),
+            (Guests::VmPairs, Some(image)) => vm::start(way, &self.world, &self.plan, image, 2),
         }
     }
 
@@ -271,7 +273,7 @@ impl Bench {
         }
         let guests = run.section.guests().ok_or("there are no guests")?;
         self.ends
-            .retain(|(others, _), _| *others == Guests::Namespaces || guests == Guests::Vms);
+            .retain(|(others, _), _| *others == Guests::Namespaces || *others == guests);
         let key = (guests, run.way);
         if !self.ends.contains_key(&key) {
             let ends = self.start_ends(run.way, guests)?;
@@ -305,7 +307,7 @@ pub(super) fn measure(
     let mut published = None;
     let mut others = ends.others.iter_mut();
     let (opener, server, at) = match section {
-        Section::GuestToGuest => {
+        _ if section.is_inside() => {
             let (second, address) = others.next().ok_or_else(|| missing("other guest"))?;
             let first = (&mut ends.guest, second, (*address, 0).into());
             if load == Load::Pairs {

@@ -11,9 +11,9 @@ use super::table::{cell, label};
 use super::way::Way;
 
 /// A colour per way, in its order: lanlet's own stand out, a peer's two MTUs are of one hue.
-const COLORS: [&str; 11] = [
-    "#d9480f", "#f59f00", "#f06595", "#c2255c", "#1971c2", "#2f9e44", "#8ce99a", "#6741d9",
-    "#b197fc", "#0c8599", "#868e96",
+const COLORS: [&str; 12] = [
+    "#d9480f", "#f59f00", "#f06595", "#862e9c", "#c2255c", "#1971c2", "#2f9e44", "#8ce99a",
+    "#6741d9", "#b197fc", "#0c8599", "#868e96",
 ];
 
 const STYLE: &str = "

@@ -6,6 +6,7 @@
 mod initrd;
 
 use std::ffi::OsString;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -14,7 +15,7 @@ use self::initrd::AGENT;
 use super::agent::{Agent, POLL, Process};
 use super::control::Plan;
 use super::network::Network;
-use super::way::{BRIDGE, BRIDGE_GATEWAY, Ends, Way, bridge_guest};
+use super::way::{self, BRIDGE, BRIDGE_GATEWAY, Ends, Way, bridge_guest};
 use super::world::{OUTSIDE, SERVER, World, installed, ip};
 
 /// What a guest image has.
@@ -24,53 +25,53 @@ pub(super) const INITRD: &str = "initrd.gz";
 const BOOT_TIME_MAX: Duration = Duration::from_secs(40);
 /// How long what a VM is attached to may take to be there.
 const READY_TIME_MAX: Duration = Duration::from_secs(5);
-/// The number of the VM on the kernel's bridge, behind the namespaces there.
-const BRIDGE_NUMBER: u8 = 2;
-/// The VM's tap on the bridge.
+/// The VMs' taps on the bridge: a number follows.
 const TAP: &str = "br0vm";
 
-/// Boots a guest on a way and waits until it has an address. `image`: the directory of [`KERNEL`] and
+/// Boots guests on a way and waits until each has an address. `image`: the directory of [`KERNEL`] and
 /// [`INITRD`].
 ///
 /// # Errors
 /// What is missing, or went wrong.
-pub(super) fn start(way: Way, world: &World, plan: &Plan, image: &Path) -> Result<Ends, String> {
+pub(super) fn start(
+    way: Way,
+    world: &World,
+    plan: &Plan,
+    image: &Path,
+    guests: u8,
+) -> Result<Ends, String> {
     let name = format!("{}-vm", way.name());
     let machine = Machine::new(world, image)?;
-    let log = || world.log(&format!("{name}-0"));
     let (mut network, mut processes) = (None, Vec::new());
-    let card = |netdev: &str| machine.words(netdev, "dhcp", "");
-    let guest = match way {
-        Way::Lanlet | Way::Workers | Way::Base => {
-            let program = way.program(world, plan)?;
-            let options = way.options(plan);
-            let network = network.insert(Network::up(world, &name, program, &options)?);
-            let mut command = network.command(world, "qemu");
-            command.arg("--qemu").arg(&machine.qemu).arg("--");
-            command.args(machine.without_card("dhcp", ""));
-            Agent::spawn(command, log())?
+    if way.is_lanlet() {
+        let program = way.program(world, plan)?;
+        network = Some(Network::up(world, &name, program, &way.options(plan))?);
+    }
+    let mut boot = |number| {
+        let log = world.log(&format!("{name}-{number}"));
+        match (&network, way) {
+            (Some(network), _) => {
+                let mut command = network.command(world, "qemu");
+                command.args((way == Way::VhostUser).then_some("--vhost-user"));
+                command.arg("--qemu").arg(&machine.qemu).arg("--");
+                command.args(machine.without_card("dhcp", ""));
+                Agent::spawn(command, log)
+            }
+            (None, Way::Kernel) => bridged(world, &machine, number, log),
+            (None, Way::Pasta | Way::PastaLarge) => {
+                let socket = passt(world, &name, way.mtu(), &mut processes)?;
+                let socket = socket.display();
+                let netdev = format!("stream,id=n,server=off,addr.type=unix,addr.path={socket}");
+                machine.spawn(world, machine.words(&netdev, "dhcp", "", number), log)
+            }
+            (None, Way::Qemu) => {
+                machine.spawn(world, machine.words("user,id=n", "dhcp", "", number), log)
+            }
+            _ => Err("no VM goes this way".to_owned()),
         }
-        Way::Kernel => {
-            let mut command = world.at(&["--user", "--tap", TAP, "--vnet"]);
-            let network = format!(
-                "ip address add {}/24 dev eth0; ip route add default via {BRIDGE_GATEWAY}",
-                bridge_guest(BRIDGE_NUMBER)
-            );
-            command.arg(&machine.qemu);
-            command.args(machine.words("tap,id=n,fd={fd}", "up", &network));
-            let guest = Agent::spawn(command, log())?;
-            until(|| ip(None, &format!("link set {TAP} master {BRIDGE} up")))?;
-            guest
-        }
-        Way::Pasta | Way::PastaLarge => {
-            let socket = passt(world, &name, way.mtu(), &mut processes)?;
-            let socket = socket.display();
-            let netdev = format!("stream,id=n,server=off,addr.type=unix,addr.path={socket}");
-            machine.spawn(world, card(&netdev), log())?
-        }
-        Way::Qemu => machine.spawn(world, card("user,id=n"), log())?,
-        _ => return Err("no VM goes this way".to_owned()),
     };
+    let guest = boot(0)?;
+    let others = (1..guests).map(boot).collect::<Result<Vec<_>, _>>()?;
     let outside = world.agent_at(&["--net", OUTSIDE]);
     let outside = Agent::spawn(outside, world.log(&format!("{name}-outside")))?;
     let mut ends = Ends {
@@ -78,14 +79,38 @@ pub(super) fn start(way: Way, world: &World, plan: &Plan, image: &Path) -> Resul
         processes,
         ..Ends::new(guest, outside, SERVER)
     };
-    let ready = ends.guest.wait_until_ready(BOOT_TIME_MAX);
-    let ready = ready.and_then(|()| ends.guest.wait_for_route(SERVER).map(drop));
+    let mut ready = is_up(&mut ends.guest).map(drop);
+    for mut other in others {
+        let address = is_up(&mut other);
+        ready = ready.and(address.map(|address| ends.others.push((other, address))));
+    }
     if let Err(error) = ready {
-        // What the guest's network said is nearer to the cause.
+        // What the guests' network said is nearer to the cause.
         ends.check()?;
-        return Err(format!("the guest does not come up: {error}"));
+        return Err(format!("a guest does not come up: {error}"));
     }
     Ok(ends)
+}
+
+/// Waits for a guest that boots; its address.
+fn is_up(guest: &mut Agent) -> Result<IpAddr, String> {
+    guest.wait_until_ready(BOOT_TIME_MAX)?;
+    guest.wait_for_route(SERVER)
+}
+
+/// A guest on the kernel's bridge.
+fn bridged(world: &World, machine: &Machine, number: u8, log: PathBuf) -> Result<Agent, String> {
+    let tap = format!("{TAP}{number}");
+    let mut command = world.at(&["--user", "--tap", &tap, "--vnet"]);
+    let network = format!(
+        "ip address add {}/24 dev eth0; ip route add default via {BRIDGE_GATEWAY}",
+        bridge_guest(way::GUESTS + number)
+    );
+    command.arg(&machine.qemu);
+    command.args(machine.words("tap,id=n,fd={fd}", "up", &network, number));
+    let guest = Agent::spawn(command, log)?;
+    until(|| ip(None, &format!("link set {tap} master {BRIDGE} up")))?;
+    Ok(guest)
 }
 
 fn until(mut try_it: impl FnMut() -> Result<(), String>) -> Result<(), String> {
@@ -168,9 +193,10 @@ impl Machine {
         words
     }
 
-    fn words(&self, netdev: &str, network: &str, more: &str) -> Vec<OsString> {
+    fn words(&self, netdev: &str, network: &str, more: &str, number: u8) -> Vec<OsString> {
         let mut words = self.without_card(network, more);
-        let card = ["-netdev", netdev, "-device", "virtio-net-pci,netdev=n"];
+        let device = format!("virtio-net-pci,netdev=n,mac=52:54:00:12:34:{number:02x}");
+        let card = ["-netdev", netdev, "-device", &device];
         words.extend(card.iter().map(Into::into));
         words
     }

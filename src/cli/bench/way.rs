@@ -13,7 +13,7 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 use super::agent::{Agent, POLL, Process};
-use super::case::Section;
+use super::case::{Guests, Section};
 use super::control::Plan;
 use super::network::{Network, with_address};
 use super::world::{self, HOST, HOST6, OUTSIDE, SERVER, SERVER6, UPLINK, World, installed, ip};
@@ -24,7 +24,7 @@ const MTU: u32 = 1_500;
 /// How long QEMU may take to have its tap, and slirp4netns its API.
 const TAP_TIME_MAX: Duration = Duration::from_secs(5);
 /// Guests of a network that has several: two pairs.
-const GUESTS: u8 = 4;
+pub(super) const GUESTS: u8 = 4;
 /// Where a guest serves that the outside reaches by a port of the host.
 const GUEST_PORT: u16 = 7000;
 /// The kernel's bridge, and its gateway.
@@ -45,6 +45,9 @@ pub(super) enum Way {
     /// This program with the workers that --workers says
     #[value(name = "lanlet-workers")]
     Workers,
+    /// This program, with VMs that share their memory with it
+    #[value(name = "lanlet-vhost-user")]
+    VhostUser,
     /// The program that --base names
     #[value(name = "base")]
     Base,
@@ -84,8 +87,9 @@ impl Way {
             (Way::Lanlet, _) => "lanlet",
             (Way::LanletIpv6, _) => "lanlet IPv6",
             (Way::Workers, _) => "with workers",
+            (Way::VhostUser, _) => "vhost-user",
             (Way::Base, _) => "base",
-            (Way::Kernel, Section::GuestToGuest) => "kernel bridge",
+            (Way::Kernel, section) if section.is_inside() => "kernel bridge",
             (Way::Kernel, _) => "kernel NAT",
             (Way::Pasta, Section::VmToOutside | Section::OutsideToVm) => "passt",
             (Way::PastaLarge, Section::VmToOutside | Section::OutsideToVm) => "passt 64K",
@@ -107,24 +111,20 @@ impl Way {
 
     /// Why it does not go there, if so whatever the machine.
     pub(super) fn lacks(self, section: Section) -> Option<&'static str> {
+        let is_of_vms = matches!(section.guests(), Some(Guests::Vms | Guests::VmPairs));
         match (self, section) {
+            (Way::VhostUser, _) if !is_of_vms => Some("it serves VMs alone"),
             (Way::Lanlet | Way::Workers | Way::Base, Section::Costs) => None,
             (Way::LanletIpv6, Section::Costs) => {
                 Some("what is told of lanlet is for both families")
             }
             (_, Section::Costs) => Some("only lanlet's own processes are looked at"),
-            (Way::Direct, Section::GuestToGuest | Section::VmToOutside | Section::OutsideToVm) => {
-                Some("there is no guest")
-            }
-            (Way::LanletIpv6, Section::VmToOutside | Section::OutsideToVm) => {
-                Some("the guest image asks for IPv4 alone")
-            }
-            (Way::Slirp | Way::SlirpLarge, Section::VmToOutside | Section::OutsideToVm) => {
-                Some("it serves namespaces alone")
-            }
+            (Way::Direct, section) if section.is_inside() || is_of_vms => Some("there is no guest"),
+            (Way::LanletIpv6, _) if is_of_vms => Some("the guest image asks for IPv4 alone"),
+            (Way::Slirp | Way::SlirpLarge, _) if is_of_vms => Some("it serves namespaces alone"),
             (
                 Way::Pasta | Way::PastaLarge | Way::Slirp | Way::SlirpLarge | Way::Qemu,
-                Section::GuestToGuest,
+                Section::GuestToGuest | Section::VmToVm,
             ) => Some("it serves one guest alone"),
             _ => None,
         }
@@ -191,6 +191,7 @@ impl Way {
             }
             Way::Qemu => qemu(world, &name, port, &mut processes)?,
             Way::Direct => Agent::spawn(world.agent_at(&[]), world.log(&name))?,
+            Way::VhostUser => return Err("no namespace goes this way".to_owned()),
         };
         let place = ["--net", OUTSIDE];
         let outside = Agent::spawn(
@@ -242,6 +243,14 @@ impl Way {
         }
     }
 
+    /// Whether it is a network of a lanlet program.
+    pub(super) fn is_lanlet(self) -> bool {
+        matches!(
+            self,
+            Way::Lanlet | Way::LanletIpv6 | Way::Workers | Way::VhostUser | Way::Base
+        )
+    }
+
     /// The lanlet program whose networks this way is made of.
     ///
     /// # Errors
@@ -249,7 +258,7 @@ impl Way {
     pub(super) fn program<'a>(self, world: &'a World, plan: &'a Plan) -> Result<&'a Path, String> {
         let base = plan.base.as_deref();
         match self {
-            Way::Lanlet | Way::LanletIpv6 | Way::Workers => Ok(world.program()),
+            Way::Lanlet | Way::LanletIpv6 | Way::Workers | Way::VhostUser => Ok(world.program()),
             Way::Base => base.ok_or_else(|| "--base names no program".to_owned()),
             _ => Err("it is not lanlet".to_owned()),
         }
@@ -479,6 +488,9 @@ mod tests {
     fn the_nat_goes_everywhere_but_for_those_with_one_guest() {
         for &way in Way::value_variants() {
             assert!(!way.name().is_empty());
+            if way == Way::VhostUser {
+                continue;
+            }
             for section in [Section::GuestToOutside, Section::OutsideToGuest] {
                 assert_eq!(way.lacks(section), None, "{way:?}");
             }
@@ -486,5 +498,8 @@ mod tests {
         assert_eq!(Way::Lanlet.lacks(Section::GuestToGuest), None);
         assert_eq!(Way::Lanlet.lacks(Section::Costs), None);
         assert!(Way::Qemu.lacks(Section::GuestToGuest).is_some());
+        assert!(Way::Pasta.lacks(Section::VmToVm).is_some());
+        assert_eq!(Way::VhostUser.lacks(Section::VmToVm), None);
+        assert!(Way::VhostUser.lacks(Section::GuestToGuest).is_some());
     }
 }

@@ -6,7 +6,8 @@
 //!
 //! It travels beside the bytes from [`admit`], the one place where a guest's virtio-net header is
 //! believed or refused, to [`fit`], the one place where it is adapted to the egress port. Between, what
-//! came as single segments is joined by [`coalesce`]. Nothing here holds state.
+//! came as single segments is joined, and acknowledgments that say nothing more are left out, by
+//! [`coalesce`]. Nothing here holds state.
 //!
 //! What a hostile guest can try: a checksum position inside a MAC, a VLAN tag, an IP address or a
 //! port number, so that completing the sum rewrites a header after the switch decided on it; a

@@ -106,7 +106,8 @@ pub struct PortCounters {
     pub rx_bytes: AtomicU64,
     /// Frames received that were for the gateway.
     pub rx_gateway: AtomicU64,
-    /// Frames received that went on as part of the one before them ([`crate::offload::coalesce`]).
+    /// Frames received that went on as part of the one before them, or that a later acknowledgment made
+    /// redundant ([`crate::offload::coalesce`]).
     pub rx_joined: AtomicU64,
     /// Frames sent to the port (a super-frame counts once).
     pub tx_frames: AtomicU64,
@@ -142,7 +143,7 @@ impl PortCounters {
         self.rx_bytes.fetch_add(bytes as u64, Relaxed);
     }
 
-    /// Counts frames that were joined to others.
+    /// Counts frames that did not go on by themselves.
     pub fn join(&self, frames: usize) {
         if frames > 0 {
             self.rx_joined.fetch_add(frames as u64, Relaxed);

@@ -8,11 +8,17 @@
 //!
 //! What a hostile guest can try: to have a broken checksum made good. A sum that is complete is
 //! verified before its frame is joined; one that is left to us would have been made good anyway.
+//!
+//! An acknowledgment that says nothing which a later one of the batch does not say is left out
+//! ([`acks`]).
 
+use self::acks::Acks;
 use super::layout::{Family, Ip, TCP_FLAGS_AT, TCP_HEADER_LEN, Transport, network};
 use super::{Caps, Csum, Gso, Offload};
 use crate::frame::{Batch, Frame};
 use crate::wire::{IPV4_HEADER_LEN, PROTO_TCP, PROTO_UDP, UDP_HEADER_LEN, be16, checksum};
+
+mod acks;
 
 /// Longest super-frame, Ethernet header included: beyond, a tap's gso_max_size (65,536) makes the kernel
 /// segment in software.
@@ -25,7 +31,8 @@ const TCP_ECE: u8 = 0x40;
 const IPV4_DONT_FRAGMENT: u8 = 0x40;
 
 /// Joins what can be joined of `batch`. `takes` says what the receiver of a frame takes undone; it is asked
-/// once for each frame that has a neighbour to be joined. Returns how many frames less there are.
+/// once for each frame that has a neighbour to be joined. What is redundant goes to no receiver. Returns how
+/// many frames less there are.
 #[inline]
 pub fn coalesce(batch: &mut Batch, takes: impl FnMut(&Frame<'_>) -> Caps) -> usize {
     // A lone frame is what request and response bring: not a cycle for it.
@@ -39,10 +46,12 @@ fn join(batch: &mut Batch, mut takes: impl FnMut(&Frame<'_>) -> Caps) -> usize {
     let (buffer, frames) = batch.parts_mut();
     let before = frames.len();
     let (mut kept, mut open) = (0, None::<Train>);
+    let mut acks = Acks::new();
     for next in 0..before {
         let (range, offload) = frames[next].clone();
         let segment = Segment::of(&buffer[range.clone()], offload);
         if let (Some(train), Some(segment)) = (&mut open, &segment)
+            && segment.payload_len() > 0
             && train.admits(buffer, range.start, segment, &mut takes)
         {
             train.append(buffer, range.start, segment);
@@ -51,18 +60,27 @@ fn join(batch: &mut Batch, mut takes: impl FnMut(&Frame<'_>) -> Caps) -> usize {
         if let Some(train) = open.take() {
             frames[kept - 1] = train.finish(buffer);
         }
-        open = segment.map(|segment| Train::begin(range.start, offload, segment));
-        frames[kept] = (range, offload);
+        frames[kept] = (range.clone(), offload);
+        match segment {
+            Some(segment) if segment.payload_len() > 0 => {
+                open = Some(Train::begin(range.start, offload, segment));
+            }
+            Some(segment) => acks.note(kept, &segment, buffer, frames),
+            None => {}
+        }
         kept += 1;
     }
     if let Some(train) = open {
         frames[kept - 1] = train.finish(buffer);
     }
     frames.truncate(kept);
-    before - kept
+    if acks.has_redundant() {
+        frames.retain(|(range, _)| !range.is_empty());
+    }
+    before - frames.len()
 }
 
-/// A frame that is one segment: IP without options or extension headers, not a fragment, with data.
+/// A frame that is one segment: IP without options or extension headers, not a fragment.
 #[derive(Clone, Copy)]
 struct Segment {
     network_at: usize,
@@ -97,7 +115,7 @@ impl Segment {
             _ => return None,
         };
         let payload_at = ip.transport_at + header_len;
-        (payload_at < bytes.len()).then_some(Segment {
+        (payload_at <= bytes.len()).then_some(Segment {
             network_at,
             transport_at: ip.transport_at,
             payload_at,
@@ -140,7 +158,7 @@ impl Segment {
     }
 }
 
-/// Header length of a segment that carries data and nothing but.
+/// Header length of a segment that carries data or acknowledges some, and nothing but.
 fn tcp_header_len(tcp: &[u8]) -> Option<usize> {
     let header: &[u8; TCP_HEADER_LEN] = tcp.first_chunk()?;
     let flags = header[TCP_FLAGS_AT];

@@ -40,6 +40,8 @@ pub const MTU_MIN: u16 = 576;
 /// Largest MTU: that of a tap, 65,535 less the Ethernet header (drivers/net/tun.c, MAX_MTU). A
 /// namespace guest's link could not be set to more.
 pub const MTU_MAX: u16 = 65_521;
+/// How long a worker looks for traffic at most: longer waits are hardly shortened by it.
+pub const BUSY_POLL_MAX: Duration = Duration::from_millis(1);
 /// Shortest lease, seconds. Below this a client does nothing but renew.
 pub const LEASE_SECS_MIN: u64 = 10;
 /// Longest lease, seconds. Option 51 holds 32 bits, all ones mean "for ever" (RFC 2131 section 3.3).
@@ -83,6 +85,8 @@ pub struct NetworkConfig {
     pub ageing: Duration,
     /// Threads of the data path.
     pub workers: Workers,
+    /// How long a worker looks for traffic before it sleeps, [`BUSY_POLL_MAX`] at most; zero: not at all.
+    pub busy_poll: Duration,
     /// TCP flows of the NAT at most. UDP and ping mappings have limits of their own
     /// ([`crate::nat::udp::LIMITS`], [`crate::nat::icmp::LIMITS`]).
     pub flows_max: usize,
@@ -122,6 +126,7 @@ impl Default for NetworkConfig {
             dns: Vec::new(),
             ageing: Duration::from_secs(300),
             workers: Workers::default(),
+            busy_poll: Duration::ZERO,
             flows_max: 16_384,
             host: HostAccess::default(),
             outbound: Outbound::default(),
@@ -177,6 +182,8 @@ pub struct Settings {
     pub ageing: Option<Duration>,
     /// Threads of the data path.
     pub workers: Option<Workers>,
+    /// How long a worker looks for traffic before it sleeps.
+    pub busy_poll: Option<Duration>,
     /// Limit of TCP flows.
     pub flows_max: Option<usize>,
     /// What of the host guests reach, and where their traffic leaves from.
@@ -212,6 +219,7 @@ impl Settings {
             dns: self.dns.clone(),
             ageing: self.ageing.unwrap_or(default.ageing),
             workers: self.workers.unwrap_or(default.workers),
+            busy_poll: self.busy_poll.unwrap_or(default.busy_poll),
             flows_max: self.flows_max.unwrap_or(default.flows_max),
             host: self.host.access(),
             outbound: self.host.outbound()?,
@@ -326,6 +334,10 @@ impl NetworkConfig {
         if !(1..=AGEING_SECS_MAX).contains(&ageing_secs) {
             let reason = format!("{ageing_secs} s is not between 1 and {AGEING_SECS_MAX} s");
             return Err(ConfigError::new("ageing", reason));
+        }
+        if self.busy_poll > BUSY_POLL_MAX {
+            let reason = format!("{:?} is more than {BUSY_POLL_MAX:?}", self.busy_poll);
+            return Err(ConfigError::new("busy-poll", reason));
         }
         if !(FLOWS_MIN..=FLOWS_MAX).contains(&self.flows_max) {
             let reason = format!(

@@ -35,7 +35,7 @@ use self::lan::LanShortcut;
 use self::path::Path;
 use crate::dhcp::DhcpConfig;
 use crate::dhcp::lease::LeaseTable;
-use crate::frame::{Batch, Instant, PortId, WorkerId};
+use crate::frame::{Batch, Duration, Instant, PortId, WorkerId};
 use crate::nat::common::Common;
 use crate::nat::{NatConfig, SockOwner};
 use crate::offload;
@@ -45,11 +45,13 @@ use crate::switch::Switch;
 use crate::uplink;
 use crate::uplink::outbound::Outbound;
 
+mod busy_poll;
 mod command;
 pub mod crew;
 mod lan;
 mod path;
 
+use self::busy_poll::BusyPoll;
 pub use self::command::{Command, Event, Readers, Reception, Snapshot};
 pub use self::crew::{Crew, Seat, WorkerHandle};
 
@@ -58,11 +60,11 @@ pub use self::crew::{Crew, Seat, WorkerHandle};
 const BATCHES_PER_TURN: usize = 4;
 /// Pause before [`Event::PortGone`] is tried again while the event thread is behind: it must not get
 /// lost, as a query may, and must not be waited for.
-const GONE_RETRY: time::Duration = time::Duration::from_millis(100);
+const GONE_RETRY: Duration = Duration::from_millis(100);
 /// Events taken from epoll at a time.
 const EVENTS_PER_TURN: usize = 64;
 /// Longest sleep: bounds how late the MAC table ages.
-const SLEEP_MAX: time::Duration = time::Duration::from_secs(10);
+const SLEEP_MAX: Duration = Duration::from_secs(10);
 
 const TOKEN_WAKE: u64 = 1 << 56;
 const TOKEN_PORT: u64 = 2 << 56;
@@ -86,6 +88,8 @@ pub struct WorkerConfig {
     pub gateway_counters: Arc<PortCounters>,
     /// Where events go.
     pub events: Sender<Event>,
+    /// How long to look for traffic before sleeping; zero: not at all.
+    pub busy_poll: time::Duration,
     /// The origin of the worker's clock.
     pub epoch: time::Instant,
 }
@@ -96,6 +100,7 @@ pub struct Worker {
     seat: Seat,
     events: Sender<Event>,
     epoch: time::Instant,
+    busy_poll: BusyPoll,
     /// What is read here; the place is the epoll token.
     receivers: Vec<Option<Reception>>,
     /// Ports whose devices are gone, which nobody has been told yet.
@@ -118,7 +123,9 @@ impl Worker {
             epoll::EventFlags::IN,
         )?;
         let (events, epoch) = (config.events.clone(), config.epoch);
+        let busy_poll = BusyPoll::new(config.busy_poll.into());
         Ok(Self {
+            busy_poll,
             path: Path::new(config, crew, Arc::clone(&epoll))?,
             epoll,
             seat,
@@ -139,16 +146,7 @@ impl Worker {
         self.seat.thread.store(thread, Relaxed);
         let mut events = Vec::with_capacity(EVENTS_PER_TURN);
         loop {
-            let timeout = self.sleep();
-            events.clear();
-            match epoll::wait(
-                &self.epoll,
-                rustix::buffer::spare_capacity(&mut events),
-                Some(&timeout),
-            ) {
-                Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
-            }
+            self.wait(&mut events)?;
             self.path.now = clock(self.epoch);
             // Before anything is learned: entries are stamped with the time of the last call.
             self.path.lan.switch.tick(self.path.now);
@@ -178,30 +176,40 @@ impl Worker {
         }
     }
 
-    /// How long nothing needs to be done.
-    fn sleep(&self) -> Timespec {
-        let path = &self.path;
-        let sleep = if path.nat.has_backlog() {
-            time::Duration::ZERO
-        } else if !self.gone.is_empty() {
-            GONE_RETRY
-        } else {
-            let due = [
-                path.nat.poll_timeout(),
-                path.gateway.dns.poll_at(),
-                path.fragments.poll_timeout(),
-                path.gateway.ndp.poll_timeout(),
-            ];
-            let due = due.into_iter().flatten().min();
-            let until = due.map(|due| due.max(path.now) - path.now);
-            until.map_or(SLEEP_MAX, |until| {
-                time::Duration::from(until).min(SLEEP_MAX)
-            })
+    /// Waits for events, or until something needs to be done.
+    fn wait(&mut self, events: &mut Vec<epoll::Event>) -> io::Result<()> {
+        let sleep = self.sleep();
+        let (epoll, epoch) = (&self.epoll, self.epoch);
+        let poll = |timeout| {
+            events.clear();
+            let room = rustix::buffer::spare_capacity(events);
+            match epoll::wait(epoll, room, Some(&timespec(timeout))) {
+                Ok(found) => Ok(found > 0),
+                Err(rustix::io::Errno::INTR) => Ok(false),
+                Err(error) => Err(error.into()),
+            }
         };
-        Timespec {
-            tv_sec: sleep.as_secs() as i64,
-            tv_nsec: i64::from(sleep.subsec_nanos()),
+        self.busy_poll.wait(sleep, || clock(epoch), poll)
+    }
+
+    /// How long nothing needs to be done.
+    fn sleep(&self) -> Duration {
+        let path = &self.path;
+        if path.nat.has_backlog() {
+            return Duration::ZERO;
         }
+        if !self.gone.is_empty() {
+            return GONE_RETRY;
+        }
+        let due = [
+            path.nat.poll_timeout(),
+            path.gateway.dns.poll_at(),
+            path.fragments.poll_timeout(),
+            path.gateway.ndp.poll_timeout(),
+        ];
+        let due = due.into_iter().flatten().min();
+        let until = due.map(|due| due.max(path.now) - path.now);
+        until.map_or(SLEEP_MAX, |until| until.min(SLEEP_MAX))
     }
 
     fn serve_port(&mut self, place: usize) {
@@ -393,6 +401,13 @@ impl Worker {
         for reception in self.take_receptions(id) {
             other.send(Command::Receive(reception));
         }
+    }
+}
+
+fn timespec(duration: Duration) -> Timespec {
+    Timespec {
+        tv_sec: duration.secs() as i64,
+        tv_nsec: duration.micros() as i64 * 1_000,
     }
 }
 

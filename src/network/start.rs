@@ -130,6 +130,7 @@ impl Network {
                 common: common.for_worker(seat.id()),
                 gateway_counters: Arc::clone(&gateway_counters),
                 events: events.clone(),
+                busy_poll: config.busy_poll,
                 epoch,
             };
             Worker::new(config, &crew, seat)

@@ -105,6 +105,7 @@ impl Lab {
                     common: common.for_worker(seat.id()),
                     gateway_counters: Arc::clone(&gateway),
                     events: sender.clone(),
+                    busy_poll: time::Duration::ZERO,
                     epoch,
                 };
                 let worker = Worker::new(config, &crew, seat).unwrap();

@@ -91,8 +91,8 @@ pub trait PortTx: Send + Sync {
         false
     }
 
-    /// Open files that the port may take later, besides those that it has from the start: guests' host
-    /// sockets leave them alone.
+    /// Open files that the port may have besides those that it has from the start, whether it has them yet or
+    /// not: guests' host sockets leave them alone.
     fn files_to_come(&self) -> usize {
         0
     }

@@ -104,7 +104,7 @@ pub struct PortCounters {
     pub rx_frames: AtomicU64,
     /// Bytes received from the port.
     pub rx_bytes: AtomicU64,
-    /// Frames received that were for the gateway.
+    /// Frames received that went on ([`PortCounters::rx_joined`] did not) and were for the gateway.
     pub rx_gateway: AtomicU64,
     /// Frames received that went on as part of the one before them, or that a later acknowledgment made
     /// redundant ([`crate::offload::coalesce`]).

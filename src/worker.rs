@@ -7,13 +7,13 @@
 //! # Several workers
 //! All know all ports to send to; each port is read by one of them, a port with several queues by as
 //! many as it has queues. They share the switch's table, the leases and what forwards know of where guests
-//! are. Each has a gateway and a NAT of its own
-//! for the guests of the ports at home with it ([`crate::nat::common`]); what concerns another's is
-//! posted to it ([`crew`]). The first speaks where one has to speak for all: it sends the router
+//! are. Each has a gateway and a NAT of its own for the guests of the ports at home with it
+//! ([`crate::nat::common`]); what concerns another's is posted to it ([`crew`]). A port is read once all know
+//! it. The first speaks where one has to speak for all: it sends the router
 //! advertisements that nobody asked for.
 //!
 //! # One turn
-//! Wait for events; for each ready port read a batch, decide and send frame by frame, then flush the
+//! Wait for events, at first by looking for them if that is wanted ([`busy_poll`]); for each ready port read a batch, decide and send frame by frame, then flush the
 //! NAT; for each ready host socket let its flow act. Flows that exhausted their share, and ports that
 //! had more than `BATCHES_PER_TURN`, get their next turn after everybody else's.
 //!
@@ -142,8 +142,7 @@ impl Worker {
     /// # Errors
     /// epoll failed, which only a bug can cause.
     pub fn run(mut self) -> io::Result<()> {
-        let thread = rustix::thread::gettid().as_raw_nonzero().get();
-        self.seat.thread.store(thread, Relaxed);
+        self.seat.thread.begin();
         let mut events = Vec::with_capacity(EVENTS_PER_TURN);
         loop {
             self.wait(&mut events)?;
@@ -189,7 +188,11 @@ impl Worker {
                 Err(error) => Err(error.into()),
             }
         };
-        self.busy_poll.wait(sleep, || clock(epoch), poll)
+        let looked = self.busy_poll.wait(sleep, || clock(epoch), poll)?;
+        if looked > Duration::ZERO {
+            self.seat.thread.add_looked(looked);
+        }
+        Ok(())
     }
 
     /// How long nothing needs to be done.

@@ -15,7 +15,7 @@ use std::time::Instant;
 
 use super::{Shared, lock};
 use crate::frame::{PortId, WorkerId};
-use crate::worker::Command;
+use crate::worker::{Command, WorkerHandle};
 
 /// A worker that is less busy has no need of relief, percent of a CPU.
 const BUSY_MIN: u64 = 50;
@@ -35,7 +35,33 @@ const KILOBYTE_COST: u64 = 250;
 struct Traffic {
     frames: u64,
     bytes: u64,
+    /// Of the frames, those that did not go on by themselves.
+    joined: u64,
+    /// Of the others, those for the gateway.
     for_gateway: u64,
+}
+
+impl Traffic {
+    /// What there was more of it than `before`. A number that is in use again begins from zero.
+    fn since(self, before: Self) -> Self {
+        Self {
+            frames: self.frames.saturating_sub(before.frames),
+            bytes: self.bytes.saturating_sub(before.bytes),
+            joined: self.joined.saturating_sub(before.joined),
+            for_gateway: self.for_gateway.saturating_sub(before.for_gateway),
+        }
+    }
+
+    /// Whether too much of it is for the gateway to be read elsewhere than at home.
+    fn is_for_gateway(self) -> bool {
+        let went_on = self.frames.saturating_sub(self.joined);
+        self.for_gateway * 100 > went_on * GATEWAY_SHARE_MAX
+    }
+
+    /// What it cost its reader.
+    fn cost(self) -> u64 {
+        self.frames * FRAME_COST + self.bytes / 1_000 * KILOBYTE_COST
+    }
 }
 
 /// What one port costs its reader.
@@ -53,8 +79,8 @@ struct PortLoad {
 /// What was seen the last time.
 pub(super) struct Balancer {
     at: Instant,
-    /// CPU time of each worker, ticks of the kernel's clock.
-    ticks: Vec<u64>,
+    /// What each worker has worked, microseconds.
+    work: Vec<u64>,
     traffic: HashMap<PortId, Traffic>,
     too_busy: Option<(WorkerId, u32)>,
 }
@@ -64,7 +90,7 @@ impl Balancer {
     pub(super) fn new() -> Self {
         Self {
             at: Instant::now(),
-            ticks: Vec::new(),
+            work: Vec::new(),
             traffic: HashMap::new(),
             too_busy: None,
         }
@@ -76,21 +102,17 @@ impl Balancer {
         if members.len() < 2 {
             return;
         }
-        let ticks: Vec<u64> = members
-            .iter()
-            .map(|worker| ticks_of(worker.thread()))
-            .collect();
-        let passed = self.at.elapsed().as_millis().max(1) as u64;
+        let work: Vec<u64> = members.iter().map(work_of).collect();
+        let passed = self.at.elapsed().as_micros().max(1) as u64;
         let since = |(now, before): (&u64, &u64)| now.saturating_sub(*before);
-        let per_second = rustix::param::clock_ticks_per_second().max(1);
-        let busy: Vec<u64> = ticks
+        let busy: Vec<u64> = work
             .iter()
-            .zip(&self.ticks)
+            .zip(&self.work)
             .map(since)
-            .map(|ticks| ticks * 100_000 / per_second / passed)
+            .map(|work| work * 100 / passed)
             .collect();
         self.at = Instant::now();
-        self.ticks = ticks;
+        self.work = work;
         let loads = self.loads(shared);
         let homes = shared.crew.homes();
         for load in loads
@@ -128,21 +150,19 @@ impl Balancer {
             let now = Traffic {
                 frames: port.counters.rx_frames.load(Relaxed),
                 bytes: port.counters.rx_bytes.load(Relaxed),
+                joined: port.counters.rx_joined.load(Relaxed),
                 for_gateway: port.counters.rx_gateway.load(Relaxed),
             };
             self.traffic.insert(id, now);
             let Some(before) = before.get(&id) else {
                 continue;
             };
-            // A number that is in use again begins from zero.
-            let frames = now.frames.saturating_sub(before.frames);
-            let for_gateway = now.for_gateway.saturating_sub(before.for_gateway);
-            let bytes = now.bytes.saturating_sub(before.bytes);
+            let traffic = now.since(*before);
             loads.push(PortLoad {
                 port: id,
                 reader: port.reader,
-                cost: frames * FRAME_COST + bytes / 1_000 * KILOBYTE_COST,
-                for_gateway: for_gateway * 100 > frames * GATEWAY_SHARE_MAX,
+                cost: traffic.cost(),
+                for_gateway: traffic.is_for_gateway(),
                 // It has several readers already.
                 has_queues: port.queues > 1,
             });
@@ -185,6 +205,13 @@ fn choose<'a>(busy: &[u64], loads: &'a [PortLoad]) -> Option<(&'a PortLoad, Work
         .filter(|load| !load.for_gateway && !load.has_queues)
         .min_by_key(|load| after(load))?;
     (after(best) + GAIN_MIN <= most).then_some((best, WorkerId(idlest as u8)))
+}
+
+/// CPU time of a worker but for what it looked for traffic, microseconds.
+fn work_of(worker: &WorkerHandle) -> u64 {
+    let per_second = rustix::param::clock_ticks_per_second().max(1);
+    let time = ticks_of(worker.thread()) * 1_000_000 / per_second;
+    time.saturating_sub(worker.looked_micros())
 }
 
 /// CPU time of a thread of ours: fields 14 and 15 of its stat (proc(5)).
@@ -243,6 +270,38 @@ mod tests {
         });
         assert_eq!(choose(&[100, 0], &held), None);
         assert!(choose(&[100, 0], &two).is_some());
+    }
+
+    /// A guest that downloads says little but acknowledgments, most of which are left out.
+    #[test]
+    fn what_did_not_go_on_is_no_traffic_between_guests() {
+        let before = Traffic {
+            frames: 500,
+            bytes: 50_000,
+            joined: 7,
+            for_gateway: 90,
+        };
+        let download = Traffic {
+            frames: 1_000,
+            bytes: 66_000,
+            joined: 950,
+            for_gateway: 40,
+        };
+        let now = Traffic {
+            frames: before.frames + download.frames,
+            bytes: before.bytes + download.bytes,
+            joined: before.joined + download.joined,
+            for_gateway: before.for_gateway + download.for_gateway,
+        };
+        let traffic = now.since(before);
+        assert!(traffic.is_for_gateway());
+        assert_eq!(traffic.cost(), 1_000 * FRAME_COST + 66 * KILOBYTE_COST);
+        let between_guests = Traffic {
+            for_gateway: 5,
+            ..traffic
+        };
+        assert!(!between_guests.is_for_gateway());
+        assert!(!before.since(now).is_for_gateway(), "begun again");
     }
 
     #[test]

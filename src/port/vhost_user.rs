@@ -52,6 +52,7 @@ use super::{More, PortRx, PortTx, Shortcut};
 use crate::frame::{Batch, Frame};
 use crate::offload::Caps;
 use crate::stats::{DropReason, PortCounters};
+use crate::sys::eventfd;
 
 /// Open files of a port at most: its socket, epoll and two bells, and its front-end's.
 pub const FILES_MAX: usize = 4 + device::FRONT_END_FILES_MAX;
@@ -73,6 +74,12 @@ pub struct VhostUser {
 /// # Errors
 /// The kernel gives no epoll, eventfd or thread.
 pub fn open(listener: OwnedFd, name: String, counters: Arc<PortCounters>) -> io::Result<VhostUser> {
+    if let Err(error) = eventfd::prepare() {
+        log::warn!(
+            "{name}: without asynchronous I/O ({error}) a vhost-user front-end that means harm can hold a worker \
+             up: raise fs.aio-max-nr, or use a kernel with CONFIG_AIO"
+        );
+    }
     let device = Arc::new(Device::new(name, counters)?);
     Ok(VhostUser {
         rx: VhostRx(Arc::clone(&device)),

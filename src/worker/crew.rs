@@ -8,7 +8,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicI32, AtomicU8, Ordering::Relaxed};
+use std::sync::atomic::{AtomicI32, AtomicU8, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, PoisonError};
 
 use crossbeam_channel::{Receiver, Sender, TryRecvError};
@@ -16,7 +16,7 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use super::command::{Command, Readers};
 use crate::config::WORKERS_MAX;
-use crate::frame::{FRAME_BUFFER_LEN, Frame, PortId, WorkerId};
+use crate::frame::{Duration, FRAME_BUFFER_LEN, Frame, PortId, WorkerId};
 use crate::nat::common::Homes;
 use crate::offload::Offload;
 use crate::stats::{DropReason, PortCounters};
@@ -37,7 +37,27 @@ pub struct WorkerHandle {
     spare: Receiver<Box<[u8]>>,
     /// How many wait, by their port.
     waiting: Arc<[AtomicU8]>,
-    thread: Arc<AtomicI32>,
+    thread: Arc<Thread>,
+}
+
+/// What others see of a worker's thread.
+#[derive(Default)]
+pub(super) struct Thread {
+    number: AtomicI32,
+    looked_micros: AtomicU64,
+}
+
+impl Thread {
+    /// Says that the calling thread is the worker's.
+    pub(super) fn begin(&self) {
+        let number = rustix::thread::gettid().as_raw_nonzero().get();
+        self.number.store(number, Relaxed);
+    }
+
+    /// Adds what was spent on looking for traffic instead of sleeping.
+    pub(super) fn add_looked(&self, looked: Duration) {
+        self.looked_micros.fetch_add(looked.total_micros(), Relaxed);
+    }
 }
 
 impl WorkerHandle {
@@ -56,7 +76,12 @@ impl WorkerHandle {
 
     /// The worker's thread as the kernel numbers it; 0: it does not run.
     pub fn thread(&self) -> i32 {
-        self.thread.load(Relaxed)
+        self.thread.number.load(Relaxed)
+    }
+
+    /// What it has spent on looking for traffic instead of sleeping, microseconds.
+    pub fn looked_micros(&self) -> u64 {
+        self.thread.looked_micros.load(Relaxed)
     }
 
     /// Leaves a frame of `ingress` for the worker's gateway. It is to be woken after the batch.
@@ -107,7 +132,7 @@ pub struct Seat {
     worker: WorkerId,
     pub(super) commands: Receiver<Command>,
     pub(super) wake: Arc<OwnedFd>,
-    pub(super) thread: Arc<AtomicI32>,
+    pub(super) thread: Arc<Thread>,
     posted: Receiver<Parcel>,
     spare: Sender<Box<[u8]>>,
     waiting: Arc<[AtomicU8]>,
@@ -166,7 +191,7 @@ impl Crew {
             for _ in 0..buffers {
                 let _ = give_back.try_send(vec![0; FRAME_BUFFER_LEN].into_boxed_slice());
             }
-            let thread = Arc::new(AtomicI32::new(0));
+            let thread = Arc::<Thread>::default();
             let waiting: Arc<[AtomicU8]> = (0..PORTS_MAX).map(|_| AtomicU8::new(0)).collect();
             members.push(WorkerHandle {
                 commands,

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
 use super::*;
+use crate::config::BUSY_POLL_MAX;
 use crate::frame::{ETH_HEADER_LEN, Frame, Mac};
 use crate::gateway::LanConfig;
 use crate::nat::egress::HostAccess;
@@ -74,8 +75,12 @@ impl Lab {
         Self::with_workers(guests, 1)
     }
 
-    /// Guests' ports are at home with the workers in turn, and read there.
     fn with_workers(guests: u8, workers: usize) -> Self {
+        Self::with(guests, workers, time::Duration::ZERO)
+    }
+
+    /// Guests' ports are at home with the workers in turn, and read there.
+    fn with(guests: u8, workers: usize, busy_poll: time::Duration) -> Self {
         let lan: LanConfig = lan();
         let dhcp = DhcpConfig::new(lan.clone());
         let leases = Arc::new(Mutex::new(LeaseTable::new(dhcp.range(), &lan).unwrap()));
@@ -105,7 +110,7 @@ impl Lab {
                     common: common.for_worker(seat.id()),
                     gateway_counters: Arc::clone(&gateway),
                     events: sender.clone(),
-                    busy_poll: time::Duration::ZERO,
+                    busy_poll,
                     epoch,
                 };
                 let worker = Worker::new(config, &crew, seat).unwrap();
@@ -504,9 +509,19 @@ fn a_frame_whose_port_goes_before_its_home_has_it_is_counted() {
 
 #[test]
 fn ports_come_go_and_move_under_traffic() {
+    assert_eq!(come_go_and_move(time::Duration::ZERO), 0);
+}
+
+#[test]
+fn workers_that_look_before_they_sleep_miss_nothing() {
+    assert!(come_go_and_move(BUSY_POLL_MAX) > 0);
+}
+
+/// Returns how long all workers looked, microseconds.
+fn come_go_and_move(busy_poll: time::Duration) -> u64 {
     const WORKERS: u64 = 3;
     const PLACES: u64 = 6;
-    let mut lab = Lab::with_workers(0, WORKERS as usize);
+    let mut lab = Lab::with(0, WORKERS as usize, busy_poll);
     let mut state = 0x1234_5678_9abc_def1_u64;
     let mut random = |below: u64| {
         state ^= state << 13;
@@ -564,5 +579,8 @@ fn ports_come_go_and_move_under_traffic() {
     rustix::io::write(&guest, &ping(mac, lan().address)).unwrap();
     lab.settle();
     assert_eq!(received(&guest).len(), 1);
+    let looked = lab.crew.members().iter().map(WorkerHandle::looked_micros);
+    let looked = looked.sum();
     lab.stop();
+    looked
 }

@@ -6,9 +6,11 @@
 //!
 //! Left out is a segment without data that is followed by one of the same flow that acknowledges more
 //! (RFC 9293 3.4: acknowledgments are cumulative) and differs in nothing but acknowledgment number,
-//! window and timestamps. So what a sender learns from single acknowledgments stays: repeated ones
-//! (RFC 5681 3.2), window updates, SACK blocks, ECN's marks (RFC 3168, RFC 9768); with one of those in a
-//! batch all of its flow stay that come after it. One that repeats what an earlier batch or a segment with
+//! window and its own timestamp. So what a sender learns from single acknowledgments stays: repeated ones
+//! (RFC 5681 3.2), window updates, SACK blocks, ECN's marks (RFC 3168, RFC 9768). With one of those in a
+//! batch all of its flow stay that come after it, but for what has CWR, padding or IP options, which stays
+//! itself and is not looked into. Senders that count acknowledgments instead of bytes (RFC 3465) grow their
+//! window more slowly, as behind a receiver with GRO. One that repeats what an earlier batch or a segment with
 //! data said passes for a first: a sender that counts then misses one, in the moment in which the next
 //! tells it that the gap is filled.
 
@@ -20,8 +22,9 @@ use super::{Segment, TCP_ACK, be32};
 use crate::frame::BATCH_FRAMES_MAX;
 use crate::wire::be16;
 
-/// Flows of one batch whose acknowledgments are remembered. Of two with the same place all stay.
-const PLACES: usize = 64;
+/// Flows of one batch whose acknowledgments are remembered: as many as there can be. When two have the same
+/// place, all that come after stay.
+const PLACES: usize = BATCH_FRAMES_MAX;
 /// What an option field with timestamps and nothing else begins with (RFC 7323 appendix A).
 const TIMESTAMPS: [u8; 4] = [1, 1, 8, 10];
 /// Its length.
@@ -113,7 +116,7 @@ fn place(segment: &Segment, bytes: &[u8]) -> usize {
     let tcp = &bytes[segment.transport_at..];
     // Multiplied by 2^16 over the golden ratio; the upper bits depend on all.
     let mixed = (be16(tcp, 0) ^ be16(tcp, 2).rotate_left(8)).wrapping_mul(0x9e37);
-    usize::from(mixed >> 10) % PLACES
+    usize::from(mixed >> 8) % PLACES
 }
 
 /// Whether it is of the same flow, acknowledges more than `older`, is not older by its timestamp
@@ -141,7 +144,11 @@ fn is_next(segment: &Segment, older: &[u8], newer: &[u8]) -> bool {
         && same(transport_at + 12, transport_at + 14)
         && same(transport_at + 18, options_at)
         && forward(transport_at + 8) > 0
-        && (newer.len() == options_at || forward(options_at + 4) >= 0)
+        // The newer echoes the same: what undoes a spurious retransmission looks at the first that echoes
+        // one (RFC 3522).
+        && (newer.len() == options_at
+            || forward(options_at + 4) >= 0
+                && same(options_at + 8, options_at + TIMESTAMPS_LEN))
 }
 
 #[cfg(test)]

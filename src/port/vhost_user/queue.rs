@@ -24,6 +24,7 @@ pub const BACKLOG_FRAMES_MAX: usize = 16_384;
 /// `struct virtio_net_hdr` without `num_buffers`: what a driver without VERSION_1 and MRG_RXBUF uses.
 const LEGACY_HEADER_LEN: usize = 10;
 const NUM_BUFFERS_AT: usize = 10;
+
 /// What front-end and guest agreed on, as far as frames are concerned.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Terms {

@@ -174,6 +174,12 @@ fn what_a_sender_learns_from_single_ones_stays() {
         ..bare(1, ack)
     });
     stays("older timestamp", &back_in_time);
+    let mut echoes = [100, 200].map(|ack| Segment {
+        options: timestamps(1),
+        ..bare(1, ack)
+    });
+    echoes[1].options[11] = 1;
+    stays("another echo", &echoes);
 }
 
 fn segment() -> impl Strategy<Value = Segment> {

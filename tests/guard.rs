@@ -16,9 +16,9 @@ const TIME_MAX: Duration = Duration::from_secs(120);
 /// How often a piece has to be too slow, each time in a process of its own: where its memory lies differs
 /// from one to the next, and can cost more than a regression.
 const LOOKS: usize = 4;
-/// Pieces whose ratio may hide one and a half times: a checksum takes 0.54 to 0.70 of a plain sum, by machine (the
-/// same program, measured), a wire needs two processors at once, and a ring of
-/// 512 KiB that the guest's segments walk through is in a cache or not (5 to 11 copies, measured).
+/// Pieces whose ratio may hide one and a half times: a checksum takes 0.54 to 0.70 of a plain sum, by machine
+/// (the same program, measured), a wire needs two processors at once, and a ring of 512 KiB that the guest's
+/// segments walk through is in a cache or not (5 to 11 copies, measured).
 const UNSTEADY: [&str; 4] = ["checksum", "tcp-up-64-segments", "wire-64", "wire-64k"];
 
 fn guard(options: &[&str]) -> Outcome {

@@ -137,9 +137,9 @@ impl Lab {
 
     /// Waits until the worker is through with what was sent.
     fn settle(&self) {
-        // Two snapshots: the first may be answered in the turn before the frame's. What one worker leaves
-        // for another takes two more.
-        for _ in 0..2 * self.crew.members().len() {
+        // Three snapshots: the first may be answered in the turn before the frame's, the second in the same
+        // turn before it. What one worker leaves for another takes as many more.
+        for _ in 0..3 * self.crew.members().len() {
             self.snapshot();
         }
     }

@@ -203,15 +203,24 @@ fn the_guest_sees_the_gateway_or_the_client() {
             "{PRELUDE}{}",
             r#"
             network
+            # socat's UDP-RECVFROM,fork answers none at times.
+            cat >seen.py <<'END'
+import socket
+server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+server.bind(("", 90))
+while True:
+    _, (address, port) = server.recvfrom(100)
+    server.sendto(f"{address} {port}\n".encode(), (address, port))
+END
+            chmod a+r seen.py
             guest web "socat TCP-LISTEN:90,fork,reuseaddr SYSTEM:'echo \$SOCAT_PEERADDR \$SOCAT_PEERPORT' &
-                socat UDP-RECVFROM:90,fork SYSTEM:'echo \$SOCAT_PEERADDR \$SOCAT_PEERPORT' &
+                python3 seen.py &
                 until ss -ltn | grep -q ':90 ' && ss -lun | grep -q ':90 '; do sleep 0.05; done"
             web=$(cat web.address)
             lanlet forward add 9000:$web:90 9001:$web:90,client-address 9000:$web:90/udp 9001:$web:90/udp,client-address >/dev/null
             ask() { outside socat -T 3 -t 3 - "$@" </dev/null; }
             say gateway="$(ask TCP:198.51.100.1:9000,sourceport=5555 | tr ' ' :)"
             say client="$(ask TCP:198.51.100.1:9001,sourceport=5556 | tr ' ' :)"
-            # Two programs have to start before there is an answer.
             asku() { echo | outside timeout 8 socat -t 4 - "$@"; }
             say udp_gateway="$(asku UDP:198.51.100.1:9000,sourceport=5557 | tr ' ' :)"
             say udp_client="$(asku UDP:198.51.100.1:9001,sourceport=5558 | tr ' ' :)"

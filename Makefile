@@ -4,7 +4,7 @@ CARGO ?= cargo
 TARGET = $(or $(CARGO_TARGET_DIR),target)
 export LANLET_BIN ?= $(abspath $(TARGET)/release/lanlet)
 
-.PHONY: all demo test check e2e image release bench compare guard-record clean
+.PHONY: all demo test built check e2e image release bench compare guard-record clean
 
 all: release
 
@@ -16,15 +16,18 @@ demo:
 	stage=$$(lab/stage) && "$$stage/lab/as-user" "$$stage/lanlet" demo --lab "$$stage/lab"
 
 # What CI runs. Library, benches, clippy and the fuzz targets share the dev profile's dependencies;
-# only the binary under test is built for release. The benches run each case once, to keep them alive.
+# only the binary under test is built for release, beside them as its last steps use one core. The benches
+# run each case once, to keep them alive.
 test:
 	lab/setup test
 	lab/guest-image/build
 	lab/dpdk/build
-	$(MAKE) --no-print-directory check
-	$(CARGO) build --release --locked --bin lanlet
+	$(MAKE) --no-print-directory -j2 release built
 	$(CARGO) test --locked --benches -- --test
 	$(MAKE) --no-print-directory e2e
+
+built: check
+	$(CARGO) test --locked --no-run --lib --bins --tests --benches
 
 # What needs no lab.
 check:

@@ -242,6 +242,8 @@ fn the_uplinks_address_changes() {
         let Some(outcome) = run(
             &world().with(&["--dns"]),
             &r#"
+            # The file may be about to be written.
+            answers_udp() { until grep . answers.udp; do :; done; }
             network
             outside python3 peer.py serve_udp_echo 7002 &
             outside python3 peer.py serve_echo 7001 &
@@ -256,11 +258,11 @@ fn the_uplinks_address_changes() {
             step new lanlet exec --name default -- sh -c "echo hello | nc -N -w 3 ADDRESS 7001 | grep -q hello"
             step name lanlet exec --name default -- sh -c 'dig +time=2 +tries=1 outside.test | grep -q 198.51.100.2'
             say new_ms=$((($(date +%s%N) - start) / 1000000))
-            before=$(cat answers.udp)
             wait $tcp
             say heard_ms=$((($(date +%s%N) - start) / 1000000))
-            sleep 1
-            say on="$([ "$(cat answers.udp)" -gt $((before + 3)) ] && echo yes)"
+            before=$(answers_udp)
+            on() { [ "$(answers_udp)" -gt $((before + 3)) ]; }
+            until_true 10 on && say on=yes
             touch enough
             wait $udp
             cat tcp udp

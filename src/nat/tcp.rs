@@ -18,8 +18,8 @@
 //!
 //! # Batches
 //! [`TcpNat::handle_packet`] and [`TcpNat::handle_ready`] only note what happened and mark the flow
-//! dirty; [`TcpNat::flush`], at the end of each batch, moves bytes and polls each dirty flow once:
-//! one ACK and one `send()` per flow and batch. A flow that still has work after its share of
+//! dirty; [`TcpNat::flush`], at the end of a port's turn, moves bytes and polls each dirty flow once:
+//! one ACK and one `send()` per flow and turn. A flow that still has work after its share of
 //! [`DOWN_BYTES_PER_FLUSH`] stays dirty, see [`TcpNat::has_backlog`].
 //!
 //! # Lossless toward the guest

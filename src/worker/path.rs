@@ -218,13 +218,22 @@ impl Path {
         }
     }
 
-    /// Ends a port's batch.
-    pub(super) fn flush(&mut self, events: &Sender<Event>) {
+    /// Moves the bytes of the NAT's flows and answers their guests.
+    pub(super) fn flush_nat(&mut self) {
         let mut out = GatewayOut {
             lan: &mut self.lan,
             buffer: &mut self.buffer,
         };
         self.nat.flush(self.now, &mut self.uplink, &mut out);
+        self.lan.flush();
+    }
+
+    /// Ends a port's batch, but for the NAT's flows.
+    pub(super) fn end_batch(&mut self, events: &Sender<Event>) {
+        let mut out = GatewayOut {
+            lan: &mut self.lan,
+            buffer: &mut self.buffer,
+        };
         while let Some(worker) = self.posted.pop() {
             self.crew.member(worker).wake();
         }

@@ -19,7 +19,7 @@
 //! after everybody else's.
 //!
 //! The NAT is flushed after a port's last batch, not after each: with eight streams a batch holds one
-//! super-frame of each, and a send and an ACK for each of them would wake both ends eight times as often.
+//! super-frame of each, and a send and an ACK for each of those would wake both ends too often.
 //!
 //! # Control
 //! Other threads send a [`Command`] and write to the worker's eventfd. What the worker has to tell

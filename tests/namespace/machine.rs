@@ -33,7 +33,7 @@ for address in 198.51.100.2 2001:db8:1::2; do
     nmap -sT -n -Pn -p 80-82 -oG - $(case $address in *:*) echo -6 ;; esac) $address >/tmp/scan
     say ports="$(sed -n 's/.*Ports: //p' /tmp/scan | tr ',' '\n' | awk -F/ '{printf "%s,", $2}')"
     for options in '-P 16' '-P 16 -R' --bidir '-u -b 5M -l 1200' '-u -b 5M -l 8000'; do
-        iperf3 -c $address -t 3 $options >/tmp/iperf; say iperf=$?
+        iperf3 -c $address -t 1 $options >/tmp/iperf; say iperf=$?
     done
 done
 for how in +notcp +tcp; do say dig="$(dig +short +time=5 $how txt big.test | wc -l)"; done

@@ -3,8 +3,9 @@
 //! # A packet's path
 //! The gateway hands over every packet that none of its services claims. [`Nat::handle_packet`]
 //! checks where it comes from. What answers a client of a [`forward`] goes back there; of all else it
-//! checks whether guests may go there, then gives it to [`tcp`], [`udp`] or [`icmp`]. Host sockets answer through [`Nat::handle_ready`]; what the guests get leaves through the
-//! [`Outbox`]. At the end of each batch [`Nat::flush`] moves TCP's bytes.
+//! checks whether guests may go there, then gives it to [`tcp`], [`udp`] or [`icmp`]. Host sockets answer
+//! through [`Nat::handle_ready`]; what the guests get leaves through the [`Outbox`]. At the end of a port's
+//! turn, and of the worker's, [`Nat::flush`] moves TCP's bytes.
 //!
 //! # What guests may not reach
 //! Loopback, "this network", link-local (cloud metadata lives there), multicast, reserved addresses
@@ -652,7 +653,7 @@ impl Nat {
         }
     }
 
-    /// Ends a batch: moves TCP's bytes and sends its ACKs.
+    /// Ends a turn: moves TCP's bytes and sends its ACKs.
     pub fn flush<U: Uplink + ?Sized, O: Outbox + ?Sized>(
         &mut self,
         now: Instant,

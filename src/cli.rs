@@ -17,6 +17,7 @@ mod options;
 mod policy;
 mod qemu;
 mod run;
+mod signals;
 mod status;
 mod up;
 

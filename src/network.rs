@@ -232,6 +232,11 @@ impl Network {
         Ok((id, lease))
     }
 
+    /// Whether a port is there.
+    pub fn has_port(&self, id: PortId) -> bool {
+        lock(&self.shared.ports).by_id.contains_key(&id)
+    }
+
     /// Removes a port. Unknown ids are ignored.
     pub fn detach(&self, id: PortId) {
         if id != PortId::GATEWAY {

@@ -251,7 +251,7 @@ pub(super) fn bench(args: &Args) -> Result<ExitCode, Failure> {
         .spawn()
         .map_err(Failure::io("cannot start a process"))?;
     let mut results = Results::new(plan, about::about(args.base.as_deref()));
-    let ended_by = listen(child, &signals, &mut results)?;
+    let ended_by = listen(child, signals.running(), &mut results)?;
     results.is_cut_short = ended_by.is_some();
     print(&table::render(&results))?;
     if let Some(mut file) = json {

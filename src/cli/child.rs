@@ -21,7 +21,8 @@ use rustix::io::FdFlags;
 use rustix::process::{Pid, PidfdFlags, Resource, Rlimit, Signal, getrlimit, setrlimit};
 
 use super::Failure;
-use crate::sys::signal::{self, Received, SignalFd};
+use super::signals::Signals;
+use crate::sys::signal::{self, Received};
 
 /// The signals passed on to a command: those that people and service managers send on purpose.
 const FORWARDED: [Signal; 7] = [
@@ -48,8 +49,10 @@ fn forwarded() -> [i32; 7] {
 ///
 /// # Errors
 /// Of signalfd.
-pub(super) fn block_signals() -> Result<SignalFd, Failure> {
-    SignalFd::block(&forwarded()).map_err(Failure::io("cannot hold back signals"))
+pub(super) fn block_signals() -> Result<Signals, Failure> {
+    let signals = Signals::hold(&forwarded())?;
+    let _ = HELD.set(signals.held().to_vec());
+    Ok(signals)
 }
 
 /// Holds the forwarded signals back for good.
@@ -57,13 +60,12 @@ pub(super) fn block_signals() -> Result<SignalFd, Failure> {
 /// # Errors
 /// Of pthread_sigmask.
 pub(super) fn hold_signals() -> Result<(), Failure> {
-    signal::block(&forwarded()).map_err(Failure::io("cannot hold back signals"))
+    let held = signal::block(&forwarded()).map(drop);
+    held.map_err(Failure::io("cannot hold back signals"))
 }
 
-/// Lets the forwarded signals act again, in a process about to become the command.
-fn unblock_signals() -> Result<(), Failure> {
-    signal::unblock(&forwarded()).map_err(Failure::io("cannot let signals through"))
-}
+/// The signals that lanlet holds back and that were let through when it started.
+static HELD: OnceLock<Vec<i32>> = OnceLock::new();
 
 /// The soft limit of open files that lanlet was started with.
 static OPEN_FILES: OnceLock<u64> = OnceLock::new();
@@ -92,16 +94,21 @@ pub(super) struct Origin {
     /// Soft limit of open files to go back to.
     #[arg(long)]
     open_files: Option<u64>,
+    /// Signals to let through again.
+    #[arg(long, value_delimiter = ',')]
+    held: Vec<i32>,
 }
 
 impl Origin {
     /// The words for a child's command line.
     pub(super) fn words() -> Vec<String> {
         let limit = OPEN_FILES.get().map(|soft| format!("--open-files={soft}"));
-        limit
-            .into_iter()
-            .chain([std::process::id().to_string()])
-            .collect()
+        let held = HELD.get().filter(|held| !held.is_empty()).map(|held| {
+            let numbers: Vec<_> = held.iter().map(i32::to_string).collect();
+            format!("--held={}", numbers.join(","))
+        });
+        let parent = std::process::id().to_string();
+        limit.into_iter().chain(held).chain([parent]).collect()
     }
 
     /// Goes back to signals and limits as lanlet found them.
@@ -119,7 +126,7 @@ impl Origin {
                 log::warn!("cannot set the limit of open files back to {soft}: {error}");
             }
         }
-        unblock_signals()
+        signal::unblock(&self.held).map_err(Failure::io("cannot let signals through"))
     }
 
     /// Has the kernel kill this process when its parent ends.
@@ -224,16 +231,17 @@ pub(super) fn with_fds(words: &[OsString], fds: &[OwnedFd]) -> Result<Command, F
 /// A system call failed.
 pub(super) fn supervise(
     mut child: Child,
-    signals: &SignalFd,
+    signals: &Signals,
     mut gone: Option<BorrowedFd<'_>>,
 ) -> Result<ExitCode, Failure> {
+    let received = signals.running();
     let failed = |error: rustix::io::Errno| Failure::io("cannot watch the command")(error.into());
     let pid = Pid::from_child(&child);
     let process = rustix::process::pidfd_open(pid, PidfdFlags::empty()).map_err(failed)?;
     loop {
         let mut fds = vec![
             PollFd::new(&process, PollFlags::IN),
-            PollFd::from_borrowed_fd(signals.as_fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(received.as_fd(), PollFlags::IN),
         ];
         fds.extend(gone.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
         match rustix::event::poll(&mut fds, None) {
@@ -242,14 +250,16 @@ pub(super) fn supervise(
         }
         let network_ended = fds.get(2).is_some_and(|fd| !fd.revents().is_empty());
         let exited = !fds[0].revents().is_empty();
-        while let Some(received) = signals.next()? {
+        while let Some(received) = received.next()? {
             forward(received, &process);
         }
         if exited {
             let status = child
                 .wait()
                 .map_err(Failure::io("cannot wait for the command"))?;
-            return Ok(exit_code(status));
+            let code = exit_code(status);
+            signals.ending(code);
+            return Ok(ExitCode::from(code));
         }
         if network_ended {
             log::warn!("the network has ended; the command goes on without it");
@@ -273,9 +283,9 @@ fn forward(received: Received, process: &OwnedFd) {
 }
 
 /// The exit status a shell reports: the command's own, or 128 + the signal that ended it.
-fn exit_code(status: ExitStatus) -> ExitCode {
+fn exit_code(status: ExitStatus) -> u8 {
     let code = status
         .code()
         .unwrap_or_else(|| 128 + status.signal().unwrap_or_default());
-    ExitCode::from(u8::try_from(code).unwrap_or(u8::MAX))
+    u8::try_from(code).unwrap_or(u8::MAX)
 }

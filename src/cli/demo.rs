@@ -149,7 +149,7 @@ fn outside(args: &Args, lab: &Path) -> Result<ExitCode, Failure> {
         .stdin(Stdio::piped())
         .spawn()
         .map_err(Failure::io("cannot start the lab's world"))?;
-    wait(world, &signals)
+    wait(world, signals.running())
 }
 
 /// Waits for the world. A signal breaks the pipe to the inner process, which ends everything.

@@ -2,10 +2,13 @@
 
 use std::hash::{BuildHasher, RandomState};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec};
 
 use super::forward::ForwardFlags;
 use super::options::{NameOption, NetworkOptions};
+use super::signals::Signals;
 use super::{Failure, child};
 use crate::control::RuntimeDir;
 use crate::control::client::Client;
@@ -20,6 +23,13 @@ use crate::uplink::listen::SocketFile;
 /// Takes milliseconds unless the outside reads slowly, or somebody the command left behind holds a
 /// connection open.
 const DRAIN_MAX: Duration = Duration::from_secs(2);
+/// A VMM's tap that is open longer than this after the VMM's end is held by somebody: the kernel takes 20 ms
+/// to take one down, on a loaded machine some hundreds.
+const LATE_CLOSE: Duration = Duration::from_secs(1);
+/// Pause between two looks at a tap that is about to close.
+const CLOSE_POLL: Duration = Duration::from_millis(10);
+/// Pause between two looks at one that may stay open for days.
+const TAP_POLL: Duration = Duration::from_millis(500);
 
 /// A network to attach to.
 pub(super) enum Lan {
@@ -27,7 +37,12 @@ pub(super) enum Lan {
     /// commands never get into each other's way.
     Embedded(Box<Network>),
     /// Another process runs it.
-    Running(Box<Client>),
+    Running {
+        /// The connection to it.
+        client: Box<Client>,
+        /// Forwards that end with the connection.
+        forwards: usize,
+    },
 }
 
 impl Lan {
@@ -46,7 +61,10 @@ impl Lan {
                     client.pid()
                 )));
             }
-            return Ok(Lan::Running(Box::new(client)));
+            return Ok(Lan::Running {
+                client: Box::new(client),
+                forwards: 0,
+            });
         }
         if name.is_given() {
             log::info!(
@@ -67,7 +85,7 @@ impl Lan {
     pub(super) fn attach_vmm(&mut self, options: PortOptions) -> Result<VmmPort, Failure> {
         Ok(match self {
             Lan::Embedded(network) => network.attach_vmm(options)?,
-            Lan::Running(client) => client.attach_vmm(&options)?,
+            Lan::Running { client, .. } => client.attach_vmm(&options)?,
         })
     }
 
@@ -83,7 +101,7 @@ impl Lan {
     ) -> Result<(VhostUserPort, Option<SocketFile>), Failure> {
         Ok(match self {
             Lan::Embedded(network) => (network.attach_vhost_user(socket, options)?, None),
-            Lan::Running(client) => {
+            Lan::Running { client, .. } => {
                 let file = socket.file.take();
                 (client.attach_vhost_user(socket.fd.as_fd(), &options)?, file)
             }
@@ -95,7 +113,7 @@ impl Lan {
     pub(super) fn make_mac(&self) -> Mac {
         match self {
             Lan::Embedded(network) => network.make_mac(),
-            Lan::Running(_) => {
+            Lan::Running { .. } => {
                 let [a, b, c, ..] = RandomState::new()
                     .hash_one(std::process::id())
                     .to_le_bytes();
@@ -115,7 +133,7 @@ impl Lan {
     ) -> Result<(PortId, Option<GuestAddress>), Failure> {
         Ok(match self {
             Lan::Embedded(network) => network.attach_tap(tap, options)?,
-            Lan::Running(client) => client.attach_tap(&tap, &options)?,
+            Lan::Running { client, .. } => client.attach_tap(&tap, &options)?,
         })
     }
 
@@ -129,11 +147,58 @@ impl Lan {
             let spec = spec.clone().for_guest(Guest::Mac(own));
             let added = match self {
                 Lan::Embedded(network) => network.add_forward(spec)?,
-                Lan::Running(client) => client.add_forward(&spec, true)?,
+                Lan::Running { client, forwards } => {
+                    *forwards += 1;
+                    client.add_forward(&spec, true)?
+                }
             };
             log::info!("forward {}: {}", added.id, added.forward);
         }
         Ok(())
+    }
+
+    /// Waits until the port of a VMM is gone, where something that the VMM needs would end with this process:
+    /// its network, or forwards. A signal ends the wait.
+    ///
+    /// # Errors
+    /// A system call failed.
+    pub(super) fn wait_for_port(&mut self, port: PortId, signals: &Signals) -> Result<(), Failure> {
+        let received = signals.running();
+        let begun = Instant::now();
+        let mut told = false;
+        while self.is_needed_by(port) {
+            let late = begun.elapsed() > LATE_CLOSE;
+            if late && !std::mem::replace(&mut told, true) {
+                log::info!(
+                    "the command has ended and its tap is still open: the network stays until that is closed"
+                );
+            }
+            let pause = if late { TAP_POLL } else { CLOSE_POLL };
+            let mut fds = [PollFd::from_borrowed_fd(received.as_fd(), PollFlags::IN)];
+            let timeout = Timespec::try_from(pause).ok();
+            let polled = rustix::event::poll(&mut fds, timeout.as_ref());
+            if polled.is_ok_and(|ready| ready > 0)
+                && let Some(received) = received.next()?
+                && received.signal != libc::SIGWINCH
+            {
+                log::info!("the network ends by {received}");
+                break;
+            }
+        }
+        signals.ending(0);
+        Ok(())
+    }
+
+    fn is_needed_by(&mut self, port: PortId) -> bool {
+        match self {
+            Lan::Embedded(network) => network.has_port(port),
+            Lan::Running { client, forwards } => {
+                *forwards > 0
+                    && client
+                        .status()
+                        .is_ok_and(|status| status.ports.iter().any(|other| other.id == port.0))
+            }
+        }
     }
 
     /// Before a network of this process ends: lets the connections that the command has closed deliver
@@ -152,7 +217,7 @@ impl Lan {
     pub(super) fn gone(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Lan::Embedded(_) => None,
-            Lan::Running(client) => Some(client.as_fd()),
+            Lan::Running { client, .. } => Some(client.as_fd()),
         }
     }
 }

@@ -269,6 +269,11 @@ pub(super) struct VmmFlags {
 }
 
 impl VmmFlags {
+    /// Whether the VMM is to attach by vhost-user.
+    pub(super) fn by_vhost_user(&self) -> bool {
+        self.vhost_user.is_some()
+    }
+
     /// The socket for vhost-user, where that is wanted.
     ///
     /// # Errors

@@ -13,6 +13,7 @@ use super::lan::Lan;
 use super::options::{NameOption, NetworkOptions, PortFlags, VmmFlags};
 use super::run::{By, Link, with_link};
 use super::{Failure, child};
+use crate::config::NAME_DEFAULT;
 
 /// Of a vhost-user card: the longest queues that QEMU allows. Its default of 256 holds six super-frames.
 const VHOST_USER_CARD: &str = ",rx_queue_size=1024,tx_queue_size=1024";
@@ -25,7 +26,7 @@ const VHOST_USER_CARD_WITHOUT_KVM: &str = ",rx_queue_size=1024,tx_queue_size=102
 ///
 /// Finds qemu-system for this machine and adds -netdev tap and a virtio-net device with a MAC
 /// address of its own. Where QEMU-ARGS have a -device with netdev=lanlet0, that is the card and none
-/// is added.
+/// is added. With -daemonize the VM needs a network that runs already, and no -p.
 ///
 /// With --vhost-user the netdev is a vhost-user one, and the guest's memory, of the size that QEMU-ARGS
 /// say by -m, is made one that can be shared; where they name a memory backend it has to have share=on.
@@ -64,10 +65,50 @@ pub(super) fn qemu(args: &Args) -> Result<ExitCode, Failure> {
         None => find()?,
     };
     let lan = Lan::open(&args.name, &args.network)?;
+    if daemonizes(&args.arguments) {
+        check_daemonize(args, &lan)?;
+    }
     let flags = (&args.port, &args.vmm, &args.forwards);
     with_link(lan, &signals, flags, |link| {
         command(&program, &args.arguments, link)
     })
+}
+
+/// Whether QEMU is to put itself into the background.
+fn daemonizes(arguments: &[OsString]) -> bool {
+    arguments
+        .iter()
+        .any(|argument| argument == "-daemonize" || argument == "--daemonize")
+}
+
+/// Refuses a QEMU in the background that would lose its network when this process ends.
+fn check_daemonize(args: &Args, lan: &Lan) -> Result<(), Failure> {
+    let name = match args.name.get() {
+        NAME_DEFAULT => String::new(),
+        name => format!(" --name {name}"),
+    };
+    let refused = |what: &str, remedy: String| {
+        Err(Failure::Usage(format!(
+            "-daemonize: {what} would end with this command, and the VM lives on: {remedy}"
+        )))
+    };
+    if matches!(lan, Lan::Embedded(_)) {
+        let remedy = format!(
+            "start a network that stays with 'lanlet up{name}' first, or run QEMU in the foreground, \
+             'lanlet qemu … &'"
+        );
+        return refused("the network", remedy);
+    }
+    if args.vmm.by_vhost_user() {
+        let remedy =
+            "leave out --vhost-user, or have 'lanlet up --port vhost-user:PATH' serve the socket";
+        return refused("the vhost-user socket", remedy.to_owned());
+    }
+    if args.forwards.specs().next().is_some() {
+        let remedy = format!("add them with 'lanlet forward add{name}'");
+        return refused("the forwards", remedy);
+    }
+    Ok(())
 }
 
 /// QEMU's command line with the card added.

@@ -7,9 +7,9 @@ use std::process::ExitCode;
 use super::forward::ForwardFlags;
 use super::lan::Lan;
 use super::options::{NameOption, NetworkOptions, PortFlags, VmmFlags};
+use super::signals::Signals;
 use super::{Failure, child, replace_in};
 use crate::network::{VhostUserSocket, VmmPort};
-use crate::sys::signal::SignalFd;
 
 /// Run a VMM (or any command) with a tap of the network as an inherited descriptor
 ///
@@ -17,7 +17,9 @@ use crate::sys::signal::SignalFd;
 /// guest's MAC address; LANLET_FD, LANLET_IFNAME and LANLET_MAC say the same in its environment. With
 /// --queues {fds} becomes the numbers of all queues' descriptors with colons between, as QEMU wants
 /// them, and so is LANLET_FDS; {fd} is the first. The tap is one with virtio-net headers
-/// (IFF_VNET_HDR), as QEMU, Cloud Hypervisor and crosvm want it. The port goes when CMD closes the tap.
+/// (IFF_VNET_HDR), as QEMU, Cloud Hypervisor and crosvm want it. The port goes when CMD closes the tap:
+/// lanlet waits for that where CMD has put itself into the background, and with it a network or forwards
+/// that would end with lanlet.
 ///
 /// With --vhost-user there is no tap: {socket}, in the environment LANLET_SOCKET, is the path of a unix
 /// socket that CMD connects to as a vhost-user front-end, as often as it likes, with as many queues as its
@@ -130,7 +132,7 @@ impl Link {
 /// Attaches a port, runs the command that `command` makes of it, and waits for its end.
 pub(super) fn with_link(
     mut lan: Lan,
-    signals: &SignalFd,
+    signals: &Signals,
     (port, vmm, forwards): (&PortFlags, &VmmFlags, &ForwardFlags),
     command: impl FnOnce(&Link) -> Result<Vec<OsString>, Failure>,
 ) -> Result<ExitCode, Failure> {
@@ -146,12 +148,17 @@ pub(super) fn with_link(
         .map_err(Failure::io("cannot start a process"))?;
     // The command has the only copies: when it goes, so does the port.
     drop(port.fds);
-    child::supervise(child, signals, lan.gone())
+    let ended = child::supervise(child, signals, lan.gone())?;
+    if ended == ExitCode::SUCCESS {
+        // A VMM that has put itself into the background still has the tap.
+        lan.wait_for_port(port.id, signals)?;
+    }
+    Ok(ended)
 }
 
 fn with_socket(
     mut lan: Lan,
-    signals: &SignalFd,
+    signals: &Signals,
     (flags, socket, forwards): (&PortFlags, VhostUserSocket, &ForwardFlags),
     command: impl FnOnce(&Link) -> Result<Vec<OsString>, Failure>,
 ) -> Result<ExitCode, Failure> {

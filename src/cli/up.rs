@@ -8,35 +8,37 @@ use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 
 use super::forward::ForwardFlags;
 use super::options::{NameOption, NetworkOptions};
+use super::signals::Signals;
 use super::{Failure, child, print};
 use crate::config::{NetworkConfig, PREFIX6_LEN, PortSpec, format_duration};
 use crate::control::client::Client;
 use crate::control::server::Server;
 use crate::control::{ControlError, RuntimeDir};
 use crate::network::Network;
-use crate::sys::signal::SignalFd;
+use crate::sys::signal::{Received, SignalFd};
 
 /// The signals that end a network. A second one, of any of them, ends the process at once.
 const ENDING: [i32; 4] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT];
 
-/// Signals that come closer than this count as one.
-const SAME_WISH: Duration = Duration::from_millis(300);
-/// How long a network may take to end: it closes sockets and writes a lease file.
+/// How long 'down' waits for the process. It ends itself by force after half of that.
 const STOP_TIME_MAX: Duration = Duration::from_secs(10);
-/// Pause between two looks whether it has ended.
+/// Pause between two looks whether it has ended, where the process can't be watched.
 const STOP_POLL: Duration = Duration::from_millis(20);
+/// Exit status of a network that had to end itself by force.
+const EXIT_FORCED: u8 = 1;
 
 /// Run a network in the foreground, for others to attach to
 ///
-/// Ends on SIGINT or SIGTERM (Ctrl-C), on 'lanlet down', or when its data path fails; a second signal
-/// forces the end. Guests attached to it lose their network then.
+/// Ends on SIGINT or SIGTERM (Ctrl-C), on 'lanlet down', or when its data path fails; a second signal, or
+/// five seconds, force the end. SIGHUP, SIGINT and SIGQUIT that are ignored when it starts (nohup) stay
+/// ignored. Guests attached to it lose their network then.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
@@ -59,6 +61,8 @@ pub(super) struct Args {
 }
 
 /// End a running network
+///
+/// Returns when its process has ended, and says how many guests were attached.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
@@ -70,7 +74,7 @@ pub(super) struct DownArgs {
 }
 
 pub(super) fn up(args: &Args) -> Result<ExitCode, Failure> {
-    let signals = SignalFd::block(&ENDING).map_err(Failure::io("cannot hold back signals"))?;
+    let signals = Signals::hold(&ENDING)?;
     let name = args.name.get();
     let default_leases = lease_file(name);
     let mut config = args.network.resolve(name, default_leases.clone())?;
@@ -92,22 +96,23 @@ pub(super) fn up(args: &Args) -> Result<ExitCode, Failure> {
         rustix::event::eventfd(0, EventfdFlags::CLOEXEC)
             .map_err(|error| Failure::io("cannot make an eventfd")(error.into()))?,
     );
-    let ring = |end: &Arc<OwnedFd>| {
-        let end = Arc::clone(end);
-        move || {
-            // Fails only when the counter is full, and then the bell has rung.
-            let _ = rustix::io::write(&end, &1u64.to_ne_bytes());
+    let asked_by = Arc::new(Mutex::new(None));
+    let on_stop = {
+        let (end, asked_by) = (Arc::clone(&end), Arc::clone(&asked_by));
+        move |client: String| {
+            *asked_by.lock().unwrap_or_else(PoisonError::into_inner) = Some(client);
+            ring(&end);
         }
     };
-    let server = Server::start(name, claim, Arc::clone(&network) as _, ring(&end))
+    let server = Server::start(name, claim, Arc::clone(&network) as _, on_stop)
         .map_err(Failure::io("cannot serve the control socket"))?;
     let failed = std::thread::Builder::new()
         .name("lanlet-watch".to_owned())
         .spawn({
-            let (network, ring) = (Arc::clone(&network), ring(&end));
+            let (network, end) = (Arc::clone(&network), Arc::clone(&end));
             move || {
                 let error = network.failed();
-                ring();
+                ring(&end);
                 error
             }
         })
@@ -115,13 +120,18 @@ pub(super) fn up(args: &Args) -> Result<ExitCode, Failure> {
     // Who reads the summary may have gone; the network is there for others.
     let _ = print(&summary);
     tell_service_manager("READY=1");
-    let by_signal = wait_for_end(&signals, &end)?;
+    let received = wait_for_end(signals.running(), &end)?;
+    signals.ending(EXIT_FORCED);
     tell_service_manager("STOPPING=1");
-    log::info!(
-        "network '{name}' is ending{}",
-        if by_signal { "" } else { " as asked" }
-    );
-    force_on_signal(signals)?;
+    let client = asked_by
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .take();
+    match (received, client) {
+        (Some(received), _) => log::info!("network '{name}' is ending: {received}"),
+        (None, Some(client)) => log::info!("network '{name}' is ending: asked to by {client}"),
+        (None, None) => log::info!("network '{name}' is ending: its data path has ended"),
+    }
     drop(server);
     network.stop();
     match failed.join() {
@@ -131,30 +141,14 @@ pub(super) fn up(args: &Args) -> Result<ExitCode, Failure> {
     }
 }
 
-/// Ends the process at the next signal: for who does not want to wait. One that follows the first at
-/// once is the same wish said twice, as by timeout(1), which signals its child and then its group.
-fn force_on_signal(signals: SignalFd) -> Result<(), Failure> {
-    let begun = Instant::now();
-    let watch = move || loop {
-        let mut fds = [PollFd::from_borrowed_fd(signals.as_fd(), PollFlags::IN)];
-        let _ = rustix::event::poll(&mut fds, None);
-        match signals.next() {
-            Ok(Some(received)) if begun.elapsed() > SAME_WISH => {
-                std::process::exit(128 + received.signal)
-            }
-            Ok(_) => {}
-            Err(_) => return,
-        }
-    };
-    std::thread::Builder::new()
-        .name("lanlet-force".to_owned())
-        .spawn(watch)
-        .map(drop)
-        .map_err(Failure::io("cannot start a thread"))
+/// Wakes [`wait_for_end`].
+fn ring(end: &OwnedFd) {
+    // Fails only when the counter is full, and then the bell has rung.
+    let _ = rustix::io::write(end, &1u64.to_ne_bytes());
 }
 
-/// Blocks until a signal comes (`true`) or somebody rings `end`.
-fn wait_for_end(signals: &SignalFd, end: &OwnedFd) -> Result<bool, Failure> {
+/// Blocks until a signal comes or somebody rings `end`.
+fn wait_for_end(signals: &SignalFd, end: &OwnedFd) -> Result<Option<Received>, Failure> {
     loop {
         let mut fds = [
             PollFd::from_borrowed_fd(signals.as_fd(), PollFlags::IN),
@@ -165,11 +159,11 @@ fn wait_for_end(signals: &SignalFd, end: &OwnedFd) -> Result<bool, Failure> {
             Err(error) => return Err(Failure::io("cannot wait for signals")(error.into())),
         }
         let asked = !fds[1].revents().is_empty();
-        if signals.next()?.is_some() {
-            return Ok(true);
+        if let Some(received) = signals.next()? {
+            return Ok(Some(received));
         }
         if asked {
-            return Ok(false);
+            return Ok(None);
         }
     }
 }
@@ -279,18 +273,46 @@ pub(super) fn down(args: &DownArgs) -> Result<ExitCode, Failure> {
     };
     let mut client = Client::connect(&dir, name)?.ok_or_else(not_running)?;
     let pid = client.pid();
+    let guests = client
+        .status()?
+        .ports
+        .iter()
+        .filter(|port| port.kind != "gateway")
+        .count();
+    let process = client.process();
     client.stop()?;
     drop(client);
     let deadline = Instant::now() + STOP_TIME_MAX;
-    while dir.is_claimed(name) {
+    let runs = || match &process {
+        // Not the name: a service manager may have started the network again by now.
+        Some(process) => !has_ended(process, STOP_POLL),
+        None => dir.is_claimed(name),
+    };
+    while runs() {
         if Instant::now() > deadline {
             return Err(Failure::because(format!(
-                "network '{name}' (pid {pid}) was asked to stop and still runs; 'kill {pid}' ends it"
+                "network '{name}' (pid {pid}) was asked to stop and still runs; 'kill -KILL {pid}' ends it"
             )));
         }
         std::thread::sleep(STOP_POLL);
     }
+    match guests {
+        0 => log::info!("network '{name}' (pid {pid}) has ended; it had no guests"),
+        1 => {
+            log::info!("network '{name}' (pid {pid}) has ended; its guest has no network any more")
+        }
+        more => log::info!(
+            "network '{name}' (pid {pid}) has ended; its {more} guests have no network any more"
+        ),
+    }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Whether a process has ended, after `wait` at most.
+fn has_ended(process: &OwnedFd, wait: Duration) -> bool {
+    let mut fds = [PollFd::new(process, PollFlags::IN)];
+    let timeout = Timespec::try_from(wait).ok();
+    rustix::event::poll(&mut fds, timeout.as_ref()).is_ok_and(|ready| ready > 0)
 }
 
 #[cfg(test)]

@@ -1,9 +1,11 @@
 //! A command's end of the control socket.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use serde::de::DeserializeOwned;
 
@@ -15,6 +17,7 @@ use crate::nat::forward::ForwardSpec;
 use crate::network::{
     ForwardStatus, GuestAddress, GuestTap, PortOptions, Status, VhostUserPort, VmmPort,
 };
+use crate::sys::socket;
 
 /// How long a network may take from its lock to its socket.
 const START_TIME_MAX: Duration = Duration::from_secs(3);
@@ -29,6 +32,9 @@ pub struct Client {
     stream: UnixStream,
     reader: LineReader,
     name: String,
+    /// The process at the other end; `None`: it has no pid in this pid namespace.
+    peer_pid: Option<u32>,
+    /// What it says is its pid, in its own pid namespace.
     pid: u32,
 }
 
@@ -72,13 +78,11 @@ impl Client {
                 }
             }
         };
-        let peer =
-            rustix::net::sockopt::socket_peercred(&stream).map_err(|error| ControlError::Io {
-                action: "look at",
-                path,
-                error: error.into(),
-            })?;
-        let uid = peer.uid.as_raw();
+        let (pid, uid) = socket::peer(stream.as_fd()).map_err(|error| ControlError::Io {
+            action: "look at",
+            path,
+            error,
+        })?;
         if !peer_is_trusted(uid) {
             return Err(ControlError::Untrusted {
                 name: name.to_owned(),
@@ -89,15 +93,27 @@ impl Client {
             stream,
             reader: LineReader::new(REPLY_BYTES_MAX),
             name: name.to_owned(),
-            pid: peer.pid.as_raw_nonzero().get().unsigned_abs(),
+            peer_pid: pid,
+            pid: pid.unwrap_or_default(),
         };
         client.greet()?;
         Ok(Some(client))
     }
 
-    /// Process that runs the network.
+    /// Process that runs the network, as it is called in its own pid namespace.
     pub fn pid(&self) -> u32 {
         self.pid
+    }
+
+    /// A pidfd of that process, to see it end by; `None` where the kernel gives none of a process in another
+    /// pid namespace (before Linux 6.5).
+    pub fn process(&self) -> Option<OwnedFd> {
+        // The same number twice: it is no other process's, which has a pid namespace of its own.
+        let visible = self.peer_pid.filter(|&pid| pid == self.pid);
+        match visible.and_then(|pid| Pid::from_raw(pid.cast_signed())) {
+            Some(pid) => pidfd_open(pid, PidfdFlags::empty()).ok(),
+            None => socket::peer_process(self.stream.as_fd()).ok(),
+        }
     }
 
     /// The network's state.

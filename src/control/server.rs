@@ -25,6 +25,7 @@ use crate::network::{
     ForwardStatus, GuestAddress, GuestTap, Network, PortOptions, Status, VhostUserPort,
     VhostUserSocket, VmmPort,
 };
+use crate::sys::signal::Process;
 use crate::sys::socket;
 
 /// Threads that wait for the kernel on behalf of clients. Attaching takes milliseconds.
@@ -161,13 +162,13 @@ pub struct Server {
 struct Shared {
     target: Arc<dyn Target>,
     hello: Vec<u8>,
-    on_stop: Box<dyn Fn() + Send + Sync>,
+    on_stop: Box<dyn Fn(String) + Send + Sync>,
     seats: Arc<Semaphore>,
 }
 
 impl Server {
     /// Serves the network called `name` at its claimed socket. `on_stop` is called, on the server's
-    /// thread, for every [`Request::Stop`], after it was answered.
+    /// thread, for every [`Request::Stop`], after it was answered, with who asks in words.
     ///
     /// # Errors
     /// The thread or the runtime can't be made.
@@ -175,7 +176,7 @@ impl Server {
         name: &str,
         mut claim: Claim,
         target: Arc<dyn Target>,
-        on_stop: impl Fn() + Send + Sync + 'static,
+        on_stop: impl Fn(String) + Send + Sync + 'static,
     ) -> io::Result<Self> {
         let hello = Hello {
             lanlet: PROTOCOL,
@@ -283,6 +284,15 @@ fn is_guests(stream: &UnixStream) -> bool {
     ours.is_ok_and(|ours| rustix::fs::fstat(theirs).map(id) != Ok(ours))
 }
 
+/// A client for the log.
+fn client_in_words(stream: &UnixStream) -> String {
+    match socket::peer(stream.as_fd()) {
+        Ok((Some(pid), uid)) => format!("{}, uid {uid}", Process(pid)),
+        Ok((None, uid)) => format!("a process outside this pid namespace, uid {uid}"),
+        Err(error) => format!("a client ({error})"),
+    }
+}
+
 async fn serve(stream: &UnixStream, shared: &Shared) -> io::Result<()> {
     let uid = stream.peer_cred()?.uid();
     if !peer_is_trusted(uid) {
@@ -339,8 +349,7 @@ async fn serve(stream: &UnixStream, shared: &Shared) -> io::Result<()> {
         let (reply, fds) = answer(&mut owned, request, fds).await;
         write(stream, &to_line(&reply)?, fds).await?;
         if stop {
-            log::debug!("a client asks to stop");
-            (shared.on_stop)();
+            (shared.on_stop)(client_in_words(stream));
         }
     }
 }
@@ -624,7 +633,7 @@ mod tests {
             "n",
             dir.claim("n").unwrap(),
             Arc::clone(&fake) as _,
-            move || {
+            move |_| {
                 stopped.fetch_add(1, SeqCst);
             },
         );

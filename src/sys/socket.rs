@@ -186,6 +186,20 @@ pub fn peer(fd: BorrowedFd<'_>) -> io::Result<(Option<u32>, u32)> {
     Ok((pid, peer.uid))
 }
 
+/// SO_PEERPIDFD: a pidfd of the process at the other end of a unix stream socket, whatever pid namespace it
+/// is in (Linux 6.5).
+///
+/// # Errors
+/// The kernel is older, or the process has ended.
+pub fn peer_process(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let process: libc::c_int = option::get(fd, libc::SOL_SOCKET, libc::SO_PEERPIDFD)?;
+    if process < 0 {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    // SAFETY: the call gave a fresh descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(process) })
+}
+
 /// The network namespace that a socket is of.
 ///
 /// # Errors

@@ -22,6 +22,7 @@ mod half_close;
 mod host;
 mod killed;
 mod lan;
+mod life;
 mod machine;
 mod many_flows;
 mod paths;

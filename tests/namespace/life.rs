@@ -1,0 +1,215 @@
+//! How lanlet's processes live and end: other pid namespaces, ignored signals, one signal that always
+//! ends, commands in the background.
+
+use crate::common::World;
+use crate::{assert_said, scenario};
+
+/// SO_PEERCRED has no pid for a process of an outer pid namespace.
+#[test]
+fn a_network_is_reached_from_another_pid_namespace() {
+    let Some(outcome) = scenario(
+        &World::new(),
+        r#"
+        network
+        elsewhere() { "$LAB/as-user" unshare --user --map-root-user --pid --fork "$LANLET" "$@"; }
+        elsewhere status >status.log 2>&1
+        say status=$?
+        elsewhere exec --name default -- ping -c 1 -W 2 192.168.122.1 >exec.log 2>&1
+        say exec=$?
+        elsewhere run --name default -- sh -c 'exit $((LANLET_FD < 3))' >run.log 2>&1
+        say run=$?
+        elsewhere down >down.log 2>&1
+        say down=$? left="$(kill -0 $NETWORK 2>/dev/null && echo runs)"
+        cat status.log exec.log run.log down.log >&2
+        say told="$(grep -c 'outside this pid namespace\|asked to by pid' up.log)"
+        "#,
+    ) else {
+        return;
+    };
+    assert_said(
+        &outcome.passed(),
+        &[
+            ("status", "0"),
+            ("exec", "0"),
+            ("run", "0"),
+            ("down", "0"),
+            ("left", ""),
+            ("told", "1"),
+        ],
+    );
+}
+
+/// nohup(1) ignores SIGHUP, a shell without job control SIGINT and SIGQUIT of its background jobs.
+#[test]
+fn signals_ignored_at_the_start_stay_ignored_by_lanlet_and_its_command() {
+    let Some(outcome) = scenario(
+        &World::new(),
+        r#"
+        "$LAB/as-user" nohup "$LANLET" up >up.log 2>&1 &
+        until_true 10 lanlet status
+        pid=$!
+        kill -HUP $pid
+        kill -INT $pid # ignored by this shell's background jobs
+        sleep 0.5
+        say network="$(lanlet status >/dev/null && echo runs)"
+        kill -TERM $pid
+        until_true 10 sh -c "! kill -0 $pid"
+        say network_then="$(lanlet status >/dev/null 2>&1 || echo ended)" named="$(grep -c 'ending: SIGTERM from pid [0-9]* (bash), uid' up.log)"
+        cat up.log >&2
+        # The command finds the dispositions and the mask that lanlet found.
+        for mode in plain nohup; do
+            prefix=
+            [ $mode = plain ] || prefix=nohup
+            direct="$(user $prefix grep -E '^Sig(Blk|Ign)' /proc/self/status 2>/dev/null | tr -d '\n\t ')"
+            through="$(user $prefix "$LANLET" exec -- grep -E '^Sig(Blk|Ign)' /proc/self/status 2>/dev/null | tr -d '\n\t ')"
+            run="$(user $prefix "$LANLET" run -- grep -E '^Sig(Blk|Ign)' /proc/self/status 2>/dev/null | tr -d '\n\t ')"
+            say "$mode"_direct="$direct" "$mode"_exec="$through" "$mode"_run="$run"
+        done
+        "#,
+    ) else {
+        return;
+    };
+    let outcome = outcome.passed();
+    assert_said(
+        &outcome,
+        &[
+            ("network", "runs"),
+            ("network_then", "ended"),
+            ("named", "1"),
+        ],
+    );
+    let markers = outcome.markers();
+    for mode in ["plain", "nohup"] {
+        let value = |way: &str| markers.get(&format!("{mode}_{way}")).map(str::to_owned);
+        assert!(value("direct").is_some_and(|text| text.contains("SigIgn")));
+        assert_eq!(value("exec"), value("direct"), "{mode}");
+        assert_eq!(value("run"), value("direct"), "{mode}");
+    }
+    assert_ne!(markers.get("plain_direct"), markers.get("nohup_direct"));
+}
+
+/// A thread waits for a helper that is stopped, for 20 s. One SIGTERM ends the network all the same, and
+/// 'down' says what it ended.
+#[test]
+fn one_signal_ends_a_network_whatever_is_stuck() {
+    let Some(outcome) = scenario(
+        &World::new(),
+        r#"
+        stuck() {
+            network
+            "$LAB/as-user" "$LANLET" run --name default -- sh -c 'echo ready; exec sleep 60 <&$LANLET_FD' >vmm.log 2>&1 &
+            vmm=$!
+            wait_for vmm.log ready
+            kill -STOP "$(pgrep -f '[n]etns-helper')"
+            "$LAB/as-user" "$LANLET" run --name default -- true >late.log 2>&1 &
+            late=$!
+            until_true 10 sh -c "cat /proc/$(pgrep -f '^[^ ]*lanlet up' | tail -1)/task/*/comm | grep -q lanlet-request"
+        }
+        stuck
+        start=$(date +%s%N)
+        kill -TERM $NETWORK
+        wait $NETWORK
+        say status=$? ms=$((($(date +%s%N) - start) / 1000000)) named="$(grep -c 'is forced; still at work: .*lanlet-request' up.log)"
+        kill -KILL $vmm $late
+        stuck
+        lanlet down 2>down.log
+        say down=$? guests="$(grep -o 'its guest has no network' down.log | wc -l)"
+        cat up.log down.log >&2
+        "#,
+    ) else {
+        return;
+    };
+    let outcome = outcome.passed();
+    assert_said(
+        &outcome,
+        &[
+            ("status", "1"),
+            ("named", "1"),
+            ("down", "0"),
+            ("guests", "1"),
+        ],
+    );
+    // 20 s are those of the helper's answer.
+    assert!(
+        outcome.markers().number("ms") < 15_000.0,
+        "{}",
+        outcome.text()
+    );
+}
+
+/// Ctrl-C for a command whose network does not answer.
+#[test]
+fn a_signal_ends_a_command_that_is_still_starting() {
+    let Some(outcome) = scenario(
+        &World::new(),
+        r#"
+        network
+        kill -STOP "$(pgrep -f '^[^ ]*lanlet up' | tail -1)"
+        "$LAB/as-user" "$LANLET" exec --name default -- true >exec.log 2>&1 &
+        exec=$!
+        until_true 10 sh -c "pgrep -f 'lanle[t] exec'"
+        sleep 0.3
+        start=$(date +%s%N)
+        kill -TERM $exec
+        wait $exec
+        say status=$? ms=$((($(date +%s%N) - start) / 1000000))
+        cat exec.log >&2
+        kill -KILL $NETWORK
+        "#,
+    ) else {
+        return;
+    };
+    let outcome = outcome.passed();
+    assert_said(&outcome, &[("status", "143")]);
+    // 10 s are those of the network's answer.
+    assert!(
+        outcome.markers().number("ms") < 8_000.0,
+        "{}",
+        outcome.text()
+    );
+}
+
+/// A VMM that puts itself into the background keeps its network as long as its tap.
+#[test]
+fn a_network_stays_for_a_command_that_goes_on_in_the_background() {
+    let Some(outcome) = scenario(
+        &World::new(),
+        r#"
+        "$LAB/as-user" "$LANLET" run -- sh -c '(until [ -e go ]; do sleep 0.05; done) & exit 0' >run.log 2>&1 &
+        run=$!
+        wait_for run.log 'its tap is still open'
+        say helper="$(pgrep -c -f '[n]etns-helper')"
+        touch go
+        wait $run
+        say status=$?
+        # One that fails has nothing to stay for.
+        "$LAB/as-user" "$LANLET" run -- sh -c 'sleep 60 & exit 7' >/dev/null 2>&1
+        say failed=$?
+        printf '#!/bin/sh\necho ran\n' >qemu
+        chmod +x qemu
+        lanlet qemu --qemu ./qemu -- -daemonize 2>private.log
+        say private=$? remedy="$(grep -c "lanlet up' first" private.log)"
+        network
+        lanlet qemu --qemu ./qemu --name default -- -daemonize >shared.log 2>&1
+        say shared=$? ran="$(cat shared.log)"
+        lanlet qemu --qemu ./qemu --name default -p 2222:22 -- -daemonize 2>forwards.log
+        say forwards=$? forward_remedy="$(grep -c 'lanlet forward add' forwards.log)"
+        "#,
+    ) else {
+        return;
+    };
+    assert_said(
+        &outcome.passed(),
+        &[
+            ("helper", "1"),
+            ("status", "0"),
+            ("failed", "7"),
+            ("private", "2"),
+            ("remedy", "1"),
+            ("shared", "0"),
+            ("ran", "ran"),
+            ("forwards", "2"),
+            ("forward_remedy", "1"),
+        ],
+    );
+}

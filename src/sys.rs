@@ -19,5 +19,6 @@ pub mod option;
 pub mod packet_ring;
 pub mod rtnl;
 pub mod signal;
+pub mod small_file;
 pub mod socket;
 pub mod tun;

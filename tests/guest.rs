@@ -15,7 +15,7 @@ use lanlet::offload::{Caps, Gso};
 use lanlet::port::{DropSource, KernelDrops, PortRx, PortTx};
 use lanlet::stats::PortCounters;
 use lanlet::sys::fd_pass;
-use lanlet::tap::guest::{GUEST_IFNAME, Guest, GuestConfig};
+use lanlet::tap::guest::{GUEST_IFNAME, Guest, GuestConfig, GuestFiles};
 use lanlet::tap::{LinkDrops, TX_QUEUE_LEN};
 
 const GUEST_MAC: &str = "52:54:00:aa:bb:01";
@@ -74,7 +74,11 @@ fn guest_child(offload: bool, command: &str) {
         mtu: 1400,
     };
     guest.configure(&config).unwrap();
-    guest.set_resolv_conf("nameserver 192.168.122.1\n").unwrap();
+    let files = GuestFiles {
+        resolv_conf: "nameserver 192.168.122.1\n".to_owned(),
+        ..GuestFiles::default()
+    };
+    guest.set_files(&files).unwrap();
     let status = Command::new("sh")
         .args(["-c", command])
         .stdin(Stdio::null())

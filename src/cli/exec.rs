@@ -22,7 +22,7 @@ use crate::frame::Mac;
 use crate::network::{GuestAddress, GuestTap};
 use crate::sys::{fd_pass, inherited};
 use crate::tap::TapError;
-use crate::tap::guest::{Guest, GuestConfig, GuestConfig6};
+use crate::tap::guest::{Guest, GuestConfig, GuestConfig6, GuestFiles};
 
 /// Longest message between lanlet and the child: an error text, or an address with a domain.
 const MESSAGE_BYTES_MAX: usize = 8 * 1024;
@@ -30,7 +30,8 @@ const MESSAGE_BYTES_MAX: usize = 8 * 1024;
 /// Run a command in a namespace of its own on the network, without a VM
 ///
 /// CMD runs in a fresh network and user namespace whose eth0 is a port of the network, with an
-/// address, a default route and /etc/resolv.conf set. It sees the same files as outside. For an
+/// address, a default route, /etc/resolv.conf and /etc/hosts set. It sees the same files as outside,
+/// but what it makes right in /etc is its own, or fails where it could make it in the host's. For an
 /// ordinary user it appears to run as root, as with 'unshare -r': nothing outside is gained by that.
 /// Its exit status is lanlet's.
 #[derive(clap::Args, Debug)]
@@ -85,6 +86,9 @@ enum Ready {
 #[derive(Serialize, Deserialize)]
 struct Start {
     mac: String,
+    /// What it is called, if anything.
+    #[serde(default)]
+    name: String,
     address: GuestAddress,
 }
 
@@ -94,12 +98,13 @@ pub(super) fn exec(args: &Args) -> Result<ExitCode, Failure> {
     let mac = args.port.mac.unwrap_or_else(|| lan.make_mac());
     let mut guest = NewGuest::spawn(&args.command, (args.port.queues(), args.port.no_offload))?;
     let options = args.port.port(Some(mac));
+    let name = options.name.clone();
     let tap = guest.tap.take().ok_or(Failure::Reported)?;
     let (_, address) = lan.attach_tap(tap, options)?;
     lan.add_forwards(&args.forwards, mac)?;
     let address =
         address.ok_or_else(|| Failure::because("the network gave the guest no address"))?;
-    let child = guest.start(mac, address)?;
+    let child = guest.start(mac, name, address)?;
     let ended = child::supervise(child, &signals, lan.gone());
     lan.drain();
     ended
@@ -167,9 +172,10 @@ impl NewGuest {
     }
 
     /// Tells the guest its address, upon which it becomes the command.
-    fn start(mut self, mac: Mac, address: GuestAddress) -> Result<Child, Failure> {
+    fn start(mut self, mac: Mac, name: String, address: GuestAddress) -> Result<Child, Failure> {
         let start = Start {
             mac: mac.to_string(),
+            name,
             address,
         };
         let message = serde_json::to_vec(&start).map_err(std::io::Error::from)?;
@@ -246,7 +252,11 @@ fn configure(guest: &mut Guest, start: &Start) -> Result<(), Failure> {
             log::warn!("{error}; the guest has IPv4 only");
         }
     }
-    if let Err(error) = guest.set_resolv_conf(&resolv_conf(address)) {
+    let files = GuestFiles {
+        resolv_conf: resolv_conf(address),
+        hosts: hosts(&start.name, address),
+    };
+    if let Err(error) = guest.set_files(&files) {
         log::warn!("{error}");
     }
     Ok(())
@@ -264,12 +274,28 @@ fn resolv_conf(address: &GuestAddress) -> String {
     )
 }
 
+/// The guest's own name, if it has one: a service that binds to its name binds to its address on the
+/// LAN. The names of the host's file come behind it, among them localhost and those that the user has
+/// added, since what they stand for is reached through the NAT.
+fn hosts(name: &str, address: &GuestAddress) -> String {
+    if name.is_empty() {
+        return String::new();
+    }
+    let full = address.domain.as_ref();
+    let names = full.map_or_else(
+        || name.to_owned(),
+        |domain| format!("{name}.{domain} {name}"),
+    );
+    let v6 = address.v6.map(|v6| format!("{} {names}\n", v6.address));
+    format!("{} {names}\n{}", address.address, v6.unwrap_or_default())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn resolver_file() {
+    fn files_of_names() {
         let mut address = GuestAddress {
             address: [10, 0, 0, 2].into(),
             prefix: 24,
@@ -279,7 +305,10 @@ mod tests {
             v6: None,
         };
         assert_eq!(resolv_conf(&address), "nameserver 10.0.0.1\n");
+        assert_eq!(hosts("", &address), "");
+        assert_eq!(hosts("web", &address), "10.0.0.2 web\n");
         address.domain = Some("lab.test".to_owned());
+        assert_eq!(hosts("web", &address), "10.0.0.2 web.lab.test web\n");
         assert_eq!(
             resolv_conf(&address),
             "nameserver 10.0.0.1\nsearch lab.test\n"

@@ -3,22 +3,25 @@
 //! The steps, in a process with one thread that will execute the guest's command:
 //! 1. [`Guest::enter`] makes the namespaces and `eth0`;
 //! 2. the fds of [`Guest::take_fds`] go to the network, which answers with a lease;
-//! 3. [`Guest::configure`] and [`Guest::configure6`] set it, [`Guest::set_resolv_conf`] the resolver;
+//! 3. [`Guest::configure`] and [`Guest::configure6`] set it, [`Guest::set_files`] the resolver;
 //! 4. exec.
 //!
 //! An ordinary user becomes root of a user namespace, as with `unshare -r`: `ping` and `tcpdump`
 //! work inside, and nothing outside is gained. Root keeps its user namespace, since a map made by
 //! oneself has room for one id only and would break every command that changes its user.
 
+mod files;
+
+pub use files::GuestFiles;
+
 use std::fs;
-use std::io::{self, Write};
+use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use rustix::io::Errno;
-use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_bind, mount_change};
+use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 use rustix::process::{getegid, geteuid};
 
 use super::{QUEUES_MAX, TX_QUEUE_LEN, TapError};
@@ -48,7 +51,6 @@ const IPV6_CONF: &str = "/proc/sys/net/ipv6/conf/eth0";
 const ROUTE6_SECS: u32 = 30;
 /// Beside the 1,024 of routes from router advertisements (IP6_RT_PRIO_USER).
 const ROUTE6_METRIC: u32 = 2048;
-const RESOLV_CONF: &str = "/etc/resolv.conf";
 
 /// What [`Guest::configure`] sets.
 #[derive(Clone, Copy, Debug)]
@@ -194,25 +196,13 @@ impl Guest {
         set(route).map_err(step(format!("default route by {gateway}")))
     }
 
-    /// Replaces the contents of /etc/resolv.conf for this process and its children, by a mount that
-    /// nobody else sees.
+    /// Gives this process and its children an /etc in which these files are as they should be, by
+    /// mounts that nobody else sees.
     ///
     /// # Errors
-    /// There is no such file to mount over, or no place for the new contents. The guest then
-    /// asks the host's servers, most likely in vain: worth a warning.
-    pub fn set_resolv_conf(&self, text: &str) -> Result<(), TapError> {
-        let failed = |path: &Path, error: io::Error| TapError::GuestFile {
-            path: path.display().to_string(),
-            cause: format!("{error}; names will not resolve in the guest"),
-        };
-        // A mount must be on the file itself; the link usually points into /run.
-        let target =
-            fs::canonicalize(RESOLV_CONF).map_err(|error| failed(Path::new(RESOLV_CONF), error))?;
-        let source = write_private(text).map_err(|(path, error)| failed(&path, error))?;
-        let mounted = mount_bind(&source, &target);
-        // The mount keeps the contents.
-        let _ = fs::remove_file(&source);
-        mounted.map_err(|error| failed(&target, error.into()))
+    /// What could not be done and what follows from it: worth a warning.
+    pub fn set_files(&self, files: &GuestFiles) -> Result<(), TapError> {
+        files.set()
     }
 
     fn set_link(&mut self, name: &str, change: LinkChange) -> Result<(), TapError> {
@@ -254,36 +244,4 @@ fn enter_namespaces() -> io::Result<()> {
         log::debug!("/sys stays the host's: {error}");
     }
     Ok(())
-}
-
-/// Writes `text` to a fresh file that anybody may read.
-fn write_private(text: &str) -> Result<PathBuf, (PathBuf, io::Error)> {
-    let name = format!("lanlet-resolv.{}.conf", std::process::id());
-    let directories = [
-        std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from),
-        Some(std::env::temp_dir()),
-    ];
-    let mut failure = (PathBuf::new(), io::Error::from(io::ErrorKind::NotFound));
-    for path in directories
-        .into_iter()
-        .flatten()
-        .map(|directory| directory.join(&name))
-    {
-        // Left over by a process of the same id, ours if it can be removed at all.
-        let _ = fs::remove_file(&path);
-        let file = fs::OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .open(&path);
-        let written = file.and_then(|mut file| {
-            // Whatever the umask: a command that gives root up reads it too.
-            file.set_permissions(fs::Permissions::from_mode(0o644))?;
-            file.write_all(text.as_bytes())
-        });
-        match written {
-            Ok(()) => return Ok(path),
-            Err(error) => failure = (path, error),
-        }
-    }
-    Err(failure)
 }

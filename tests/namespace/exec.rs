@@ -20,6 +20,9 @@ fn the_command_finds_a_network() {
         say sysfs="$(cd /sys/class/net && echo * | tr ' ' ,):$(cat /sys/class/net/eth0/mtu)"
 END
         lanlet exec -- sh look.sh
+        # As a DHCP client does.
+        lanlet exec -- sh -c 'echo nameserver 192.0.2.1 >/etc/new && mv /etc/new /etc/resolv.conf && cat /etc/resolv.conf' >moved
+        say moved="$(tr ' ' _ <moved)"
         say plain="$(cat /etc/resolv.conf | tr ' ' _)"
         lanlet exec --subnet 10.9.8.0/28 --gateway 10.9.8.14 --mtu 1400 --domain lab.test -- sh look.sh |
             sed 's/ \([a-z]*\)=/ other_\1=/g'
@@ -44,6 +47,7 @@ END
             ("links", "lo,eth0,"),
             ("sysfs", "eth0,lo:1500"),
             ("uid", "0"),
+            ("moved", "nameserver_192.0.2.1"),
             // The host's own file is as before.
             ("plain", "nameserver_198.51.100.2"),
             ("other_mtu", "1400"),
@@ -56,6 +60,131 @@ END
         other.starts_with("10.9.8.") && other.ends_with("/28"),
         "{}",
         outcome.text()
+    );
+}
+
+/// An /etc of the world's own, on a tmpfs, whose files can be replaced as the host's services do.
+const OWN_ETC: &str = r#"
+mkdir etc
+cp -r --no-preserve=ownership /etc/. etc 2>/dev/null
+umount /etc/resolv.conf
+rm -f etc/resolv.conf etc/hosts
+echo 'nameserver 198.51.100.2' >etc/resolv.conf
+printf '127.0.0.1 localhost\n192.0.2.9 elsewhere\n' >etc/hosts
+mount --bind etc /etc
+"#;
+
+#[test]
+fn resolv_conf_outlasts_what_the_host_does_to_its_own() {
+    let world = World::new().with(&["--dns"]);
+    let Some(outcome) = scenario(
+        &world,
+        &(OWN_ETC.to_owned()
+            + r#"
+        cat >ask.sh <<'END'
+        say() { echo "@@LANLET $*"; }
+        ask() { say $1="$(getent ahostsv4 second.test | awk 'NR == 1 {print $1}')" $1_file="$(tr '\n ' ._ </etc/resolv.conf)"; }
+        ask before
+        echo ready >ready
+        until [ -e go ]; do sleep 0.05; done
+        ask after
+        # What else the host replaces is seen.
+        say passwd="$(getent passwd newcomer | cut -d: -f3)"
+        # Links that go up are right in directories and beside them.
+        say up="$(readlink -e /etc/deep/link)" beside="$(readlink -e /etc/link)"
+        # The host's /etc is the user's own here: what would be lost with the guest fails.
+        touch /etc/new 2>/dev/null || say lost=no
+END
+        mkdir -p etc/deep && ln -s ../../usr/bin/env etc/deep/link && ln -s ../usr/bin/env etc/link
+        lanlet exec -- sh ask.sh &
+        wait_for ready ready
+        # As systemd-resolved, NetworkManager and dhclient do it, and useradd.
+        echo 'nameserver 203.0.113.1' >etc/resolv.conf.new && mv etc/resolv.conf.new etc/resolv.conf
+        (cat etc/passwd; echo newcomer:x:4321:4321::/:/bin/sh) >etc/passwd.new && mv etc/passwd.new etc/passwd
+        touch go
+        wait $!
+        say status=$?
+        say real="$(readlink -e /etc/link)"
+        # Missing, and links to nowhere.
+        one() { lanlet exec "$@" -- getent ahostsv4 second.test 2>>warnings | awk 'NR == 1 {print $1}'; }
+        rm etc/resolv.conf
+        say missing="$(one --dns 198.51.100.2)"
+        ln -s ../run/nowhere/stub-resolv.conf etc/resolv.conf
+        say dangling="$(one --dns 198.51.100.2)"
+        rm etc/resolv.conf && mkfifo etc/resolv.conf
+        say fifo="$(one --dns 198.51.100.2)"
+        rm etc/resolv.conf && echo 'nameserver 198.51.100.2' >etc/resolv.conf
+        # Another one inside, twice.
+        lanlet exec -- "$LANLET" exec --subnet 10.7.0.0/24 -- \
+            "$LANLET" exec --subnet 10.8.0.0/24 --guest-name inner --domain lab.test -- sh -c '
+            say() { echo "@@LANLET $*"; }
+            say nested="$(getent ahostsv4 second.test | awk "NR == 1 {print \$1}")"
+            say nested_file="$(tr "\\n " ._ </etc/resolv.conf)"
+            say nested_passwd="$(getent passwd newcomer | cut -d: -f3)" nested_up="$(readlink -e /etc/deep/link)"
+            say hosts="$(getent hosts elsewhere | tr -s " " _)" localhost="$(grep -c localhost /etc/hosts)"
+            own="$(ip -4 -o address show dev eth0 | awk "{print \$4}")"
+            [ "$(getent ahostsv4 inner.lab.test | awk "NR == 1 {print \$1}")/24" = "$own" ] && say own=right
+        ' 2>>warnings
+        say warnings="$(grep -c /etc warnings)" host="$(tr '\n ' ._ </etc/resolv.conf)"
+        "#),
+    ) else {
+        return;
+    };
+    let outcome = outcome.passed();
+    let markers = outcome.markers();
+    let real = markers.get("real").expect("a path");
+    assert_said(
+        &outcome,
+        &[
+            ("before", "203.0.113.1"),
+            ("before_file", "nameserver_192.168.122.1."),
+            ("after", "203.0.113.1"),
+            ("after_file", "nameserver_192.168.122.1."),
+            ("passwd", "4321"),
+            ("up", real),
+            ("beside", real),
+            ("status", "0"),
+            ("missing", "203.0.113.1"),
+            ("dangling", "203.0.113.1"),
+            ("fifo", "203.0.113.1"),
+            ("nested", "203.0.113.1"),
+            ("nested_file", "nameserver_10.8.0.1.search_lab.test."),
+            ("nested_passwd", "4321"),
+            ("nested_up", real),
+            ("hosts", "192.0.2.9_elsewhere"),
+            ("localhost", "1"),
+            ("own", "right"),
+            ("lost", "no"),
+            ("warnings", "0"),
+            ("host", "nameserver_198.51.100.2."),
+        ],
+    );
+}
+
+/// nss-resolve, nscd's clients and nss-mdns ask services of the host by unix sockets: these would
+/// answer past the network's DNS and policy.
+#[test]
+fn resolvers_of_the_host_are_out_of_reach() {
+    let Some(outcome) = scenario(
+        &World::new(),
+        r#"
+        mkdir -p /run/systemd/resolve /run/nscd /run/avahi-daemon
+        sockets="/run/systemd/resolve/io.systemd.Resolve /run/nscd/socket /var/run/nscd/socket /run/avahi-daemon/socket"
+        for each in $sockets; do
+            [ -e "$each" ] || socat "unix-listen:$each,mode=666,fork" system:'echo host' 2>/dev/null &
+        done
+        for each in $sockets; do until [ -S "$each" ]; do sleep 0.02; done; done
+        ask() { for each in $sockets; do socat -T1 - "unix-connect:$each" </dev/null 2>/dev/null; done | sort -u; }
+        say outside="$(ask)"
+        say inside="$(lanlet exec -- bash -c "sockets='$sockets'; $(declare -f ask); ask")"
+        say still="$(ask)"
+        "#,
+    ) else {
+        return;
+    };
+    assert_said(
+        &outcome.passed(),
+        &[("outside", "host"), ("inside", ""), ("still", "host")],
     );
 }
 

@@ -194,6 +194,7 @@ pub fn main() -> ExitCode {
         Err(error) => return print_clap(&error),
     };
     logger::init(cli.verbose, cli.quiet);
+    crate::tap::use_own_program();
     let result = match cli.command {
         Command::Up(args) => up::up(&args),
         Command::Run(args) => run::run(&args),

@@ -105,7 +105,8 @@ pub struct NetworkConfig {
     /// Where leases are kept across restarts; `None`: not kept.
     pub lease_file: Option<PathBuf>,
     /// The `lanlet` program, which is run once more as the helper that holds the taps' namespace.
-    /// `None`: $LANLET_HELPER, else this very program if it is `lanlet`, else the one on PATH.
+    /// `None`: $LANLET_HELPER, else this very program if it began with [`crate::tap::helper::run_if_asked`]
+    /// (or is `lanlet`), else the `lanlet` on PATH.
     pub helper: Option<PathBuf>,
 }
 

@@ -26,6 +26,7 @@ pub mod helper;
 mod protocol;
 mod wire;
 
+pub(crate) use client::use_own_program;
 pub use client::{HELPER_SUBCOMMAND, Helper, HelperEvents, Wire, WireDrops, WireOptions};
 pub use protocol::Event;
 
@@ -105,7 +106,7 @@ pub enum TapError {
     /// The helper could not be started.
     #[error(
         "cannot start the namespace helper {program}: {cause}; set LANLET_HELPER to the path of \
-         the lanlet program"
+         the lanlet program, or begin the program's main with lanlet::tap::helper::run_if_asked()"
     )]
     HelperProgram {
         /// What was executed.

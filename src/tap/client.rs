@@ -1,6 +1,7 @@
 //! lanlet's side of the namespace helper.
 
 use std::env;
+use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
@@ -10,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use rustix::fs::{Access, access};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
@@ -94,7 +96,7 @@ pub struct HelperEvents {
 
 impl Helper {
     /// Starts the helper from `program`, a `lanlet`. `None`: the one named by LANLET_HELPER, else
-    /// this very program if it is `lanlet`, else the one on PATH.
+    /// this very program if it is [`super::helper::run_if_asked`]'s, else the `lanlet` on PATH.
     ///
     /// # Errors
     /// The program is missing, or the host forbids the namespace: the error says what to do.
@@ -319,17 +321,38 @@ fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok((ours, theirs))
 }
 
+/// Whether this very program has the subcommand.
+static IS_HELPER: AtomicBool = AtomicBool::new(false);
+
+/// From here on this process's own program is its helper, whatever it is called.
+pub(crate) fn use_own_program() {
+    IS_HELPER.store(true, Relaxed);
+}
+
 /// The program to run as helper.
 fn default_program() -> PathBuf {
-    if let Some(path) = env::var_os(HELPER_ENV) {
-        return path.into();
+    choose_program(
+        env::var_os(HELPER_ENV),
+        IS_HELPER.load(Relaxed),
+        env::var_os("PATH"),
+    )
+}
+
+fn choose_program(named: Option<OsString>, is_helper: bool, path: Option<OsString>) -> PathBuf {
+    if let Some(program) = named.filter(|program| !program.is_empty()) {
+        return program.into();
     }
-    let this = env::current_exe().unwrap_or_default();
-    if this.file_name().is_some_and(|name| name == PROGRAM) {
+    if is_helper {
         // Not its path: an upgrade may have replaced the file meanwhile.
         return "/proc/self/exe".into();
     }
-    PROGRAM.into()
+    // Looked for here, as execvp(3) reports a directory of PATH that can't be read before a file that is
+    // nowhere.
+    let directories = path.unwrap_or_default();
+    env::split_paths(&directories)
+        .map(|directory| directory.join(PROGRAM))
+        .find(|program| access(program, Access::EXEC_OK).is_ok())
+        .unwrap_or_else(|| PROGRAM.into())
 }
 
 #[cfg(test)]
@@ -379,5 +402,24 @@ mod tests {
         protocol::send(theirs.as_fd(), &Reply::Done, &[]).unwrap();
         assert!(matches!(helper.drops(0), Err(TapError::HelperGone { .. })));
         assert!(helper.is_ended());
+    }
+
+    #[test]
+    fn a_program_is_its_own_helper_and_a_library_looks_on_path() {
+        let directory = env::temp_dir().join(format!("lanlet-path-{}", std::process::id()));
+        std::fs::create_dir_all(directory.join("dir")).unwrap();
+        let program = directory.join("dir").join(PROGRAM);
+        std::fs::copy("/bin/true", &program).unwrap();
+        // The entry before it is a file: nothing below can be looked at.
+        let path = format!("/bin/true:{}", directory.join("dir").display());
+        let path = Some(OsString::from(path));
+        let choose = |named: Option<&str>, is_helper| {
+            choose_program(named.map(Into::into), is_helper, path.clone())
+        };
+        assert_eq!(choose(None, false), program);
+        assert_eq!(choose(Some(""), true), Path::new("/proc/self/exe"));
+        assert_eq!(choose(Some("/opt/lanlet"), true), Path::new("/opt/lanlet"));
+        assert_eq!(choose_program(None, false, None), Path::new(PROGRAM));
+        std::fs::remove_dir_all(&directory).unwrap();
     }
 }

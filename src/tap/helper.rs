@@ -16,6 +16,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{PidfdFlags, getegid, geteuid, getppid, pidfd_open};
 
+use super::client::{HELPER_SUBCOMMAND, use_own_program};
 use super::protocol::{self, Event, Reply, Request};
 use super::wire::{self, WireEnds};
 use super::{TapError, WireOptions};
@@ -28,6 +29,28 @@ const FIRST_EXTRA_FD: u32 = 3;
 /// Wires at most: a bound on what one client can make of kernel memory, far above the ports of one
 /// switch.
 const WIRES_MAX: usize = 4096;
+
+/// For a program that uses the library, as the first line of its `main`: it needs no `lanlet` beside it
+/// then. Where the process was started as a helper, this serves its client and ends the process.
+///
+/// ```no_run
+/// fn main() -> Result<(), Box<dyn std::error::Error>> {
+///     lanlet::tap::helper::run_if_asked();
+///     let network = lanlet::network::Network::start(Default::default())?;
+///     let port = network.attach_vmm(Default::default())?;
+///     println!("{:?}", port.fds);
+///     Ok(())
+/// }
+/// ```
+pub fn run_if_asked() {
+    if std::env::args_os()
+        .nth(1)
+        .is_some_and(|word| word == HELPER_SUBCOMMAND)
+    {
+        std::process::exit(i32::from(run_on_stdin().is_err()));
+    }
+    use_own_program();
+}
 
 /// Body of the hidden subcommand: serves the client on standard input until it goes. It must be the
 /// first thing that the process does: it closes every other fd.

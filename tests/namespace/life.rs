@@ -213,3 +213,34 @@ fn a_network_stays_for_a_command_that_goes_on_in_the_background() {
         ],
     );
 }
+
+/// The program is its own helper: under another name, beside no other, deleted while it runs, and where a
+/// directory of PATH can't be read.
+#[test]
+fn a_renamed_or_deleted_program_attaches_a_vm() {
+    let Some(outcome) = scenario(
+        &World::new(),
+        r#"
+        mkdir bin secret
+        chmod 0 secret
+        cp "$LANLET" bin/lanlet-1.2
+        renamed() { user env PATH="$TMP/secret:/usr/bin:/bin" "$TMP/bin/lanlet-1.2" "$@"; }
+        renamed run -- sh -c 'exit $((LANLET_FD < 3))'
+        say private=$?
+        "$LAB/as-user" env PATH="$TMP/secret:/usr/bin:/bin" "$TMP/bin/lanlet-1.2" up >up.log 2>&1 &
+        until_true 10 renamed status
+        rm bin/lanlet-1.2
+        lanlet run --name default -- sh -c 'exit $((LANLET_FD < 3))'
+        say deleted=$?
+        lanlet exec --name default -- true
+        say exec=$?
+        cat up.log >&2
+        "#,
+    ) else {
+        return;
+    };
+    assert_said(
+        &outcome.passed(),
+        &[("private", "0"), ("deleted", "0"), ("exec", "0")],
+    );
+}

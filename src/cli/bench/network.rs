@@ -98,7 +98,11 @@ impl Network {
 
 fn command(world: &World, program: &Path, dir: &Path) -> Command {
     let mut command = world.at(&["--user"]);
-    command.arg(program).env("LANLET_RUNTIME_DIR", dir);
+    // Early versions of --base look for their helper by the file's name.
+    command
+        .arg(program)
+        .env("LANLET_RUNTIME_DIR", dir)
+        .env("LANLET_HELPER", program);
     command
 }
 

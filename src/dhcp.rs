@@ -173,7 +173,7 @@ impl DhcpServer {
             mac: request.mac,
             id: request.client_id.as_deref(),
             port: packet.ingress,
-            hostname: request.hostname.as_deref(),
+            hostname: request.hostname.as_ref(),
         };
         match request.kind {
             MessageType::Discover => self.discover(&request, &client, now, out),

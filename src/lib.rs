@@ -40,7 +40,7 @@
 //!
 //! | layer | modules |
 //! |---|---|
-//! | bytes | [`frame`], [`offload`], [`wire`], [`stats`] |
+//! | bytes | [`frame`], [`names`], [`offload`], [`wire`], [`stats`] |
 //! | logic | [`switch`], [`gateway`], [`dhcp`], [`nat`] |
 //! | I/O | [`sys`], [`tap`], [`port`], [`uplink`] |
 //! | assembly | [`worker`], [`network`], [`control`], [`config`], [`cli`] |
@@ -67,6 +67,7 @@ pub mod control;
 pub mod dhcp;
 pub mod frame;
 pub mod gateway;
+pub mod names;
 pub mod nat;
 pub mod network;
 pub mod offload;

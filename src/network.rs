@@ -29,7 +29,7 @@ use tokio::sync::Notify;
 pub use self::error::NetworkError;
 use self::forwards::Forwards;
 pub use self::forwards::{ForwardRefusal, ForwardStatus};
-use self::ports::{Opened, Ports, Queue};
+use self::ports::{Opened, PortGuest, Ports, Queue};
 pub use self::start::open_files_wanted;
 pub use self::status::{FlowStatus, Ipv6Status, LeaseStatus, MacStatus, PortStatus, Status};
 pub use self::vhost_user::{VhostUserPort, VhostUserSocket};
@@ -38,6 +38,7 @@ use crate::control::resolver::ResolverHandle;
 use crate::dhcp::lease::LeaseTable;
 use crate::frame::{self, Mac, PortId};
 use crate::gateway::LanConfig;
+use crate::names::{GroupName, GuestName};
 use crate::nat::policy::Policy;
 use crate::port::{self, DropSource};
 use crate::switch::Switch;
@@ -58,10 +59,10 @@ pub struct Network {
 /// How a port is attached.
 #[derive(Clone, Debug, Default)]
 pub struct PortOptions {
-    /// Name shown by `status` and said in rules; empty: made from the kind and the id.
-    pub name: String,
+    /// Name of the guest, which no other port has; `None`: made from the kind and the id.
+    pub name: Option<GuestName>,
     /// Group of guests that the port's is of, as rules of the egress policy say it.
-    pub group: Option<String>,
+    pub group: Option<GroupName>,
     /// The guest's MAC where lanlet knows it (it made it up for `{mac}`).
     pub mac: Option<Mac>,
     /// No virtio-net header and no offloads (a plain tap).
@@ -133,6 +134,8 @@ struct Shared {
     leases: Arc<Mutex<LeaseTable>>,
     resolver: ResolverHandle,
     ports: Mutex<Ports>,
+    /// A port was removed.
+    port_removed: Condvar,
     forwards: Mutex<Forwards>,
     helper: Mutex<Option<Arc<Helper>>>,
     /// The egress policy in force.
@@ -161,9 +164,13 @@ impl Network {
             ..WireOptions::default()
         })?;
         let wire = opened.wire.clone();
-        let (id, _) =
-            self.shared
-                .add_port(opened, (options.name, options.group), Some(mac), false)?;
+        let guest = PortGuest {
+            name: options.name,
+            group: options.group,
+            mac: Some(mac),
+            leased: false,
+        };
+        let (id, _) = self.shared.add_port(opened, guest)?;
         if wire.is_some_and(|wire| wire.helper.is_ended()) {
             self.detach(id);
             let cause = "it ended meanwhile".to_owned();
@@ -217,9 +224,13 @@ impl Network {
             wire: None,
             attached: None,
         };
-        let leased = options.mac.is_some();
-        let named = (options.name, options.group);
-        let (id, address) = self.shared.add_port(opened, named, options.mac, leased)?;
+        let guest = PortGuest {
+            name: options.name,
+            group: options.group,
+            mac: options.mac,
+            leased: options.mac.is_some(),
+        };
+        let (id, address) = self.shared.add_port(opened, guest)?;
         let config = &self.shared.config;
         let lease = address.map(|address| GuestAddress {
             address,

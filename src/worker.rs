@@ -284,7 +284,7 @@ impl Worker {
                     readers,
                 } => {
                     let policy = self.path.nat.policy();
-                    policy.add_guest(id, &name, group.as_deref());
+                    policy.add_guest(id, name, group);
                     self.path.add_port(id, tx, counters);
                     self.path.crew.hand_out(readers);
                 }
@@ -297,7 +297,7 @@ impl Worker {
                     }
                 }
                 Command::NamePort { id, name, mac } => {
-                    self.path.nat.forwards_mut().name_port(id, &name, mac);
+                    self.path.nat.forwards_mut().name_port(id, name, mac);
                 }
                 Command::AddForward {
                     id,

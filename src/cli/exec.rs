@@ -98,7 +98,8 @@ pub(super) fn exec(args: &Args) -> Result<ExitCode, Failure> {
     let mac = args.port.mac.unwrap_or_else(|| lan.make_mac());
     let mut guest = NewGuest::spawn(&args.command, (args.port.queues(), args.port.no_offload))?;
     let options = args.port.port(Some(mac));
-    let name = options.name.clone();
+    let name = options.name.as_ref().map(ToString::to_string);
+    let name = name.unwrap_or_default();
     let tap = guest.tap.take().ok_or(Failure::Reported)?;
     let (_, address) = lan.attach_tap(tap, options)?;
     lan.add_forwards(&args.forwards, mac)?;

@@ -14,9 +14,8 @@ use crate::config::{
 use crate::control::RuntimeDir;
 use crate::control::api::guest_mac;
 use crate::frame::Mac;
-use crate::nat::forward::GuestName;
+use crate::names::{GroupName, GuestName};
 use crate::nat::mapping::Dependence;
-use crate::nat::policy::parse::check_guest_name;
 use crate::nat::udp::UdpBehaviour;
 use crate::network::{PortOptions, VhostUserSocket};
 use crate::port::vhost_user::device::QUEUE_PAIRS_MAX;
@@ -236,12 +235,13 @@ pub(super) struct PortFlags {
     #[arg(long, value_name = "MAC", value_parser = guest_mac)]
     pub(super) mac: Option<Mac>,
 
-    /// What the guest is called, in 'status' and for forwards [default: made from the port]
+    /// What the guest is called, in 'status', for forwards and in rules of a policy (port=NAME): up to 63 of
+    /// A-Z a-z 0-9 _ . - in any case; no two guests of a network have one name [default: made from the port]
     #[arg(long, value_name = "NAME")]
     guest_name: Option<GuestName>,
     /// Group of the guest, which rules of a policy say as group=NAME
-    #[arg(long, value_name = "NAME", value_parser = parse_guest_name)]
-    pub(super) group: Option<String>,
+    #[arg(long, value_name = "NAME")]
+    pub(super) group: Option<GroupName>,
 
     /// Queues of the guest's network card, 1 to 16, with --vhost-user to 8: with --workers the flows of a
     /// tap are spread over as many threads [default: 1]
@@ -302,19 +302,14 @@ impl PortFlags {
 
     /// How a port is attached.
     pub(super) fn port(&self, mac: Option<Mac>) -> PortOptions {
-        let name = self.guest_name.as_ref().map(ToString::to_string);
         PortOptions {
-            name: name.unwrap_or_default(),
+            name: self.guest_name.clone(),
             group: self.group.clone(),
             mac,
             no_offload: self.no_offload,
             queues: self.queues(),
         }
     }
-}
-
-fn parse_guest_name(text: &str) -> Result<String, String> {
-    check_guest_name(text).map(|()| text.to_owned())
 }
 
 #[cfg(test)]

@@ -15,6 +15,8 @@ use crate::control::{ControlError, RuntimeDir};
 use crate::nat::policy::Policy;
 use crate::nat::policy::ledger::{DeniedView, PolicyView};
 use crate::nat::policy::parse::TEXT_LEN_MAX;
+use crate::nat::policy::rule::GuestTerm;
+use crate::network::PortStatus;
 
 /// Set, show and check the egress policy: which guest may reach what outside
 ///
@@ -92,12 +94,16 @@ struct ClearArgs {
     name: NameOption,
 }
 
-/// Check a policy's text, without a network
+/// Check a policy's text; it needs no network
+///
+/// Where the network runs, each guest and group in the text that it does not have now is warned of.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
   lanlet policy check web.policy")]
 struct CheckArgs {
+    #[command(flatten)]
+    name: NameOption,
     /// The policy's text; - is standard input
     #[arg(value_name = "FILE")]
     file: PathBuf,
@@ -109,8 +115,10 @@ const NO_POLICY: &str = "# no policy is set\ndefault allow\n";
 pub(super) fn policy(args: &Args) -> Result<ExitCode, Failure> {
     match &args.action {
         Action::Set(args) => {
-            let (_, text) = read(&args.file)?;
-            connect(&args.name)?.set_policy(Some(text))?;
+            let (policy, text) = read(&args.file)?;
+            let mut client = connect(&args.name)?;
+            client.set_policy(Some(text))?;
+            warn_of_absent(&policy, &mut client)?;
         }
         Action::Show(args) => {
             let text = connect(&args.name)?.policy()?;
@@ -119,12 +127,56 @@ pub(super) fn policy(args: &Args) -> Result<ExitCode, Failure> {
         Action::Clear(args) => connect(&args.name)?.set_policy(None)?,
         Action::Check(args) => {
             let (policy, _) = read(&args.file)?;
+            match Client::connect(&RuntimeDir::from_env(), args.name.get())? {
+                Some(mut client) => warn_of_absent(&policy, &mut client)?,
+                None if args.name.is_given() => drop(connect(&args.name)?),
+                None => {}
+            }
             let rules = policy.rules().len();
             let default = policy.default_action().words();
             print(&format!("{rules} rules, default {default}\n"))?;
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Warns of guests and groups of the policy that the network does not have: a name with a typo lets its
+/// guest do what the rule denies.
+fn warn_of_absent(policy: &Policy, client: &mut Client) -> Result<(), Failure> {
+    let ports = client.status()?.ports;
+    for warning in absent(policy, &ports) {
+        log::warn!("{warning}");
+    }
+    Ok(())
+}
+
+fn absent(policy: &Policy, ports: &[PortStatus]) -> Vec<String> {
+    let mut warned = Vec::new();
+    let mut warnings = Vec::new();
+    for (rule, term) in policy
+        .rules()
+        .iter()
+        .flat_map(|rule| rule.guests.iter().map(move |term| (rule, term)))
+    {
+        let is_there = ports.iter().any(|port| match term {
+            GuestTerm::Port(name) => port.name == name.as_str(),
+            GuestTerm::Group(group) => port.group.as_deref() == Some(group.as_str()),
+        });
+        if is_there || warned.contains(&term) {
+            continue;
+        }
+        warned.push(term);
+        let line = rule.line;
+        warnings.push(match term {
+            GuestTerm::Port(name) => {
+                format!("line {line}: no guest is called {name} at the moment")
+            }
+            GuestTerm::Group(group) => {
+                format!("line {line}: no guest is of the group {group} at the moment")
+            }
+        });
+    }
+    warnings
 }
 
 fn connect(name: &NameOption) -> Result<Client, Failure> {
@@ -275,6 +327,25 @@ DENIED        GUEST  WHAT                   NAME       WHY                     T
 00:01:01 ago  web    tcp [2001:db8::1]:443  -          address without a name      3
 00:01:01 ago  2      dns query              evil.test  line 7                      3
 "
+        );
+    }
+
+    #[test]
+    fn guests_that_the_network_does_not_have() {
+        let port = |name: &str, group: Option<&str>| PortStatus {
+            name: name.to_owned(),
+            group: group.map(str::to_owned),
+            ..PortStatus::default()
+        };
+        let ports = [port("web", None), port("ci-1", Some("build"))];
+        let policy = "deny guest port=Web,port=Wbe,group=build to any\n\
+                      deny guest group=bulid,port=wbe to any\ndefault allow\n";
+        assert_eq!(
+            absent(&policy.parse().unwrap(), &ports),
+            [
+                "line 1: no guest is called wbe at the moment",
+                "line 2: no guest is of the group bulid at the moment"
+            ]
         );
     }
 

@@ -227,6 +227,7 @@ mod tests {
         let port = |id, name: &str, drops: &[(&str, u64)]| PortStatus {
             id,
             name: name.to_owned(),
+            group: None,
             kind: "vmm".to_owned(),
             queues: 1,
             worker: 0,

@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use crate::nat::policy::parse::check_guest_name;
+use crate::names::{GroupName, GuestName, NameError};
 
 /// A port to begin with.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -12,9 +12,9 @@ pub struct PortSpec {
     /// What it is, and where.
     pub kind: PortKind,
     /// Name shown by `status` and said in rules.
-    pub name: Option<String>,
+    pub name: Option<GuestName>,
     /// Group of the guests behind it.
-    pub group: Option<String>,
+    pub group: Option<GroupName>,
 }
 
 /// What a port is, and where.
@@ -28,10 +28,11 @@ impl fmt::Display for PortSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let PortKind::VhostUser(path) = &self.kind;
         write!(f, "vhost-user:{}", path.display())?;
-        for (key, value) in [("name", &self.name), ("group", &self.group)] {
-            if let Some(value) = value {
-                write!(f, ",{key}={value}")?;
-            }
+        if let Some(name) = &self.name {
+            write!(f, ",name={name}")?;
+        }
+        if let Some(group) = &self.group {
+            write!(f, ",group={group}")?;
         }
         Ok(())
     }
@@ -60,17 +61,16 @@ impl FromStr for PortSpec {
         };
         for part in parts {
             let (key, value) = part.split_once('=').unwrap_or((part, ""));
-            let field = match key {
-                "name" => &mut spec.name,
-                "group" => &mut spec.group,
+            let wrong = |error: NameError| format!("{key}: {error}");
+            match key {
+                "name" => spec.name = Some(value.parse().map_err(wrong)?),
+                "group" => spec.group = Some(value.parse().map_err(wrong)?),
                 _ => {
                     return Err(format!(
                         "{part:?} is neither name=NAME nor group=NAME (a path with a comma can't be said)"
                     ));
                 }
-            };
-            check_guest_name(value).map_err(|reason| format!("{key}: {reason}"))?;
-            *field = Some(value.to_owned());
+            }
         }
         Ok(spec)
     }
@@ -101,6 +101,7 @@ mod tests {
             "vhost-user:/x,nam=y",
             "vhost-user:/x,name=",
             "vhost-user:/x,name=a b",
+            "vhost-user:/x,name=Web_1!",
         ] {
             assert!(bad.parse::<PortSpec>().is_err(), "{bad}");
         }

@@ -12,7 +12,8 @@
 use serde::{Deserialize, Serialize};
 
 use crate::frame::Mac;
-use crate::nat::policy::parse::{TEXT_LEN_MAX, check_guest_name};
+use crate::names::{GroupName, GuestName, NameError};
+use crate::nat::policy::parse::TEXT_LEN_MAX;
 use crate::network::{ForwardStatus, GuestAddress, PortOptions, Status};
 
 /// Version of the protocol. A client refuses another one.
@@ -24,8 +25,6 @@ pub const REQUEST_BYTES_MAX: usize = 2 * TEXT_LEN_MAX + 4 * 1024;
 pub const REPLY_BYTES_MAX: usize = 64 * 1024 * 1024;
 /// Clients at a time: each namespace guest is one, and 1,024 is the usual limit of open files.
 pub const CLIENTS_MAX: usize = 512;
-/// Longest name of a port, bytes.
-pub const PORT_NAME_LEN_MAX: usize = 64;
 
 /// What the server says first.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -44,7 +43,7 @@ pub struct Hello {
 #[derive(Clone, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PortRequest {
-    /// Name shown by `status`.
+    /// Name of the guest; empty: made from the kind and the id.
     #[serde(default)]
     pub name: String,
     /// Group of guests, as rules of the policy say it.
@@ -68,8 +67,12 @@ fn is_zero(number: &u16) -> bool {
 impl From<&PortOptions> for PortRequest {
     fn from(options: &PortOptions) -> Self {
         Self {
-            name: options.name.clone(),
-            group: options.group.clone(),
+            name: options
+                .name
+                .as_ref()
+                .map(GuestName::to_string)
+                .unwrap_or_default(),
+            group: options.group.as_ref().map(GroupName::to_string),
             mac: options.mac.map(|mac| mac.to_string()),
             no_offload: options.no_offload,
             queues: options.queues,
@@ -81,21 +84,18 @@ impl PortRequest {
     /// The options these words stand for.
     ///
     /// # Errors
-    /// The MAC is none or a group's, the name too long or unprintable, or the group none that rules can
-    /// say.
+    /// The MAC is none or a group's, or the name or the group is none.
     pub fn options(&self) -> Result<PortOptions, String> {
-        if self.name.len() > PORT_NAME_LEN_MAX || self.name.chars().any(char::is_control) {
-            return Err(format!(
-                "a port's name has at most {PORT_NAME_LEN_MAX} printable bytes"
-            ));
-        }
-        if let Some(group) = &self.group {
-            check_guest_name(group).map_err(|reason| format!("group: {reason}"))?;
-        }
+        let name = match self.name.as_str() {
+            "" => None,
+            name => Some(name.parse().map_err(|error: NameError| error.to_string())?),
+        };
+        let group = self.group.as_deref().map(str::parse).transpose();
+        let group = group.map_err(|error: NameError| format!("group: {error}"))?;
         let mac = self.mac.as_deref().map(guest_mac).transpose()?;
         Ok(PortOptions {
-            name: self.name.clone(),
-            group: self.group.clone(),
+            name,
+            group,
             mac,
             no_offload: self.no_offload,
             queues: self.queues,
@@ -283,8 +283,10 @@ mod tests {
             name: name.into(),
             ..PortRequest::default()
         };
-        assert!(named("web").options().is_ok());
+        assert_eq!(named("Web").options().unwrap().name, "web".parse().ok());
+        assert_eq!(named("").options().unwrap().name, None);
+        assert!(named("web 1").options().is_err());
         assert!(named("a\u{1b}[2J").options().is_err());
-        assert!(named(&"x".repeat(65)).options().is_err());
+        assert!(named(&"x".repeat(64)).options().is_err());
     }
 }

@@ -428,9 +428,9 @@ fn perform(
             let options = port.options()?;
             let socket = VhostUserSocket {
                 fd,
-                name: match options.name.as_str() {
-                    "" => "vhost-user".to_owned(),
-                    name => name.to_owned(),
+                name: match &options.name {
+                    None => "vhost-user".to_owned(),
+                    Some(name) => name.to_string(),
                 },
                 file: None,
             };
@@ -529,7 +529,7 @@ mod tests {
         }
 
         fn attach_vmm(&self, options: PortOptions) -> Result<VmmPort, String> {
-            if options.name == "refuse" {
+            if options.name == "refuse".parse().ok() {
                 return Err("no more ports".to_owned());
             }
             let (fd, peer) = std::os::unix::net::UnixStream::pair().map_err(|e| e.to_string())?;
@@ -673,7 +673,7 @@ mod tests {
         assert_eq!(address.unwrap().prefix, 24);
 
         let refused = client.attach_vmm(&PortOptions {
-            name: "refuse".into(),
+            name: "refuse".parse().ok(),
             ..options
         });
         assert_eq!(refused.unwrap_err().to_string(), "no more ports");

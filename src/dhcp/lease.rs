@@ -40,8 +40,9 @@ use std::ops::RangeInclusive;
 
 use crate::frame::{Duration, Instant, Mac, PortId};
 use crate::gateway::LanConfig;
-pub use client::{CLIENT_ID_LEN_MAX, Client, HOSTNAME_LEN_MAX};
-use client::{ClientKey, clean_hostname};
+use crate::names::GuestName;
+use client::ClientKey;
+pub use client::{CLIENT_ID_LEN_MAX, Client};
 pub use record::LeaseRecord;
 pub use view::{Held, LeaseKind, LeaseView};
 
@@ -120,7 +121,7 @@ struct Entry {
     key: ClientKey,
     /// Unknown for leases read from a file.
     port: Option<PortId>,
-    hostname: Option<String>,
+    hostname: Option<GuestName>,
     state: State,
 }
 
@@ -456,7 +457,7 @@ impl LeaseTable {
         let entry = match before {
             // An attached port's entry keeps its key and its state whichever client renews it.
             Some(entry) if entry.state == State::Attached && state != State::Attached => Entry {
-                hostname: client.hostname.and_then(clean_hostname).or(entry.hostname),
+                hostname: client.hostname.cloned().or(entry.hostname),
                 ..entry
             },
             before => {
@@ -466,7 +467,7 @@ impl LeaseTable {
                 Entry {
                     key,
                     port: Some(client.port),
-                    hostname: client.hostname.and_then(clean_hostname).or(known_name),
+                    hostname: client.hostname.cloned().or(known_name),
                     state,
                 }
             }

@@ -13,6 +13,7 @@ use dhcproto::{Encodable, Encoder};
 
 use crate::dhcp::lease::CLIENT_ID_LEN_MAX;
 use crate::frame::Mac;
+use crate::names::GuestName;
 use crate::stats::DropReason;
 
 /// Bytes of the fixed part and the magic cookie (RFC 2131 3).
@@ -60,8 +61,8 @@ pub struct Request {
     pub parameters: Vec<u8>,
     /// Option 61.
     pub client_id: Option<Vec<u8>>,
-    /// Option 12, if it is text.
-    pub hostname: Option<String>,
+    /// Option 12, if a guest can be called that.
+    pub hostname: Option<GuestName>,
     /// Option 80 (RFC 4039).
     pub rapid_commit: bool,
 }
@@ -153,7 +154,9 @@ impl Request {
             OptionCode::Hostname => {
                 // Some clients send a trailing NUL (RFC 2132 2 says to accept it).
                 let text = data.strip_suffix(&[0]).unwrap_or(data);
-                self.hostname = std::str::from_utf8(text).ok().map(str::to_owned);
+                self.hostname = std::str::from_utf8(text)
+                    .ok()
+                    .and_then(|text| text.parse().ok());
             }
             _ => {}
         }

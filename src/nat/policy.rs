@@ -75,6 +75,7 @@ use std::sync::Arc;
 use super::{Duration, Instant};
 use crate::frame::PortId;
 use crate::gateway::dns::message::{self, question_name};
+use crate::names::{GroupName, GuestName};
 use address::{Cidr, Judged};
 use answer::Answer;
 use ledger::{Ledger, PolicyView};
@@ -125,8 +126,8 @@ pub enum Verdict {
 
 #[derive(Debug)]
 struct Guest {
-    name: Arc<str>,
-    group: Option<String>,
+    name: GuestName,
+    group: Option<GroupName>,
     rules: GuestRules,
 }
 
@@ -154,7 +155,7 @@ impl PolicyState {
     /// Puts another policy in force, or none. Live flows have to be reviewed then.
     pub fn set_policy(&mut self, policy: Option<Arc<Policy>>) {
         for guest in self.guests.values_mut() {
-            guest.rules = rules_for(policy.as_deref(), &guest.name, guest.group.as_deref());
+            guest.rules = rules_for(policy.as_deref(), &guest.name, guest.group.as_ref());
         }
         self.pins.handle_policy(policy.as_deref());
         let ledger = std::mem::take(&mut self.ledger);
@@ -168,11 +169,11 @@ impl PolicyState {
     }
 
     /// Makes the guest behind a port known. One that is not known is denied everything.
-    pub fn add_guest(&mut self, port: PortId, name: &str, group: Option<&str>) {
+    pub fn add_guest(&mut self, port: PortId, name: GuestName, group: Option<GroupName>) {
         let guest = Guest {
-            name: name.into(),
-            group: group.map(str::to_owned),
-            rules: rules_for(self.policy.as_deref(), name, group),
+            rules: rules_for(self.policy.as_deref(), &name, group.as_ref()),
+            name,
+            group,
         };
         self.guests.insert(port, guest);
         // Whatever was pinned here was another's.
@@ -305,12 +306,12 @@ impl PolicyState {
         })
     }
 
-    fn name_of(&self, port: PortId) -> Option<Arc<str>> {
-        Some(Arc::clone(&self.guests.get(&port)?.name))
+    fn name_of(&self, port: PortId) -> Option<GuestName> {
+        Some(self.guests.get(&port)?.name.clone())
     }
 }
 
-fn rules_for(policy: Option<&Policy>, name: &str, group: Option<&str>) -> GuestRules {
+fn rules_for(policy: Option<&Policy>, name: &GuestName, group: Option<&GroupName>) -> GuestRules {
     policy.map_or_else(GuestRules::default, |policy| policy.for_guest(name, group))
 }
 

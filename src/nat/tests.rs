@@ -172,7 +172,9 @@ fn a_port_at_its_limit_takes_nothing_from_others() {
 fn no_name_opens_the_hosts_own_address() {
     for published in [true, false] {
         let mut lab = Lab::new();
-        lab.nat.policy().add_guest(PortId(1), "web", None);
+        lab.nat
+            .policy()
+            .add_guest(PortId(1), "web".parse().unwrap(), None);
         let policy = "allow to *.example.test\ndefault deny";
         let policy = Some(Arc::new(policy.parse().unwrap()));
         lab.nat

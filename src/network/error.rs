@@ -3,7 +3,8 @@
 use super::forwards::ForwardRefusal;
 use crate::config::ConfigError;
 use crate::dhcp::lease::{PoolError, Refusal};
-use crate::frame::Mac;
+use crate::frame::{Mac, PortId};
+use crate::names::GuestName;
 use crate::switch::PORTS_MAX;
 use crate::tap::TapError;
 use crate::uplink::listen::ListenError;
@@ -47,6 +48,14 @@ pub enum NetworkError {
     MacTaken {
         /// The guest.
         mac: Mac,
+    },
+    /// Another port is called that.
+    #[error("the name {name} is port {port}'s: give each guest a --guest-name of its own, or none")]
+    NameTaken {
+        /// The name.
+        name: GuestName,
+        /// Who has it.
+        port: PortId,
     },
     /// All port numbers are in use.
     #[error("the switch has {PORTS_MAX} ports already: detach some or start a second network")]

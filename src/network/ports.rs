@@ -3,18 +3,23 @@
 use std::any::Any;
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
 
 use super::{NetworkError, Shared, lock};
-use crate::config::ConfigError;
 use crate::dhcp::lease::Refusal;
 use crate::frame::{Mac, PortId, WorkerId};
-use crate::nat::policy::parse::check_guest_name;
+use crate::names::{GroupName, GuestName};
 use crate::port::{DropSource, PortRx, PortTx};
 use crate::stats::PortCounters;
 use crate::switch::PORTS_MAX;
 use crate::tap::Helper;
 use crate::worker::{Command, Crew, Readers, Reception};
+
+/// How long a port waits for one of its name or MAC to go. A guest that is started again at once finds
+/// its predecessor's end still under way: the kernel takes down the tap of a VMM that was killed in some
+/// 10 ms, a busy machine in more.
+const SUCCESSION_WAIT: Duration = Duration::from_secs(1);
 
 #[derive(Default)]
 pub(super) struct Ports {
@@ -24,7 +29,8 @@ pub(super) struct Ports {
 
 #[derive(Clone)]
 pub(super) struct Port {
-    pub(super) name: String,
+    pub(super) name: GuestName,
+    pub(super) group: Option<GroupName>,
     pub(super) kind: &'static str,
     pub(super) mac: Option<Mac>,
     /// The lease of `mac` ends with the port.
@@ -37,6 +43,16 @@ pub(super) struct Port {
     pub(super) reader: WorkerId,
     /// Whatever else ends with the port.
     pub(super) _attached: Option<Arc<dyn Any + Send + Sync>>,
+}
+
+/// The guest of a port to be.
+pub(super) struct PortGuest {
+    /// Its name; `None`: one is made.
+    pub(super) name: Option<GuestName>,
+    pub(super) group: Option<GroupName>,
+    pub(super) mac: Option<Mac>,
+    /// It gets an address for its MAC, which ends with the port.
+    pub(super) leased: bool,
 }
 
 /// The wire behind a VMM's port.
@@ -71,6 +87,31 @@ impl Ports {
         Some(id)
     }
 
+    /// The port called `name`.
+    fn called(&self, name: &GuestName) -> Option<PortId> {
+        let mut ports = self.by_id.iter();
+        ports.find_map(|(&id, port)| (port.name == *name).then_some(id))
+    }
+
+    /// Whether a port stands in the way of `guest`: it has the name, or the address of the MAC.
+    fn hinders(&self, guest: &PortGuest) -> bool {
+        let leases = |port: &Port| port.leased && guest.leased && port.mac == guest.mac;
+        let named = |port: &Port| guest.name.as_ref() == Some(&port.name);
+        self.by_id.values().any(|port| named(port) || leases(port))
+    }
+
+    /// A name for a port that nobody named. Rules and forwards can say it, so it is no other port's.
+    fn make_name(&self, kind: &'static str, id: PortId) -> GuestName {
+        let name = GuestName::numbered(kind, id);
+        if self.called(&name).is_none() {
+            return name;
+        }
+        // There are fewer ports than numbers.
+        let mut others = (2..).map(|nth| name.again(nth));
+        let free = others.find(|other| self.called(other).is_none());
+        free.unwrap_or(name)
+    }
+
     /// The worker that the fewest ports are at home with.
     fn least_used(&self, crew: &Crew) -> WorkerId {
         let mut used = vec![0; crew.members().len()];
@@ -83,14 +124,15 @@ impl Ports {
 }
 
 impl Shared {
-    /// Gives a port its number and hands it to the worker. `leased`: with an address for `mac`,
-    /// which ends with the port. `group`: of the guests behind it.
+    /// Gives a port its number and hands it to the worker. Where a port stands in its way that goes within
+    /// [`SUCCESSION_WAIT`], it takes that one's place.
+    ///
+    /// # Errors
+    /// The name or the MAC is another port's, or there is no number or address left.
     pub(super) fn add_port(
         &self,
         opened: Opened,
-        (name, group): (String, Option<String>),
-        mac: Option<Mac>,
-        leased: bool,
+        guest: PortGuest,
     ) -> Result<(PortId, Option<Ipv4Addr>), NetworkError> {
         let Opened {
             counters,
@@ -100,25 +142,33 @@ impl Shared {
             wire,
             attached,
         } = opened;
-        if let Some(group) = &group {
-            check_guest_name(group).map_err(|reason| ConfigError::new("group", reason))?;
+        let mut ports = self.wait_for_place(&guest);
+        let PortGuest {
+            name,
+            group,
+            mac,
+            leased,
+        } = guest;
+        if let Some(name) = &name
+            && let Some(port) = ports.called(name)
+        {
+            return Err(NetworkError::NameTaken {
+                name: name.clone(),
+                port,
+            });
         }
-        let mut ports = lock(&self.ports);
         let id = ports.free_id().ok_or(NetworkError::PortsFull)?;
         // Before the port is there: where it fails, the lease that stands in its way is not touched.
         let address = match mac.filter(|_| leased) {
             Some(mac) => Some(self.lease_for(mac, id)?),
             None => None,
         };
-        let name = if name.is_empty() {
-            format!("{kind}{id}")
-        } else {
-            name
-        };
+        let name = name.unwrap_or_else(|| ports.make_name(kind, id));
         let home = ports.least_used(&self.crew);
         log::debug!("port {id} ({name}) attached");
         let port = Port {
             name: name.clone(),
+            group: group.clone(),
             kind,
             mac,
             leased: address.is_some(),
@@ -173,6 +223,16 @@ impl Shared {
         Err(NetworkError::Ended(lock(&self.end).clone().flatten()))
     }
 
+    /// The ports, once none stands in the way of `guest` or [`SUCCESSION_WAIT`] is over.
+    fn wait_for_place(&self, guest: &PortGuest) -> MutexGuard<'_, Ports> {
+        let ports = lock(&self.ports);
+        let hindered = |ports: &mut Ports| ports.hinders(guest);
+        let waited = self
+            .port_removed
+            .wait_timeout_while(ports, SUCCESSION_WAIT, hindered);
+        waited.unwrap_or_else(PoisonError::into_inner).0
+    }
+
     fn lease_for(&self, mac: Mac, id: PortId) -> Result<Ipv4Addr, NetworkError> {
         lock(&self.leases)
             .attach(mac, id, self.now())
@@ -197,10 +257,12 @@ impl Shared {
         log::debug!("port {id} ({}) detached", port.name);
         // Before the number can be another port's.
         self.crew.tell_all(|_| Command::RemovePort(id));
-        drop(ports);
+        // Before a successor asks for the address.
         if let (true, Some(mac)) = (port.leased, port.mac) {
             lock(&self.leases).detach(mac, self.now());
         }
+        drop(ports);
+        self.port_removed.notify_all();
         port.wire
     }
 
@@ -229,7 +291,8 @@ mod tests {
 
     fn port() -> Port {
         Port {
-            name: String::new(),
+            name: "p".parse().unwrap(),
+            group: None,
             kind: "test",
             mac: None,
             leased: false,
@@ -257,5 +320,44 @@ mod tests {
         assert_eq!(ports.free_id(), None);
         ports.by_id.remove(&PortId(7));
         assert_eq!(ports.free_id(), Some(PortId(7)));
+    }
+
+    #[test]
+    fn a_made_name_is_no_other_ports() {
+        let mut ports = Ports::default();
+        let made = |ports: &Ports| ports.make_name("tap", PortId(3)).to_string();
+        assert_eq!(made(&ports), "tap3");
+        for taken in ["tap3", "tap3-2"] {
+            let name = taken.parse().unwrap();
+            let id = PortId(ports.by_id.len() as u16 + 7);
+            ports.by_id.insert(id, Port { name, ..port() });
+        }
+        assert_eq!(made(&ports), "tap3-3");
+        assert_eq!(ports.called(&"TAP3".parse().unwrap()), Some(PortId(7)));
+    }
+
+    #[test]
+    fn who_stands_in_the_way() {
+        let mut ports = Ports::default();
+        let mac = Some(Mac([2, 0, 0, 0, 0, 1]));
+        ports.by_id.insert(
+            PortId(1),
+            Port {
+                mac,
+                leased: true,
+                ..port()
+            },
+        );
+        let guest = |name: Option<&str>, mac, leased| PortGuest {
+            name: name.map(|name| name.parse().unwrap()),
+            group: None,
+            mac,
+            leased,
+        };
+        assert!(ports.hinders(&guest(Some("P"), None, false)));
+        assert!(ports.hinders(&guest(Some("q"), mac, true)));
+        for free in [guest(Some("q"), mac, false), guest(None, None, false)] {
+            assert!(!ports.hinders(&free));
+        }
     }
 }

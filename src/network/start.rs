@@ -21,6 +21,7 @@ use crate::dhcp::DhcpConfig;
 use crate::dhcp::lease::LeaseTable;
 use crate::frame::{self, Mac, PortId, WorkerId};
 use crate::gateway::{Lan6, LanConfig};
+use crate::names::GuestName;
 use crate::nat::common::Common;
 use crate::nat::{NatConfig, Service};
 use crate::port::vhost_user;
@@ -161,7 +162,8 @@ impl Network {
             done: done.clone(),
         });
         let gateway = Port {
-            name: "gateway".to_owned(),
+            name: GuestName::gateway(),
+            group: None,
             kind: "gateway",
             mac: Some(lan.mac),
             leased: false,
@@ -186,6 +188,7 @@ impl Network {
                 last: 0,
                 by_id: BTreeMap::from([(PortId::GATEWAY, gateway)]),
             }),
+            port_removed: Condvar::new(),
             forwards: Mutex::default(),
             helper: Mutex::new(None),
             policy: Mutex::new(policy),

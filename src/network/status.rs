@@ -13,6 +13,7 @@ use super::ports::Port;
 use super::{Shared, lock};
 use crate::dhcp::lease::LeaseKind;
 use crate::frame::{PortId, Station};
+use crate::names::{GroupName, GuestName};
 use crate::nat::policy::ledger::PolicyView;
 use crate::port::KernelDrops;
 use crate::worker::{Command, Snapshot};
@@ -78,6 +79,9 @@ pub struct PortStatus {
     pub id: u16,
     /// Name.
     pub name: String,
+    /// Group of the guests behind it.
+    #[serde(default)]
+    pub group: Option<String>,
     /// `gateway`, `vmm`, `namespace`, `tap`.
     pub kind: String,
     /// Queues of its tap.
@@ -219,7 +223,7 @@ impl Shared {
             .map(|lease| LeaseStatus {
                 address: lease.address,
                 mac: lease.mac.to_string(),
-                hostname: lease.hostname,
+                hostname: lease.hostname.as_ref().map(GuestName::to_string),
                 expires_secs: lease.remaining.map(|left| left.secs()),
             })
             .collect()
@@ -252,7 +256,8 @@ impl Port {
         }
         PortStatus {
             id: id.0,
-            name: self.name.clone(),
+            name: self.name.to_string(),
+            group: self.group.as_ref().map(GroupName::to_string),
             kind: self.kind.to_owned(),
             queues: self.queues,
             worker: self.reader.0,

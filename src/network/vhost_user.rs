@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::ports::Opened;
+use super::ports::{Opened, PortGuest};
 use super::{Network, NetworkError, PortOptions, system};
 use crate::config::{PortKind, PortSpec};
 use crate::frame::{Mac, PortId};
@@ -83,15 +83,20 @@ impl Network {
                 _file: socket.file,
             })),
         };
-        let named = (options.name, options.group);
-        let (id, _) = self.shared.add_port(opened, named, Some(mac), false)?;
+        let guest = PortGuest {
+            name: options.name,
+            group: options.group,
+            mac: Some(mac),
+            leased: false,
+        };
+        let (id, _) = self.shared.add_port(opened, guest)?;
         Ok(VhostUserPort { id, mac })
     }
 
     /// Makes a port that the configuration names.
     pub(super) fn add_configured(&self, spec: &PortSpec) -> Result<(), NetworkError> {
         let options = PortOptions {
-            name: spec.name.clone().unwrap_or_default(),
+            name: spec.name.clone(),
             group: spec.group.clone(),
             ..PortOptions::default()
         };

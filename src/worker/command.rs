@@ -9,6 +9,7 @@ use tokio::sync::oneshot;
 use crate::frame::{Mac, PortId, WorkerId};
 use crate::gateway::dns::message::Name;
 use crate::gateway::dns::{DnsAnswer, DnsQuery, QueryId};
+use crate::names::{GroupName, GuestName};
 use crate::nat::HostError;
 use crate::nat::forward::{ForwardCounters, ForwardId, ForwardSpec, ListenerKind, Moved};
 use crate::nat::policy::Policy;
@@ -43,9 +44,9 @@ pub enum Command {
         /// Its counters.
         counters: Arc<PortCounters>,
         /// Its name, as rules of the policy say it.
-        name: String,
+        name: GuestName,
         /// Its guests' group.
-        group: Option<String>,
+        group: Option<GroupName>,
         /// Its queues.
         readers: Readers,
     },
@@ -74,7 +75,7 @@ pub enum Command {
         /// Its number.
         id: PortId,
         /// Its name.
-        name: String,
+        name: GuestName,
         /// The guest's MAC.
         mac: Option<Mac>,
     },

@@ -9,6 +9,7 @@ use super::*;
 use crate::config::BUSY_POLL_MAX;
 use crate::frame::{ETH_HEADER_LEN, Frame, Mac};
 use crate::gateway::LanConfig;
+use crate::names::GuestName;
 use crate::nat::egress::HostAccess;
 use crate::nat::testing::{GATEWAY_MAC, GUEST, guest_ipv4, guest_udp, lan};
 use crate::offload::{Caps, Offload};
@@ -213,7 +214,7 @@ fn add_guest(crew: &Crew, n: u8) -> (Mac, OwnedFd, Arc<PortCounters>) {
         id,
         tx: Arc::clone(&tx),
         counters: Arc::clone(&counters),
-        name: format!("guest{n}"),
+        name: GuestName::numbered("guest", n),
         group: None,
         readers: Arc::clone(&readers),
     });

@@ -531,3 +531,66 @@ END
     let expected = [("refused", "5"), ("policy", "1"), ("warned", "5")];
     assert_said(&outcome, &expected);
 }
+
+/// One guest, one name, in whatever case it is written: a rule that misses its guest fails open.
+#[test]
+fn a_guest_has_one_name_and_no_other_has_it() {
+    let world = World::new();
+    let pages = world.temp().path().to_owned();
+    let world = world.with(&["--http", &pages.to_string_lossy()]);
+    world.temp().file(
+        "try.sh",
+        GUEST.to_owned() + "say $1=$(get http://203.0.113.1/)",
+    );
+    let script = r#"
+        echo page >index.html
+        printf 'deny guest port=Web,group=CI to any\ndefault allow\n' >case.policy
+        network --policy case.policy --port vhost-user:$PWD/v.sock,name=Web_1
+        lanlet exec --name default --guest-name Web -- bash try.sh port
+        lanlet exec --name default --guest-name wEB -- bash try.sh again
+        lanlet exec --name default --group ci -- bash try.sh group
+        lanlet exec --name default -- bash try.sh none
+        say bad="$(lanlet exec --name default --guest-name 'Web!' -- true 2>/dev/null; echo $?)"
+        say bad_port="$(lanlet up --name other --port vhost-user:$PWD/w.sock,name=Web_1! 2>/dev/null; echo $?)"
+        say taken="$(lanlet exec --name default --guest-name web_1 -- true 2>&1 | grep -o "name web_1 is port 1's" | tr ' ' _)"
+        say forward="$(lanlet forward add 18080:WEB_1:80 >/dev/null; echo $?)"
+        is_there() { lanlet status --json | grep -q "\"name\": *\"$1\""; }
+        # A guest that is started again at once takes over, one whose predecessor stays is refused.
+        for n in 1 2 3 4 5 6; do
+            "$LAB/as-user" "$LANLET" exec --name default --guest-name next -- sleep 60 &
+            until_true 10 is_there next || fail "no guest $n"
+            kill -9 $!
+        done
+        lanlet exec --name default --guest-name next -- true && say succeeds=yes
+        lanlet exec --name default --guest-name stays -- sleep 60 &
+        until_true 10 is_there stays || fail "no guest"
+        say second="$(lanlet exec --name default --guest-name Stays -- true 2>&1 | grep -c 'name stays is port')"
+        printf 'deny guest port=Stay,port=STAYS,group=ops to any\ndefault allow\n' >typo.policy
+        say check="$(lanlet policy check typo.policy 2>&1 | grep -o 'no guest.*' | tr ' \n' _/)"
+        say set="$(lanlet policy set typo.policy 2>&1 | grep -c 'no guest')"
+    "#;
+    let Some(outcome) = scenario(&world, script) else {
+        return;
+    };
+    let outcome = outcome.passed();
+    assert_said(
+        &outcome,
+        &[
+            ("port", "7"),
+            ("again", "7"),
+            ("group", "7"),
+            ("none", "0"),
+            ("bad", "2"),
+            ("bad_port", "2"),
+            ("taken", "name_web_1_is_port_1's"),
+            ("forward", "0"),
+            ("succeeds", "yes"),
+            ("second", "1"),
+            (
+                "check",
+                "no_guest_is_called_stay_at_the_moment/no_guest_is_of_the_group_ops_at_the_moment/",
+            ),
+            ("set", "2"),
+        ],
+    );
+}

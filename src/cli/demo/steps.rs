@@ -106,7 +106,7 @@ impl Demo<'_> {
     fn boot(&mut self) -> Step {
         for name in NAMES {
             let options = PortOptions {
-                name: name.to_owned(),
+                name: name.parse().ok(),
                 ..PortOptions::default()
             };
             let port = self

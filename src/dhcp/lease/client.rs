@@ -1,11 +1,10 @@
 //! Who a lease belongs to: hardware address and client identifier together.
 
 use crate::frame::{Mac, PortId};
+use crate::names::GuestName;
 
 /// Longest client identifier that is kept: what one option holds (RFC 2132 9.14).
 pub const CLIENT_ID_LEN_MAX: usize = 255;
-/// Longest host name that is kept: a DNS label (RFC 1035 2.3.4).
-pub const HOSTNAME_LEN_MAX: usize = 63;
 
 /// Who asks for an address.
 #[derive(Clone, Copy, Debug)]
@@ -17,7 +16,7 @@ pub struct Client<'a> {
     /// Port the client is behind.
     pub port: PortId,
     /// Name the client gave itself (option 12).
-    pub hostname: Option<&'a str>,
+    pub hostname: Option<&'a GuestName>,
 }
 
 /// A client as the table knows it.
@@ -47,11 +46,4 @@ impl ClientKey {
         // FNV's low bits hardly depend on the first bytes.
         mixed ^ (mixed >> 32)
     }
-}
-
-/// A name from a guest, if it is a host name (RFC 1123 2.1): it ends up on terminals and in files.
-pub(super) fn clean_hostname(name: &str) -> Option<String> {
-    let good = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'.';
-    (!name.is_empty() && name.len() <= HOSTNAME_LEN_MAX && name.bytes().all(good))
-        .then(|| name.to_owned())
 }

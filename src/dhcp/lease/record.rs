@@ -4,9 +4,10 @@ use std::net::Ipv4Addr;
 
 use serde::{Deserialize, Serialize};
 
-use super::client::{CLIENT_ID_LEN_MAX, ClientKey, clean_hostname};
+use super::client::{CLIENT_ID_LEN_MAX, ClientKey};
 use super::{Entry, LEASES_MAX, LeaseTable, State};
 use crate::frame::{Duration, Instant, Mac};
+use crate::names::GuestName;
 
 /// Older ends than this are told apart no longer when a lease file is read.
 const AGE_SECS_MAX: u64 = 10 * 365 * 86_400;
@@ -50,7 +51,7 @@ impl LeaseTable {
                 address,
                 mac: entry.key.mac.to_string(),
                 client_id: entry.key.id.as_deref().map(to_hex),
-                hostname: entry.hostname.clone(),
+                hostname: entry.hostname.as_ref().map(GuestName::to_string),
                 expires_unix,
                 lease_secs,
             })
@@ -99,7 +100,10 @@ impl LeaseTable {
         let entry = Entry {
             key: ClientKey::new(mac, id.as_deref()),
             port: None,
-            hostname: record.hostname.as_deref().and_then(clean_hostname),
+            hostname: record
+                .hostname
+                .as_deref()
+                .and_then(|name| name.parse().ok()),
             state: State::Bound {
                 until,
                 secs: record.lease_secs,

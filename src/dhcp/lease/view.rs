@@ -4,6 +4,7 @@ use std::net::Ipv4Addr;
 
 use super::{Entry, LeaseTable, State};
 use crate::frame::{Duration, Instant, Mac};
+use crate::names::GuestName;
 
 /// What `status` shows of an entry.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -15,7 +16,7 @@ pub struct LeaseView {
     /// The client's identifier, unless it is its MAC.
     pub client_id: Option<Box<[u8]>>,
     /// The client's name.
-    pub hostname: Option<String>,
+    pub hostname: Option<GuestName>,
     /// What the address is doing.
     pub kind: LeaseKind,
     /// Time left; `None` for [`LeaseKind::Attached`].
@@ -45,7 +46,7 @@ pub struct Held<'a> {
     /// The client's MAC.
     pub mac: Mac,
     /// The name the client gave itself.
-    pub hostname: Option<&'a str>,
+    pub hostname: Option<&'a GuestName>,
     /// It is the port's own, whatever DHCP clients run behind it.
     pub attached: bool,
 }
@@ -60,7 +61,7 @@ impl LeaseTable {
         };
         self.entries.iter().filter_map(move |pair| {
             let (address, mac, attached) = held(pair)?;
-            let hostname = pair.1.hostname.as_deref();
+            let hostname = pair.1.hostname.as_ref();
             Some(Held {
                 address,
                 mac,

@@ -47,6 +47,7 @@ use crate::dhcp::lease::LeaseTable;
 use crate::frame::{Duration, Instant, Mac, PortId, WorkerId};
 use crate::gateway::neighbor::{self, Neighbors, Reach};
 use crate::gateway::{LanConfig, Outbox};
+use crate::names::GuestName;
 use crate::nat::common::Common;
 use crate::nat::egress::{self, Egress, Published, is_never_outside};
 use crate::nat::flow_table::FlowTable;
@@ -198,7 +199,7 @@ impl ActiveForwards {
     }
 
     /// A port's name, and its guest's MAC where that is known.
-    pub fn name_port(&mut self, port: PortId, name: &str, mac: Option<Mac>) {
+    pub fn name_port(&mut self, port: PortId, name: GuestName, mac: Option<Mac>) {
         self.directory.name_port(port, name, mac);
     }
 

@@ -13,10 +13,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use hashbrown::HashMap;
 
-use super::spec::{Guest, GuestName};
+use super::spec::Guest;
 use crate::dhcp::lease::{Held, LeaseTable};
 use crate::frame::{Duration, Instant, Mac, PortId};
 use crate::gateway::neighbor::Neighbors;
+use crate::names::GuestName;
 use crate::wire::Family;
 
 /// How long an answer is used again. Leases that begin are noticed at once, those that end and
@@ -46,7 +47,7 @@ pub struct Memory {
 /// A port as its guest's forwards know it.
 #[derive(Debug)]
 struct NamedPort {
-    name: String,
+    name: GuestName,
     mac: Option<Mac>,
 }
 
@@ -64,8 +65,7 @@ impl Directory {
     }
 
     /// A port's name, and its guest's MAC where that is known.
-    pub fn name_port(&mut self, port: PortId, name: &str, mac: Option<Mac>) {
-        let name = name.to_ascii_lowercase();
+    pub fn name_port(&mut self, port: PortId, name: GuestName, mac: Option<Mac>) {
         self.ports.insert(port, NamedPort { name, mac });
     }
 
@@ -144,10 +144,7 @@ impl Directory {
     ) -> Option<Mac> {
         let leased = leases.into_iter().flat_map(|leases| leases.held(now));
         let leased = leased.filter(|held| is_called(held.hostname, name));
-        let ports = self
-            .ports
-            .values()
-            .filter(|port| port.name == name.as_str());
+        let ports = self.ports.values().filter(|port| port.name == *name);
         // What the user called a port comes before what a guest calls itself.
         let is_port = ports.clone().next().is_some();
         let claims = leased
@@ -173,14 +170,8 @@ impl Directory {
     }
 }
 
-fn is_called(hostname: Option<&str>, name: &GuestName) -> bool {
-    let Some(hostname) = hostname else {
-        return false;
-    };
-    let first_label = hostname.split('.').next().unwrap_or_default();
-    [hostname, first_label]
-        .iter()
-        .any(|called| called.eq_ignore_ascii_case(name.as_str()))
+fn is_called(hostname: Option<&GuestName>, name: &GuestName) -> bool {
+    hostname.is_some_and(|called| called == name || called.first_label() == name.as_str())
 }
 
 fn of_mac(
@@ -251,7 +242,7 @@ mod tests {
                 mac,
                 id: None,
                 port: PortId(1),
-                hostname: Some(hostname),
+                hostname: Some(&hostname.parse().unwrap()),
             };
             let mut leases = self.leases.lock().unwrap();
             let address = leases.offer(&client, None, self.now).unwrap();
@@ -315,7 +306,8 @@ mod tests {
     fn a_port_has_a_name_too() {
         let mut lab = Lab::new();
         let name = Guest::Name("db".parse().unwrap());
-        lab.directory.name_port(PortId(4), "DB", Some(GUEST_MAC));
+        lab.directory
+            .name_port(PortId(4), "DB".parse().unwrap(), Some(GUEST_MAC));
         assert_eq!(lab.find(&name), None, "without an address");
         let address = lab
             .leases

@@ -29,8 +29,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 
 use super::spec::{
-    Direction, ForwardError, ForwardName, ForwardSpec, Guest, GuestName, HostEnd, HostPorts,
-    InterfaceName, PortRange, Protocol, ShownSource, SocketPath,
+    Direction, ForwardError, ForwardName, ForwardSpec, Guest, HostEnd, HostPorts, InterfaceName,
+    PortRange, Protocol, ShownSource, SocketPath,
 };
 use crate::frame::Mac;
 
@@ -420,7 +420,10 @@ fn parse_guest(text: &str) -> Parsed<Guest> {
         },
         _ => match bare.parse::<Ipv4Addr>() {
             Ok(address) => Ok(Guest::Address(address.into())),
-            Err(_) => bare.parse::<GuestName>().map(Guest::Name),
+            Err(_) => bare.parse().map(Guest::Name).map_err(|error| {
+                let hint = "IPv6 and MAC addresses go in brackets";
+                ForwardError::new("guest", format!("{error} ({hint})"))
+            }),
         },
     }
 }

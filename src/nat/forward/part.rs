@@ -8,8 +8,6 @@ use std::str::FromStr;
 pub const RANGE_LEN_MAX: usize = 2_048;
 /// Longest name of a forward: as a network's.
 pub const NAME_LEN_MAX: usize = 32;
-/// Longest name of a guest: that of a lease's host name (RFC 1035 section 2.3.4).
-pub const GUEST_NAME_LEN_MAX: usize = 253;
 /// Longest name of an interface: IFNAMSIZ less its NUL (linux/if.h).
 pub const INTERFACE_LEN_MAX: usize = 15;
 /// Longest path of a unix socket: sun_path less its NUL (unix(7)).
@@ -210,29 +208,5 @@ text! {
             return Err(format!("{text:?} has a {bad:?}, which separates the parts of a forward"));
         }
         Ok(text.to_owned())
-    }
-}
-
-text! {
-    /// The name of a guest's lease, in lower case.
-    GuestName, "guest", |text| {
-        let alphanumeric = |c: char| c.is_ascii_alphanumeric();
-        let good_label = |label: &str| {
-            !label.is_empty()
-                && label.chars().all(|c| alphanumeric(c) || "_-".contains(c))
-                && label.starts_with(alphanumeric)
-                && label.ends_with(alphanumeric)
-        };
-        if text.len() > GUEST_NAME_LEN_MAX || !text.split('.').all(good_label) {
-            return Err(format!(
-                "{text:?} is no address, MAC or lease name (IPv6 and MAC addresses go in brackets)"
-            ));
-        }
-        // 10.0.0.300 is an address gone wrong, 8080 a port in the wrong place.
-        let last_label = text.rsplit('.').next().unwrap_or_default();
-        if last_label.bytes().all(|byte| byte.is_ascii_digit()) {
-            return Err(format!("{text:?} is no address, and a lease name does not end in a number"));
-        }
-        Ok(text.to_ascii_lowercase())
     }
 }

@@ -7,10 +7,9 @@
 use std::fmt;
 use std::net::IpAddr;
 
-pub use super::part::{
-    ForwardError, ForwardName, GuestName, InterfaceName, PortRange, Protocol, SocketPath,
-};
+pub use super::part::{ForwardError, ForwardName, InterfaceName, PortRange, Protocol, SocketPath};
 use crate::frame::Mac;
+use crate::names::GuestName;
 
 /// Which guest.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]

@@ -49,8 +49,9 @@ impl Bench {
             },
             now,
         );
-        nat.policy().add_guest(OURS, "ours", None);
-        nat.policy().add_guest(OTHER, "other", None);
+        nat.policy().add_guest(OURS, "ours".parse().unwrap(), None);
+        nat.policy()
+            .add_guest(OTHER, "other".parse().unwrap(), None);
         Self {
             nat,
             up: FakeUplink::new(1),

@@ -2,7 +2,6 @@
 
 use std::collections::VecDeque;
 use std::net::IpAddr;
-use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -10,6 +9,7 @@ use super::name::Name;
 use super::rule::{Cause, Policy};
 use super::{Instant, Peer, Protocol};
 use crate::frame::PortId;
+use crate::names::GuestName;
 
 /// Denials that are remembered: a screenful. The same one again counts up, it takes no second place.
 pub const DENIED_MAX: usize = 32;
@@ -34,7 +34,7 @@ enum What {
 struct Denied {
     guest: PortId,
     /// What it was called: it may be gone by the time that somebody looks.
-    called: Option<Arc<str>>,
+    called: Option<GuestName>,
     what: What,
     /// A query's, or the one that the guest knows the address by.
     name: Option<Name>,
@@ -96,7 +96,7 @@ impl Ledger {
     /// Notes a flow that was denied.
     pub fn deny_flow(
         &mut self,
-        guest: (PortId, Option<Arc<str>>),
+        guest: (PortId, Option<GuestName>),
         peer: Peer,
         name: Option<Name>,
         cause: Cause,
@@ -108,7 +108,7 @@ impl Ledger {
     /// Notes a query that was refused.
     pub fn deny_query(
         &mut self,
-        guest: (PortId, Option<Arc<str>>),
+        guest: (PortId, Option<GuestName>),
         name: Option<Name>,
         cause: Cause,
         now: Instant,
@@ -118,7 +118,7 @@ impl Ledger {
 
     fn note(
         &mut self,
-        (guest, called): (PortId, Option<Arc<str>>),
+        (guest, called): (PortId, Option<GuestName>),
         what: What,
         name: Option<Name>,
         cause: Cause,
@@ -204,7 +204,7 @@ impl Denied {
             secs_ago: (now - self.last).secs(),
             count: self.count,
             port: self.guest.0,
-            guest: self.called.as_deref().map(str::to_owned),
+            guest: self.called.as_ref().map(GuestName::to_string),
             protocol: protocol.to_owned(),
             to: peer.map(|peer| peer.address),
             to_port: peer.and_then(|peer| peer.port),

@@ -16,9 +16,6 @@ pub const LINE_LEN_MAX: usize = 1_024;
 pub const DESTINATIONS_MAX: usize = 4_096;
 /// Guests of one rule, and port ranges of one rule, at most. More make a group, or a range.
 pub const LIST_MAX: usize = 64;
-/// Longest name of a port or group, bytes: what the control protocol allows a port's name
-/// (`control/api.rs`).
-pub const GUEST_NAME_LEN_MAX: usize = 64;
 /// Of a word that is complained of, this much is shown.
 const KEY_LEN_MAX: usize = 64;
 
@@ -217,33 +214,17 @@ fn guests(list: &str) -> Result<Vec<GuestTerm>, Fault> {
     }
     let mut guests = Vec::new();
     for item in items(list)? {
-        let (make, name): (fn(Box<str>) -> GuestTerm, _) = match item.split_once('=') {
-            Some(("port", name)) => (GuestTerm::Port, name),
-            Some(("group", name)) => (GuestTerm::Group, name),
+        let term = match item.split_once('=') {
+            Some(("port", name)) => name.parse().map(GuestTerm::Port),
+            Some(("group", name)) => name.parse().map(GuestTerm::Group),
             _ => return fault(item, "a guest is port=NAME, group=NAME or any"),
         };
-        check_guest_name(name).or_else(|reason| fault(item, reason))?;
-        guests.push(make(name.into()));
+        guests.push(term.or_else(|error| fault(item, error.to_string()))?);
     }
     if guests.len() > LIST_MAX {
         return fault("guest", format!("more than {LIST_MAX}: make them a group"));
     }
     Ok(guests)
-}
-
-/// Checks the name of a port or group, as a rule can say it: printable, no blank, comma or `#`.
-///
-/// # Errors
-/// What is wrong with it.
-pub fn check_guest_name(name: &str) -> Result<(), String> {
-    let bad = |c: char| c.is_control() || c.is_whitespace() || c == ',' || c == '#';
-    if name.is_empty() || name.len() > GUEST_NAME_LEN_MAX {
-        return Err(format!("a name has 1 to {GUEST_NAME_LEN_MAX} bytes"));
-    }
-    if name.contains(bad) {
-        return Err("a name that rules can say has no blank, comma, # or control character".into());
-    }
-    Ok(())
 }
 
 fn destinations(list: &str) -> Result<Destinations, Fault> {

@@ -54,8 +54,8 @@ impl Lab {
         let lan = [("192.0.2.0", 24), ("2001:db8:1a::", 64)];
         let lan = lan.map(|(first, prefix)| Cidr::new(first.parse().unwrap(), prefix).unwrap());
         let mut state = PolicyState::new(lan.into());
-        state.add_guest(WEB, "web", None);
-        state.add_guest(BUILD, "ci", Some("build"));
+        state.add_guest(WEB, "web".parse().unwrap(), None);
+        state.add_guest(BUILD, "ci".parse().unwrap(), "build".parse().ok());
         state.set_policy(Some(Arc::new(parse(text))));
         Self(state)
     }
@@ -281,7 +281,7 @@ fn a_policy_of_one_name_can_not_be_passed() {
         "a live flow goes on"
     );
     // The guest is gone, and another is behind its port.
-    lab.0.add_guest(WEB, "web", None);
+    lab.0.add_guest(WEB, "web".parse().unwrap(), None);
     refused(&mut lab, "tcp 198.51.100.5 443");
 }
 
@@ -366,7 +366,7 @@ fn queries_of_guests_without_names() {
 #[test]
 fn a_policy_that_comes_later_knows_the_names() {
     let mut state = PolicyState::new(Vec::new());
-    state.add_guest(WEB, "web", None);
+    state.add_guest(WEB, "web".parse().unwrap(), None);
     let message = writer::addresses("www.example.test", &[], &[("198.51.100.5", 300)]);
     state.pin(WEB, &message, at(0));
     let https = peer("tcp 198.51.100.5 443");
@@ -435,7 +435,7 @@ fn the_last_denied_are_shown() {
     assert_eq!(of_web.count(), DENIED_PER_GUEST_MAX);
     assert_eq!(denied.len(), DENIED_PER_GUEST_MAX + 1);
     for guest in 10..100 {
-        lab.0.add_guest(PortId(guest), "g", None);
+        lab.0.add_guest(PortId(guest), "g".parse().unwrap(), None);
         lab.of(PortId(guest), "tcp 198.51.100.77 80", 20);
         assert!(lab.view(20).denied.len() <= DENIED_MAX);
     }
@@ -834,8 +834,8 @@ proptest! {
         }
         let policy = Arc::new(parse(&text));
         let mut state = PolicyState::new(vec![Cidr::new([203, 0, 113, 0].into(), 24).unwrap()]);
-        state.add_guest(WEB, "web", None);
-        state.add_guest(BUILD, "ci", Some("build"));
+        state.add_guest(WEB, "web".parse().unwrap(), None);
+        state.add_guest(BUILD, "ci".parse().unwrap(), "build".parse().ok());
         if policy_first {
             state.set_policy(Some(Arc::clone(&policy)));
         }
@@ -891,7 +891,7 @@ proptest! {
         }
         for name in NAMES {
             let mut state = PolicyState::new(Vec::new());
-            state.add_guest(WEB, "web", None);
+            state.add_guest(WEB, "web".parse().unwrap(), None);
             state.set_policy(Some(Arc::new(parse(&text))));
             if !state.has_names(WEB) || state.decide_query(WEB, &writer::query(name, A), at(0)) {
                 continue;
@@ -905,7 +905,7 @@ proptest! {
                     state.pin(WEB, &writer::addresses(name, &[], &[(address, 60)]), at(0));
                     let after = state.review(WEB, peer);
                     prop_assert!(before == ALLOW || after != ALLOW, "{} {:?}\n{}", name, peer, text);
-                    state.add_guest(WEB, "web", None);
+                    state.add_guest(WEB, "web".parse().unwrap(), None);
                 }
             }
         }

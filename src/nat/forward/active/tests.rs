@@ -777,7 +777,7 @@ fn who_has_a_guests_name_keeps_it_where_the_forward_moves() {
     for lab in [&mut here, &mut there] {
         lab.nat
             .forwards_mut()
-            .name_port(PortId(9), "web", Some(GUEST_MAC));
+            .name_port(PortId(9), "web".parse().unwrap(), Some(GUEST_MAC));
     }
     here.answer_arp(GUEST_MAC, GUEST);
     here.up.knock(sockets[0], Some(at(CLIENT)));
@@ -787,7 +787,7 @@ fn who_has_a_guests_name_keeps_it_where_the_forward_moves() {
     for lab in [&mut here, &mut there] {
         lab.nat
             .forwards_mut()
-            .name_port(PortId(1), "web", Some(thief));
+            .name_port(PortId(1), "web".parse().unwrap(), Some(thief));
     }
     there.answer_arp(thief, Ipv4Addr::new(192, 168, 122, 3));
     common.homes.set(PortId(1), WorkerId(1));

@@ -86,11 +86,11 @@ Exit status:
   2 when the command line is wrong; 126 or 127 when the command could not be run."
 )]
 pub struct Cli {
-    /// More on stderr: -v for ports and leases, -vv for single packets.
+    /// More on stderr: -v for ports and leases, -vv for each packet that is refused.
     #[arg(short, long, action = ArgAction::Count, global = true, display_order = 900)]
     verbose: u8,
 
-    /// Less on stderr: -q for warnings only, -qq for errors only.
+    /// Less is said: -q for warnings only (and no summary of 'up'), -qq for errors only.
     #[arg(short, long, action = ArgAction::Count, global = true, display_order = 901)]
     quiet: u8,
 

@@ -54,6 +54,7 @@ mod command;
 pub mod crew;
 mod lan;
 mod path;
+mod refused;
 
 use self::busy_poll::BusyPoll;
 pub use self::command::{Command, Event, Readers, Reception, Snapshot};
@@ -239,7 +240,10 @@ impl Worker {
             for frame in self.batch.frames() {
                 match self.path.handle_frame(port, frame) {
                     Ok(gateway) => for_gateway += u64::from(gateway),
-                    Err(reason) => counters.count_drop(reason),
+                    Err(reason) => {
+                        counters.count_drop(reason);
+                        refused::trace(port, reason, frame);
+                    }
                 }
             }
             if for_gateway > 0 {

@@ -38,6 +38,7 @@ use self::control::{Event, Plan};
 use self::progress::Progress;
 use self::results::Results;
 use self::way::Way;
+pub(super) use self::world::find;
 use super::{Failure, child, print};
 use crate::config::Workers;
 use crate::sys::signal::SignalFd;

@@ -7,81 +7,199 @@ use std::process::ExitCode;
 
 use rustix::net::{AddressFamily, SocketType, ipproto};
 use rustix::process::{Resource, getrlimit};
+use serde::Serialize;
 
 use super::exec::NewGuest;
-use super::{Failure, print, qemu};
+use super::{Failure, bench, print, qemu};
 use crate::config::NetworkConfig;
 use crate::control::RuntimeDir;
 use crate::network::open_files_wanted;
-use crate::tap::{Helper, WireKind, WireOptions};
+use crate::tap::{Helper, TapError, WireKind, WireOptions};
 
 /// Show what this machine can do, and what to change where it can't
 ///
-/// Every line is tried, not guessed. Exits with 0 if 'run', 'qemu' and 'exec' will work, with 1 if
-/// not. What is only a 'note' works, with less comfort.
+/// Every line is tried, not guessed; then comes what that means for each command. Exits with 0 if 'up',
+/// 'run' and 'exec' will work, with 1 if not. What is only a 'note' works, with less comfort.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
-  lanlet check")]
-pub(super) struct Args {}
+  lanlet check
+  lanlet check --json | jq -r '.commands[] | select(.verdict != \"ok\") | .command'")]
+pub(super) struct Args {
+    /// The same as JSON
+    #[arg(long)]
+    json: bool,
+}
 
 /// How one thing is.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 enum Verdict {
+    #[serde(rename = "ok")]
     Good,
     /// Works with less comfort.
+    #[serde(rename = "note")]
     Note,
-    /// `run`, `qemu` or `exec` won't work.
+    /// What needs it won't work.
+    #[serde(rename = "fail")]
     Bad,
 }
 
+impl Verdict {
+    fn word(self) -> &'static str {
+        match self {
+            Verdict::Good => "ok",
+            Verdict::Note => "note",
+            Verdict::Bad => "FAIL",
+        }
+    }
+}
+
+const TAPS: &str = "taps for VMMs";
+const GUESTS: &str = "namespace guests";
+const DIRECTORY: &str = "runtime directory";
+const PING: &str = "ping to outside";
+const RESOLVERS: &str = "resolvers";
+const FILES: &str = "open files";
+const QEMU: &str = "QEMU";
+const IP: &str = "iproute2";
+
+/// What each command needs: without the first it does not work, with the others it works better.
+const COMMANDS: [(&str, &[&str], &[&str]); 8] = [
+    ("up", &[DIRECTORY], &[PING, RESOLVERS, FILES]),
+    ("run", &[TAPS], &[PING, RESOLVERS, FILES]),
+    ("run --vhost-user", &[DIRECTORY], &[PING, RESOLVERS, FILES]),
+    ("qemu", &[TAPS, QEMU], &[PING, RESOLVERS, FILES]),
+    (
+        "qemu --vhost-user",
+        &[DIRECTORY, QEMU],
+        &[PING, RESOLVERS, FILES],
+    ),
+    ("exec", &[GUESTS], &[PING, RESOLVERS, FILES]),
+    ("status, forward, policy, down", &[DIRECTORY], &[]),
+    ("bench", &[GUESTS, IP], &[TAPS, FILES]),
+];
+
+/// The commands whose verdict is the exit status.
+const VITAL: [&str; 3] = ["up", "run", "exec"];
+
+#[derive(Serialize)]
+struct Finding {
+    verdict: Verdict,
+    what: &'static str,
+    finding: String,
+}
+
+/// What the findings mean for a command.
+#[derive(Serialize)]
+struct Outlook {
+    command: &'static str,
+    verdict: Verdict,
+    /// The findings that it is for.
+    because: Vec<&'static str>,
+}
+
+#[derive(Serialize)]
 struct Report {
-    lines: Vec<(Verdict, &'static str, String)>,
+    version: &'static str,
+    findings: Vec<Finding>,
+    commands: Vec<Outlook>,
 }
 
 impl Report {
+    fn new() -> Self {
+        Self {
+            version: env!("CARGO_PKG_VERSION"),
+            findings: Vec::new(),
+            commands: Vec::new(),
+        }
+    }
+
     fn add(&mut self, verdict: Verdict, what: &'static str, finding: impl Into<String>) {
-        self.lines.push((verdict, what, finding.into()));
+        let finding = finding.into();
+        self.findings.push(Finding {
+            verdict,
+            what,
+            finding,
+        });
+    }
+
+    /// Draws the conclusions for each command.
+    fn conclude(&mut self) {
+        let verdict_of = |what: &str| {
+            let found = self.findings.iter().find(|finding| finding.what == what);
+            found.map_or(Verdict::Good, |finding| finding.verdict)
+        };
+        let outlook =
+            |&(command, needs, likes): &(&'static str, &[&'static str], &[&'static str])| {
+                let liked = likes
+                    .iter()
+                    .map(|&what| (what, verdict_of(what).min(Verdict::Note)));
+                let all = needs
+                    .iter()
+                    .map(|&what| (what, verdict_of(what)))
+                    .chain(liked);
+                let all: Vec<_> = all.collect();
+                let verdict = all
+                    .iter()
+                    .map(|&(_, verdict)| verdict)
+                    .max()
+                    .unwrap_or(Verdict::Good);
+                let causes = all
+                    .iter()
+                    .filter(|&&(_, of)| of == verdict && of != Verdict::Good);
+                let because = causes.map(|&(what, _)| what).collect();
+                Outlook {
+                    command,
+                    verdict,
+                    because,
+                }
+            };
+        self.commands = COMMANDS.iter().map(outlook).collect();
     }
 
     fn is_good(&self) -> bool {
-        self.lines
-            .iter()
-            .all(|(verdict, ..)| *verdict != Verdict::Bad)
+        let vital = |outlook: &&Outlook| VITAL.contains(&outlook.command);
+        let mut vital = self.commands.iter().filter(vital);
+        vital.all(|outlook| outlook.verdict != Verdict::Bad)
     }
 
     fn render(&self) -> String {
         let mut text = String::new();
-        for (verdict, what, finding) in &self.lines {
-            let word = match verdict {
-                Verdict::Good => "ok",
-                Verdict::Note => "note",
-                Verdict::Bad => "FAIL",
-            };
-            let _ = writeln!(text, "{word:<5} {what:<17} {finding}");
+        for finding in &self.findings {
+            let (word, what) = (finding.verdict.word(), finding.what);
+            let _ = writeln!(text, "{word:<5} {what:<17} {}", finding.finding);
         }
-        text.push_str(match self.is_good() {
-            true => "\nAll set: 'lanlet qemu', 'run' and 'exec' will work.\n",
-            false => "\nSomething is missing: see the lines with FAIL.\n",
-        });
+        text.push_str("\nWhat that means:\n");
+        for outlook in &self.commands {
+            let (word, command) = (outlook.verdict.word(), outlook.command);
+            let because = match outlook.because.join(", ") {
+                causes if causes.is_empty() => String::new(),
+                causes => format!("see {causes}"),
+            };
+            let line = format!("{word:<5} {command:<31} {because}");
+            let _ = writeln!(text, "{}", line.trim_end());
+        }
         text
     }
 }
 
-pub(super) fn check(_: &Args) -> Result<ExitCode, Failure> {
-    let mut report = Report { lines: Vec::new() };
+pub(super) fn check(args: &Args) -> Result<ExitCode, Failure> {
+    let mut report = Report::new();
     vmm_taps(&mut report);
     namespace_guests(&mut report);
     runtime_directory(&mut report);
     ping_sockets(&mut report);
     resolvers(&mut report);
     open_files(&mut report);
-    match qemu::find() {
-        Ok(path) => report.add(Verdict::Good, "QEMU", path.display().to_string()),
-        Err(Failure::Runtime(error)) => report.add(Verdict::Note, "QEMU", error.to_string()),
-        Err(_) => {}
+    programs(&mut report);
+    report.conclude();
+    match args.json {
+        true => {
+            let text = serde_json::to_string_pretty(&report).map_err(std::io::Error::from)?;
+            print(&format!("{text}\n"))?;
+        }
+        false => print(&report.render())?,
     }
-    print(&report.render())?;
     Ok(if report.is_good() {
         ExitCode::SUCCESS
     } else {
@@ -89,33 +207,43 @@ pub(super) fn check(_: &Args) -> Result<ExitCode, Failure> {
     })
 }
 
+/// Warns of what `run`, `qemu` and `exec` will find missing on a network that starts.
+pub(super) fn warn_of_guests() {
+    if let Err(error) = make_wire() {
+        log::warn!(
+            "'run', 'qemu' and 'exec' can't attach guests here, only vhost-user ports will work: {error}"
+        );
+    }
+}
+
 /// Makes a VMM's tap, the whole way.
+fn make_wire() -> Result<WireKind, TapError> {
+    let (helper, _events) = Helper::spawn(None)?;
+    helper
+        .create_wire(WireOptions::default())
+        .map(|wire| wire.kind)
+}
+
 fn vmm_taps(report: &mut Report) {
-    let made = Helper::spawn(None)
-        .and_then(|(helper, _events)| helper.create_wire(WireOptions::default()));
-    match made.map(|wire| wire.kind) {
-        Ok(WireKind::Mirred) => report.add(Verdict::Good, "taps for VMMs", "joined by tc mirred"),
+    match make_wire() {
+        Ok(WireKind::Mirred) => report.add(Verdict::Good, TAPS, "joined by tc mirred"),
         Ok(WireKind::Packet) => report.add(
             Verdict::Note,
-            "taps for VMMs",
+            TAPS,
             "by packet socket, which is slower: the kernel lacks act_mirred (as root, \
              'modprobe act_mirred cls_matchall')",
         ),
-        Err(error) => report.add(Verdict::Bad, "taps for VMMs", error.to_string()),
+        Err(error) => report.add(Verdict::Bad, TAPS, error.to_string()),
     }
 }
 
 fn namespace_guests(report: &mut Report) {
     match NewGuest::spawn(&["true".into()], (1, false)) {
-        Ok(_) => report.add(
-            Verdict::Good,
-            "namespace guests",
-            "user and network namespaces work",
-        ),
+        Ok(_) => report.add(Verdict::Good, GUESTS, "user and network namespaces work"),
         Err(Failure::Runtime(error)) => {
-            report.add(Verdict::Bad, "namespace guests", error.to_string());
+            report.add(Verdict::Bad, GUESTS, error.to_string());
         }
-        Err(_) => report.add(Verdict::Bad, "namespace guests", "failed"),
+        Err(_) => report.add(Verdict::Bad, GUESTS, "failed"),
     }
 }
 
@@ -125,18 +253,10 @@ fn runtime_directory(report: &mut Report) {
     match dir.claim(&format!("check-{}", std::process::id())) {
         Ok(claim) => {
             claim.forget();
-            report.add(
-                Verdict::Good,
-                "runtime directory",
-                dir.path().display().to_string(),
-            );
+            report.add(Verdict::Good, DIRECTORY, dir.path().display().to_string());
         }
         Err(error) => {
-            report.add(
-                Verdict::Note,
-                "runtime directory",
-                format!("'lanlet up' won't work: {error}"),
-            );
+            report.add(Verdict::Bad, DIRECTORY, error.to_string());
         }
     }
 }
@@ -144,10 +264,10 @@ fn runtime_directory(report: &mut Report) {
 fn ping_sockets(report: &mut Report) {
     let socket = rustix::net::socket(AddressFamily::INET, SocketType::DGRAM, Some(ipproto::ICMP));
     match socket {
-        Ok(_) => report.add(Verdict::Good, "ping to outside", "ping sockets are allowed"),
+        Ok(_) => report.add(Verdict::Good, PING, "ping sockets are allowed"),
         Err(error) => report.add(
             Verdict::Note,
-            "ping to outside",
+            PING,
             format!(
                 "guests can't ping beyond the gateway ({error}): as root, \
                  'sysctl -w net.ipv4.ping_group_range=\"0 2147483647\"'"
@@ -162,10 +282,10 @@ fn resolvers(report: &mut Report) {
     match servers.is_empty() {
         true => report.add(
             Verdict::Note,
-            "resolvers",
+            RESOLVERS,
             "none in /etc/resolv.conf: guests resolve names only with --dns ADDR",
         ),
-        false => report.add(Verdict::Good, "resolvers", servers.join(", ")),
+        false => report.add(Verdict::Good, RESOLVERS, servers.join(", ")),
     }
 }
 
@@ -187,14 +307,30 @@ fn open_files(report: &mut Report) {
     match getrlimit(Resource::Nofile).maximum {
         Some(maximum) if maximum < wanted as u64 => report.add(
             Verdict::Note,
-            "open files",
+            FILES,
             format!(
                 "{maximum} at most, and each connection of a guest takes one: a full network of \
                  {flows_max} needs {wanted}; raise the hard limit ('ulimit -Hn', LimitNOFILE=)"
             ),
         ),
-        Some(maximum) => report.add(Verdict::Good, "open files", format!("{maximum} at most")),
-        None => report.add(Verdict::Good, "open files", "unlimited"),
+        Some(maximum) => report.add(Verdict::Good, FILES, format!("{maximum} at most")),
+        None => report.add(Verdict::Good, FILES, "unlimited"),
+    }
+}
+
+/// Programs of others that commands need.
+fn programs(report: &mut Report) {
+    match qemu::find() {
+        Ok(path) => report.add(Verdict::Good, QEMU, path.display().to_string()),
+        Err(Failure::Runtime(error)) => report.add(Verdict::Bad, QEMU, error.to_string()),
+        Err(_) => {}
+    }
+    match bench::find("ip") {
+        Some(path) => report.add(Verdict::Good, IP, path.display().to_string()),
+        None => {
+            let remedy = "no 'ip' in PATH: install Debian's package iproute2";
+            report.add(Verdict::Bad, IP, remedy);
+        }
     }
 }
 
@@ -209,12 +345,63 @@ mod tests {
     }
 
     #[test]
-    fn a_note_is_no_failure() {
-        let mut report = Report { lines: Vec::new() };
-        report.add(Verdict::Note, "a", "b");
+    fn each_command_has_its_verdict() {
+        let conclude = |findings: &[(Verdict, &'static str)]| {
+            let mut report = Report::new();
+            for &(verdict, what) in findings {
+                report.add(verdict, what, "b");
+            }
+            report.conclude();
+            report
+        };
+        let report = conclude(&[(Verdict::Note, PING)]);
+        assert!(report.is_good() && report.commands[0].verdict == Verdict::Note);
+        // A wire by packet socket is slower; without QEMU only 'qemu' fails.
+        let report = conclude(&[(Verdict::Note, TAPS), (Verdict::Bad, QEMU)]);
         assert!(report.is_good());
-        report.add(Verdict::Bad, "c", "d");
-        assert!(!report.is_good());
-        assert!(report.render().contains("FAIL  c                 d\n"));
+        let text = report.render();
+        assert!(text.contains("FAIL  QEMU              b\n"), "{text}");
+        assert!(
+            text.contains("\nok    up\nnote  run                             see taps"),
+            "{text}"
+        );
+        assert!(
+            text.contains("\nFAIL  qemu                            see QEMU\n"),
+            "{text}"
+        );
+        let report = conclude(&[(Verdict::Bad, TAPS)]);
+        assert!(!report.is_good(), "'run' is vital");
+        assert!(
+            report
+                .commands
+                .iter()
+                .any(|outlook| outlook.command == "exec" && outlook.verdict == Verdict::Good)
+        );
+        // What a command only likes to have does not fail it.
+        assert!(
+            report
+                .commands
+                .iter()
+                .any(|outlook| outlook.command == "bench" && outlook.verdict == Verdict::Note)
+        );
+        let json = serde_json::to_value(&report).unwrap();
+        assert_eq!(json["commands"][1]["because"][0], TAPS);
+    }
+
+    #[test]
+    fn every_need_is_looked_at() {
+        let all = [TAPS, GUESTS, DIRECTORY, PING, RESOLVERS, FILES, QEMU, IP];
+        for (command, needs, likes) in COMMANDS {
+            let words = needs.iter().chain(likes);
+            assert!(
+                words.into_iter().all(|what| all.contains(what)),
+                "{command}"
+            );
+        }
+        assert!(
+            VITAL
+                .iter()
+                .all(|vital| COMMANDS.iter().any(|(command, ..)| command == vital))
+        );
     }
 }

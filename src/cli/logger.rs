@@ -1,12 +1,26 @@
-//! Log records on stderr: `lanlet: warning: …`.
+//! Log records on stderr: `2026-11-28T21:34:19.123Z lanlet: warning: …`, without the time where stderr is
+//! the journal, which has its own.
 
+use std::fmt;
 use std::io::Write;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::{Duration, SystemTime};
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
+use rustix::event::{PollFd, PollFlags, Timespec};
 
-struct Stderr;
+struct Stderr {
+    /// Records carry no time.
+    is_journal: AtomicBool,
+    /// Records of other crates, which are of interest to developers only.
+    has_others: AtomicBool,
+}
 
-static LOGGER: Stderr = Stderr;
+static LOGGER: Stderr = Stderr {
+    is_journal: AtomicBool::new(false),
+    has_others: AtomicBool::new(false),
+};
 
 /// Sets what is logged: `LANLET_LOG`, else info, moved up by each -v and down by each -q.
 pub(super) fn init(verbose: u8, quiet: u8) {
@@ -16,44 +30,63 @@ pub(super) fn init(verbose: u8, quiet: u8) {
     let base = word
         .as_deref()
         .map_or(Some(LevelFilter::Info), |word| word.parse().ok());
-    log::set_max_level(level(base.unwrap_or(LevelFilter::Info), verbose, quiet));
+    let (level, has_others) = level(base.unwrap_or(LevelFilter::Info), verbose, quiet);
+    log::set_max_level(level);
+    LOGGER.has_others.store(has_others, Relaxed);
+    LOGGER.is_journal.store(is_journal(), Relaxed);
     if log::set_logger(&LOGGER).is_ok() && base.is_none() {
         let word = word.unwrap_or_default();
         log::warn!("LANLET_LOG={word:?} is none of off, error, warn, info, debug, trace");
     }
 }
 
-fn level(base: LevelFilter, verbose: u8, quiet: u8) -> LevelFilter {
+/// Whether what a user asks to see at the usual level is to be shown on stdout, too.
+pub(super) fn is_quiet() -> bool {
+    log::max_level() < LevelFilter::Info
+}
+
+/// The level, and whether more than that was asked for.
+fn level(base: LevelFilter, verbose: u8, quiet: u8) -> (LevelFilter, bool) {
     let steps = base as isize + isize::from(verbose) - isize::from(quiet);
     // -q never silences errors.
     let lowest = (LevelFilter::Error as isize).min(base as isize);
-    match steps.max(lowest) {
+    let level = match steps.max(lowest) {
         0 => LevelFilter::Off,
         1 => LevelFilter::Error,
         2 => LevelFilter::Warn,
         3 => LevelFilter::Info,
         4 => LevelFilter::Debug,
         _ => LevelFilter::Trace,
-    }
+    };
+    (level, steps > LevelFilter::Trace as isize)
+}
+
+/// Whether stderr is the journal's socket (JOURNAL_STREAM, systemd.exec(5)).
+fn is_journal() -> bool {
+    let Ok(stream) = std::env::var("JOURNAL_STREAM") else {
+        return false;
+    };
+    rustix::fs::fstat(std::io::stderr())
+        .is_ok_and(|stat| stream == format!("{}:{}", stat.st_dev, stat.st_ino))
 }
 
 impl Log for Stderr {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        // Other crates' records are of interest to developers only.
-        metadata.target().starts_with("lanlet") || log::max_level() >= LevelFilter::Trace
+        metadata.target().starts_with("lanlet") || self.has_others.load(Relaxed)
     }
 
     fn log(&self, record: &Record<'_>) {
         if !self.enabled(record.metadata()) {
             return;
         }
+        let stamp = Stamp(self.is_journal.load(Relaxed));
         let line = match record.level() {
-            Level::Error => format!("lanlet: error: {}\n", record.args()),
-            Level::Warn => format!("lanlet: warning: {}\n", record.args()),
-            Level::Info => format!("lanlet: {}\n", record.args()),
+            Level::Error => format!("{stamp}lanlet: error: {}\n", record.args()),
+            Level::Warn => format!("{stamp}lanlet: warning: {}\n", record.args()),
+            Level::Info => format!("{stamp}lanlet: {}\n", record.args()),
             Level::Debug | Level::Trace => {
                 let part = record.target().trim_start_matches("lanlet::");
-                format!("lanlet: {}: {}\n", part, record.args())
+                format!("{stamp}lanlet: {}: {}\n", part, record.args())
             }
         };
         // One write per line, so that threads and processes do not mix theirs; a closed stderr is
@@ -64,16 +97,94 @@ impl Log for Stderr {
     fn flush(&self) {}
 }
 
+/// Says something on the way out of a process whose other threads may hold stderr, and wait in it for a
+/// reader: past them, and only if it takes no waiting.
+pub(super) fn last_words(text: &str) {
+    let line = format!("{}lanlet: {text}\n", Stamp(LOGGER.is_journal.load(Relaxed)));
+    let stderr = std::io::stderr();
+    let mut fds = [PollFd::from_borrowed_fd(stderr.as_fd(), PollFlags::OUT)];
+    let at_once = Timespec::default();
+    if rustix::event::poll(&mut fds, Some(&at_once)).is_ok_and(|ready| ready > 0) {
+        let _ = rustix::io::write(stderr.as_fd(), line.as_bytes());
+    }
+}
+
+/// What a line begins with: the time, unless who reads it has its own.
+struct Stamp(bool);
+
+impl fmt::Display for Stamp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0 {
+            return Ok(());
+        }
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        write!(f, "{} ", Utc(now.unwrap_or_default()))
+    }
+}
+
+/// A time since 1970 as RFC 3339 has it, in UTC: the zone's rules are a library's business, and logs of
+/// several machines are read side by side.
+struct Utc(Duration);
+
+impl fmt::Display for Utc {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const DAY_SECS: u64 = 86_400;
+        let (days, secs) = (self.0.as_secs() / DAY_SECS, self.0.as_secs() % DAY_SECS);
+        // Years are counted from a 1 March on, so that a leap day is the last of its year: days since
+        // 0000-03-01 in eras of 400 years, which all have as many days.
+        let days = days + 719_468;
+        let (era, day) = (days / 146_097, days % 146_097);
+        let year = (day - day / 1_460 + day / 36_524 - day / 146_096) / 365;
+        let day = day - (365 * year + year / 4 - year / 100);
+        let month = (5 * day + 2) / 153;
+        let day = day - (153 * month + 2) / 5 + 1;
+        let (month, carry) = if month < 10 {
+            (month + 3, 0)
+        } else {
+            (month - 9, 1)
+        };
+        write!(
+            f,
+            "{:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}.{:03}Z",
+            400 * era + year + carry,
+            secs / 3_600,
+            secs / 60 % 60,
+            secs % 60,
+            self.0.subsec_millis()
+        )
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn levels() {
-        assert_eq!(level(LevelFilter::Info, 0, 0), LevelFilter::Info);
-        assert_eq!(level(LevelFilter::Info, 1, 0), LevelFilter::Debug);
-        assert_eq!(level(LevelFilter::Info, 9, 0), LevelFilter::Trace);
-        assert_eq!(level(LevelFilter::Info, 0, 9), LevelFilter::Error);
-        assert_eq!(level(LevelFilter::Off, 0, 1), LevelFilter::Off);
+        let level_of = |base, verbose, quiet| level(base, verbose, quiet).0;
+        assert_eq!(level_of(LevelFilter::Info, 0, 0), LevelFilter::Info);
+        assert_eq!(level_of(LevelFilter::Info, 1, 0), LevelFilter::Debug);
+        assert_eq!(level(LevelFilter::Info, 2, 0), (LevelFilter::Trace, false));
+        assert_eq!(level(LevelFilter::Info, 3, 0), (LevelFilter::Trace, true));
+        assert_eq!(level_of(LevelFilter::Info, 0, 9), LevelFilter::Error);
+        assert_eq!(level_of(LevelFilter::Off, 0, 1), LevelFilter::Off);
+    }
+
+    #[test]
+    fn times_are_those_of_date() {
+        // As `date --utc --date=@SECS` has them.
+        for (secs, expected) in [
+            (0, "1970-01-01T00:00:00"),
+            (951_782_400, "2000-02-29T00:00:00"),
+            (951_868_799, "2000-02-29T23:59:59"),
+            (951_868_800, "2000-03-01T00:00:00"),
+            (1_735_689_599, "2024-12-31T23:59:59"),
+            (1_795_901_659, "2026-11-28T21:34:19"),
+            (4_107_542_399, "2100-02-28T23:59:59"),
+            (4_107_542_400, "2100-03-01T00:00:00"),
+        ] {
+            let time = Duration::from_secs(secs) + Duration::from_millis(7);
+            assert_eq!(Utc(time).to_string(), format!("{expected}.007Z"));
+        }
     }
 }

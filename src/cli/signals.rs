@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 
 use super::Failure;
+use super::logger::last_words;
 use crate::sys::signal::{self, Received, SignalFd};
 
 /// How long what is being started may take to get ready once a signal has come: less than a person at
@@ -138,7 +139,7 @@ fn watch(signals: &SignalFd, phase: &Phase) {
             && let Ok(Some(received)) = signals.next()
             && since.is_some_and(|since| since.elapsed() > SAME_WISH)
         {
-            eprintln!("lanlet: {received} forces the end");
+            last_words(&format!("{received} forces the end"));
             signal::exit_now(status_of(received));
         }
     }
@@ -146,7 +147,7 @@ fn watch(signals: &SignalFd, phase: &Phase) {
 
 /// Ends the process, and says what it was at. `code`: its exit status, where it was ending already.
 fn too_late(signals: &SignalFd, code: Option<u8>) -> ! {
-    let mut text = String::from("lanlet: error: ");
+    let mut text = String::from("error: ");
     let received = signals.next().ok().flatten();
     let status = match (code, received) {
         (Some(code), _) => {
@@ -166,7 +167,7 @@ fn too_late(signals: &SignalFd, code: Option<u8>) -> ! {
     if !busy.is_empty() {
         let _ = write!(text, "; still at work: {}", busy.join(", "));
     }
-    eprintln!("{text}");
+    last_words(&text);
     signal::exit_now(status)
 }
 

@@ -16,7 +16,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use super::forward::ForwardFlags;
 use super::options::{NameOption, NetworkOptions};
 use super::signals::Signals;
-use super::{Failure, child, print};
+use super::{Failure, check, child, logger, print};
 use crate::config::{NetworkConfig, PREFIX6_LEN, PortSpec, format_duration};
 use crate::control::client::Client;
 use crate::control::server::Server;
@@ -91,7 +91,12 @@ pub(super) fn up(args: &Args) -> Result<ExitCode, Failure> {
     let socket = claim.socket().to_owned();
     let summary = summary(&config, &socket);
     child::raise_open_files();
-    let network = Arc::new(Network::start(config)?);
+    // Beside the start, which waits for nothing either.
+    let network = std::thread::scope(|scope| {
+        scope.spawn(check::warn_of_guests);
+        Network::start(config)
+    });
+    let network = Arc::new(network?);
     let end = Arc::new(
         rustix::event::eventfd(0, EventfdFlags::CLOEXEC)
             .map_err(|error| Failure::io("cannot make an eventfd")(error.into()))?,
@@ -117,8 +122,10 @@ pub(super) fn up(args: &Args) -> Result<ExitCode, Failure> {
             }
         })
         .map_err(Failure::io("cannot start a thread"))?;
-    // Who reads the summary may have gone; the network is there for others.
-    let _ = print(&summary);
+    if !logger::is_quiet() {
+        // Who reads the summary may have gone; the network is there for others.
+        let _ = print(&summary);
+    }
     tell_service_manager("READY=1");
     let received = wait_for_end(signals.running(), &end)?;
     signals.ending(EXIT_FORCED);

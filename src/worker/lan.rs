@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::refused;
 use crate::frame::{ETH_HEADER_LEN, FRAME_BUFFER_LEN, Frame, Mac, PortId};
 use crate::gateway::Outbox;
 use crate::offload::{self, Caps, Offload};
@@ -33,6 +34,7 @@ pub(super) struct Lan {
 }
 
 struct Egress {
+    id: PortId,
     tx: Arc<dyn PortTx>,
     counters: Arc<PortCounters>,
     is_batched: bool,
@@ -64,6 +66,7 @@ impl Lan {
             self.ports.resize_with(index + 1, || None);
         }
         self.ports[index] = Some(Egress {
+            id,
             is_batched: tx.is_batched(),
             is_unflushed: false,
             tx,
@@ -210,12 +213,16 @@ impl Shortcut for LanShortcut<'_> {
 impl Egress {
     /// Sends a frame as this port needs it; losses are counted here.
     fn send(&self, frame: Frame<'_>, scratch: &mut [u8]) {
+        let refuse = |reason, frame: Frame<'_>| {
+            self.counters.count_drop(reason);
+            refused::trace(self.id, reason, frame);
+        };
         let mut send = |frame: Frame<'_>| match self.tx.send(frame) {
             Ok(()) => self.counters.tx(frame.bytes.len()),
-            Err(reason) => self.counters.count_drop(reason),
+            Err(reason) => refuse(reason, frame),
         };
         if let Err(reason) = offload::fit(frame, self.tx.caps(), PORT_MTU, scratch, &mut send) {
-            self.counters.count_drop(reason);
+            refuse(reason, frame);
         }
     }
 
@@ -247,6 +254,7 @@ impl Outbox for GatewayOut<'_> {
         self.lan.gateway.rx(len);
         if let Err(reason) = self.lan.forward(PortId::GATEWAY, frame) {
             self.lan.gateway.count_drop(reason);
+            refused::trace(PortId::GATEWAY, reason, frame);
         }
     }
 }

@@ -11,7 +11,7 @@ use tokio::sync::oneshot;
 use super::command::{Command, Event, Snapshot};
 use super::crew::{Crew, Seat};
 use super::lan::{GatewayOut, Lan};
-use super::{WorkerConfig, clock};
+use super::{WorkerConfig, clock, refused};
 use crate::frame::{FRAME_BUFFER_LEN, Frame, Instant, PortId, WorkerId};
 use crate::gateway::dns::DnsAnswer;
 use crate::gateway::fragment::Reassembler;
@@ -129,6 +129,7 @@ impl Path {
             };
             if let Err(reason) = received {
                 counters.count_drop(reason);
+                refused::trace(ingress, reason, frame);
             }
         });
     }

@@ -244,3 +244,98 @@ fn a_renamed_or_deleted_program_attaches_a_vm() {
         &[("private", "0"), ("deleted", "0"), ("exec", "0")],
     );
 }
+
+/// What a log line begins with, what -q and -vv do to the log, and that a worker which waits for the log's
+/// reader holds up no end.
+#[test]
+fn the_log_says_when_and_what_and_holds_nothing_up() {
+    let Some(outcome) = scenario(
+        &World::new(),
+        r#"
+        time='^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{3}Z lanlet: '
+        network -vv
+        # For a port of the gateway where nobody listens.
+        lanlet exec --name default -- bash -c 'echo x >/dev/udp/192.168.122.1/4242'
+        lanlet down 2>/dev/null
+        say timed="$(grep -cE "${time}network 'default' is ending: asked to by pid" up.log)"
+        say refused="$(grep -cE 'refused: port [0-9]+: [a-z_]+: .*UDP 192.168.122.[0-9]+ [0-9]+ > 192.168.122.1 4242' up.log)"
+        # Quiet: nothing at all of a network that comes and goes.
+        network -q
+        lanlet -q down
+        wait $NETWORK
+        say quiet="$(wc -c <up.log)"
+        # The journal has its own time.
+        touch journal
+        stream=$(stat -c %d:%i journal)
+        "$LAB/as-user" env JOURNAL_STREAM="$stream" "$LANLET" up >/dev/null 2>>journal &
+        until_true 10 lanlet status
+        lanlet down 2>/dev/null
+        wait $!
+        say journal="$(grep -c "^lanlet: network 'default' is ending" journal)"
+        # Nobody reads the log: the pipe fills, and a worker waits in it.
+        mkfifo pipe
+        sleep 60 <>pipe &
+        "$LAB/as-user" "$LANLET" up -vv >up.log 2>pipe &
+        up=$!
+        until_true 10 lanlet status
+        "$LAB/as-user" "$LANLET" exec --name default -- bash -c '
+            while :; do echo x >/dev/udp/192.168.122.1/4242; done' >/dev/null 2>&1 &
+        until_true 20 sh -c "grep -q pipe_write /proc/$up/task/*/wchan"
+        say stuck="$(grep -l pipe_write /proc/$up/task/*/wchan | wc -l)"
+        start=$(date +%s%N)
+        kill -TERM $up
+        wait $up
+        say status=$? ms=$((($(date +%s%N) - start) / 1000000))
+        "#,
+    ) else {
+        return;
+    };
+    let outcome = outcome.passed();
+    assert_said(
+        &outcome,
+        &[
+            ("timed", "1"),
+            ("quiet", "0"),
+            ("journal", "1"),
+            ("status", "1"),
+        ],
+    );
+    let markers = outcome.markers();
+    assert!(markers.number("refused") >= 1.0, "{}", outcome.text());
+    assert!(markers.number("stuck") >= 1.0, "{}", outcome.text());
+    assert!(markers.number("ms") < 20_000.0, "{}", outcome.text());
+}
+
+/// `up` says at its start what guests will find missing, and `check` what it means for each command.
+#[test]
+fn what_is_missing_is_said_at_the_start_and_by_command() {
+    let Some(outcome) = scenario(
+        &World::new(),
+        r#"
+        verdicts() {
+            python3 -c "import json, sys; c = json.load(sys.stdin)['commands']; print(','.join(
+                '{}:{}'.format(x['command'].replace(' ', ''), x['verdict']) for x in c if x['command'] in ('up', 'run', 'exec', 'run --vhost-user')))"
+        }
+        network
+        say clean="$(grep -c "can't attach guests" up.log)"
+        lanlet down 2>/dev/null
+        say good="$(lanlet check --json | verdicts)"
+        mount -t tmpfs none /dev/net
+        network
+        say warned="$(grep -c "warning: 'run', 'qemu' and 'exec' can't attach guests here.*modprobe tun" up.log)"
+        lanlet check --json >check.json
+        say status=$? bad="$(verdicts <check.json)"
+        "#,
+    ) else {
+        return;
+    };
+    assert_said(
+        &outcome.passed(),
+        &[
+            ("clean", "0"),
+            ("warned", "1"),
+            ("status", "1"),
+            ("bad", "up:note,run:fail,run--vhost-user:note,exec:fail"),
+        ],
+    );
+}

@@ -316,7 +316,7 @@ pub(super) fn installed(program: &str) -> Result<PathBuf, String> {
 }
 
 /// A program's path: by PATH, then where an ordinary user's has no entry.
-pub(super) fn find(program: &str) -> Option<PathBuf> {
+pub(in crate::cli) fn find(program: &str) -> Option<PathBuf> {
     let path = std::env::var("PATH").unwrap_or_default();
     let directories = path.split(':').chain(SBIN.split(':'));
     directories

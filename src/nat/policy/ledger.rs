@@ -124,6 +124,11 @@ impl Ledger {
         cause: Cause,
         now: Instant,
     ) {
+        if log::log_enabled!(log::Level::Trace) {
+            let name = name.as_ref().map(|name| format!(" {name}"));
+            let name = name.unwrap_or_default();
+            log::trace!("port {guest}: denied by the policy ({cause:?}): {what:?}{name}");
+        }
         let same = |old: &Denied| {
             (old.guest, &old.what, &old.name, old.cause) == (guest, &what, &name, cause)
         };

@@ -7,9 +7,11 @@
 mod bench;
 mod check;
 mod child;
+mod daemon;
 mod demo;
 mod docs;
 mod exec;
+mod find;
 mod forward;
 mod lan;
 mod logger;
@@ -20,6 +22,7 @@ mod run;
 mod signals;
 mod status;
 mod up;
+mod wait;
 
 use std::error::Error;
 use std::ffi::OsString;
@@ -47,13 +50,13 @@ const EXIT_USAGE: u8 = 2;
     max_term_width = 100,
     long_about = "A little LAN in one process: a rootless virtual switch with DHCP, DNS and NAT for \
                   VMs.\n\nA network has a name ('default' unless --name says otherwise). 'lanlet up' \
-                  runs one in the foreground; run, qemu and exec attach to it. Where no network of \
-                  that name runs, they start a private one that lives as long as their command. \
-                  Nothing needs root.",
+                  runs one; run, qemu and exec attach to it. Where they name none and 'default' is not \
+                  running, they start a private one that lives as long as their command. Nothing needs \
+                  root.",
     after_help = "\
 Examples:
   lanlet qemu -- -m 1G -drive file=disk.qcow2       a VM on a LAN of its own
-  lanlet up &                                       a LAN that several VMs share
+  lanlet up -d                                      a LAN that several VMs share
   lanlet qemu -- -m 1G -drive file=one.qcow2
   lanlet run -- cloud-hypervisor --net fd={fd},mac={mac} --kernel vmlinuz
   lanlet exec -- bash                               a shell on the LAN, no VM
@@ -66,7 +69,7 @@ Examples:
     after_long_help = "\
 Examples:
   lanlet qemu -- -m 1G -drive file=disk.qcow2       a VM on a LAN of its own
-  lanlet up &                                       a LAN that several VMs share
+  lanlet up -d                                      a LAN that several VMs share
   lanlet qemu -- -m 1G -drive file=one.qcow2
   lanlet run -- cloud-hypervisor --net fd={fd},mac={mac} --kernel vmlinuz
   lanlet exec -- bash                               a shell on the LAN, no VM
@@ -105,6 +108,7 @@ enum Command {
     Run(run::Args),
     Qemu(qemu::Args),
     Exec(exec::Args),
+    Wait(wait::Args),
     Status(status::Args),
     Forward(forward::Args),
     Policy(policy::Args),
@@ -200,6 +204,7 @@ pub fn main() -> ExitCode {
         Command::Run(args) => run::run(&args),
         Command::Qemu(args) => qemu::qemu(&args),
         Command::Exec(args) => exec::exec(&args),
+        Command::Wait(args) => wait::wait(&args),
         Command::Status(args) => status::status(&args),
         Command::Forward(args) => forward::forward(&args),
         Command::Policy(args) => policy::policy(&args),

@@ -16,6 +16,7 @@ pub mod resolver;
 pub mod server;
 
 mod message;
+mod running;
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
@@ -65,10 +66,15 @@ pub enum ControlError {
         pid: Option<u32>,
     },
     /// No network of this name runs.
-    #[error("network '{name}' is not running: start it with 'lanlet up --name {name}'")]
+    #[error(
+        "network '{name}' is not running{}: start it with 'lanlet up -d --name {name}'",
+        running_note(running)
+    )]
     NotRunning {
         /// The network.
         name: String,
+        /// Those that do.
+        running: Vec<String>,
     },
     /// The lock is held, but nobody answers at the socket.
     #[error(
@@ -108,6 +114,12 @@ pub enum ControlError {
         /// The other end's user.
         uid: u32,
     },
+    /// The other end hung up.
+    #[error("network '{name}': closed the connection; is it shutting down?")]
+    Closed {
+        /// The network.
+        name: String,
+    },
     /// The other end says something unexpected.
     #[error("network '{name}': {reason}")]
     Protocol {
@@ -123,6 +135,13 @@ pub enum ControlError {
 
 fn pid_note(pid: Option<u32>) -> String {
     pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default()
+}
+
+fn running_note(running: &[String]) -> String {
+    match running {
+        [] => String::new(),
+        names => format!(" (these are: {})", names.join(", ")),
+    }
 }
 
 /// Whether a peer of this uid may talk to this process: the same user, or root.
@@ -152,6 +171,8 @@ impl RuntimeDir {
                 true => PathBuf::from("/run/lanlet"),
                 false => PathBuf::from(format!("/tmp/lanlet-{uid}")),
             });
+        // The process may leave its directory; where that is gone already, the path leads nowhere.
+        let path = std::path::absolute(&path).unwrap_or(path);
         Self { path }
     }
 

@@ -9,6 +9,7 @@ pub mod bus_error;
 pub mod error_queue;
 pub mod eventfd;
 pub mod fd_pass;
+pub mod fork;
 pub mod inherited;
 pub mod late_close;
 pub mod mmsg;

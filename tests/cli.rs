@@ -141,7 +141,7 @@ fn a_network_that_does_not_run() {
             &scratch,
             1,
             &[command, "--name", "lab"],
-            &["'lab'", "lanlet up --name lab"],
+            &["'lab'", "lanlet up -d --name lab"],
         );
     }
     // A directory that does not exist is no error for one who only looks.

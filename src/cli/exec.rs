@@ -15,8 +15,8 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use serde::{Deserialize, Serialize};
 
 use super::forward::ForwardFlags;
-use super::lan::Lan;
-use super::options::{NameOption, NetworkOptions, PortFlags};
+use super::lan::{Lan, LanFlags};
+use super::options::{NetworkOptions, PortFlags};
 use super::{Failure, child};
 use crate::frame::Mac;
 use crate::network::{GuestAddress, GuestTap};
@@ -43,7 +43,7 @@ Examples:
   lanlet exec --name lab --mac 52:54:00:00:00:09 -- iperf3 -s")]
 pub(super) struct Args {
     #[command(flatten)]
-    name: NameOption,
+    lan: LanFlags,
     #[command(flatten)]
     port: PortFlags,
     #[command(flatten)]
@@ -94,7 +94,7 @@ struct Start {
 
 pub(super) fn exec(args: &Args) -> Result<ExitCode, Failure> {
     let signals = child::block_signals()?;
-    let mut lan = Lan::open(&args.name, &args.network)?;
+    let mut lan = Lan::open(&args.lan, &args.network)?;
     let mac = args.port.mac.unwrap_or_else(|| lan.make_mac());
     let mut guest = NewGuest::spawn(&args.command, (args.port.queues(), args.port.no_offload))?;
     let options = args.port.port(Some(mac));

@@ -3,11 +3,10 @@
 use std::fmt::Write;
 use std::process::ExitCode;
 
+use super::find::connect;
 use super::options::NameOption;
 use super::status::{printable, table};
 use super::{Failure, print};
-use crate::control::client::Client;
-use crate::control::{ControlError, RuntimeDir};
 use crate::nat::forward::ForwardSpec;
 use crate::network::ForwardStatus;
 
@@ -126,14 +125,6 @@ pub(super) fn forward(args: &Args) -> Result<ExitCode, Failure> {
         Action::List(args) => list(args),
         Action::Remove(args) => remove(args),
     }
-}
-
-fn connect(name: &NameOption) -> Result<Client, Failure> {
-    let name = name.get();
-    let client = Client::connect(&RuntimeDir::from_env(), name)?;
-    Ok(client.ok_or_else(|| ControlError::NotRunning {
-        name: name.to_owned(),
-    })?)
 }
 
 /// All of them, or none.

@@ -6,10 +6,14 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 
+use clap::Args;
+
+use super::find::not_running;
 use super::forward::ForwardFlags;
-use super::options::{NameOption, NetworkOptions};
+use super::options::{NetworkOptions, parse_name};
 use super::signals::Signals;
 use super::{Failure, child};
+use crate::config::{self, NAME_DEFAULT};
 use crate::control::RuntimeDir;
 use crate::control::client::Client;
 use crate::frame::{Mac, PortId};
@@ -45,37 +49,85 @@ pub(super) enum Lan {
     },
 }
 
+/// Which network a command's guest is on.
+#[derive(Args, Debug)]
+pub(super) struct LanFlags {
+    /// Network to attach to, which has to be running [default: 'default' if that is running, else a
+    /// private one that ends with the command]
+    #[arg(long, value_name = "NAME", value_parser = parse_name)]
+    name: Option<String>,
+
+    /// Wait so long, like 10s, for the network to come up: the one of --name, else 'default'
+    #[arg(long, value_name = "TIME", value_parser = config::parse_duration)]
+    wait: Option<Duration>,
+
+    /// A private network, even if 'default' is running
+    #[arg(long, conflicts_with_all = ["name", "wait"])]
+    private: bool,
+}
+
+impl LanFlags {
+    /// How another command is told of the network: ` --name NAME`, or nothing.
+    pub(super) fn words(&self) -> String {
+        let name = self.name.as_ref();
+        name.map_or(String::new(), |name| format!(" --name {name}"))
+    }
+
+    /// The running network to attach to; `None`: the command has a private one.
+    ///
+    /// # Errors
+    /// The network that is wanted is not running.
+    fn connect(&self) -> Result<Option<Client>, Failure> {
+        if self.private {
+            return Ok(None);
+        }
+        let dir = RuntimeDir::from_env();
+        let name = self.name.as_deref().unwrap_or(NAME_DEFAULT);
+        let client = match self.wait {
+            Some(time) => Client::connect_by(&dir, name, Instant::now() + time)?,
+            None => Client::connect(&dir, name)?,
+        };
+        match client {
+            None if self.name.is_some() || self.wait.is_some() => {
+                Err(not_running(&dir, name).into())
+            }
+            client => Ok(client),
+        }
+    }
+}
+
 impl Lan {
-    /// The network of that name if it runs, else one as the options say.
+    /// The network to attach to, or a private one as the options say.
     ///
     /// # Errors
     /// The options are wrong, or are for a network that runs already; or it can't be started.
-    pub(super) fn open(name: &NameOption, options: &NetworkOptions) -> Result<Self, Failure> {
-        let config = options.resolve(name.get(), None)?;
-        if let Some(client) = Client::connect(&RuntimeDir::from_env(), name.get())? {
-            if let Some(option) = options.first_given() {
-                return Err(Failure::because(format!(
-                    "network '{}' is already running (pid {}), and {option} is for one that starts: \
-                     leave it out, or choose another --name",
-                    name.get(),
-                    client.pid()
-                )));
-            }
-            return Ok(Lan::Running {
-                client: Box::new(client),
-                forwards: 0,
-            });
-        }
-        if name.is_given() {
+    pub(super) fn open(flags: &LanFlags, options: &NetworkOptions) -> Result<Self, Failure> {
+        let config = options.resolve(NAME_DEFAULT, None)?;
+        let Some(client) = flags.connect()? else {
+            child::raise_open_files();
+            let subnet = config.subnet();
+            let network = Network::start(config)?;
             log::info!(
-                "no network '{}' is running: this command has one of its own ('lanlet up --name {}' \
-                 starts one to share)",
-                name.get(),
-                name.get()
+                "on a private network, {subnet}, which ends with this command ('lanlet up -d' starts one \
+                 to share)"
             );
+            return Ok(Lan::Embedded(Box::new(network)));
+        };
+        if let Some(option) = options.first_given() {
+            return Err(Failure::because(format!(
+                "network '{}' is already running (pid {}), and {option} is for one that starts: leave it \
+                 out, or ask for another network with --private",
+                client.name(),
+                client.pid()
+            )));
         }
-        child::raise_open_files();
-        Ok(Lan::Embedded(Box::new(Network::start(config)?)))
+        if flags.name.is_none() {
+            log::info!("on network '{}' (pid {})", client.name(), client.pid());
+        }
+        Ok(Lan::Running {
+            client: Box::new(client),
+            forwards: 0,
+        })
     }
 
     /// Makes a tap for a VMM.

@@ -40,6 +40,11 @@ pub(super) fn init(verbose: u8, quiet: u8) {
     }
 }
 
+/// Looks again at what stderr is, after it was put in place of another.
+pub(super) fn stderr_has_changed() {
+    LOGGER.is_journal.store(is_journal(), Relaxed);
+}
+
 /// Whether what a user asks to see at the usual level is to be shown on stdout, too.
 pub(super) fn is_quiet() -> bool {
     log::max_level() < LevelFilter::Info

@@ -29,7 +29,11 @@ pub(super) struct NameOption {
     name: Option<String>,
 }
 
-fn parse_name(text: &str) -> Result<String, String> {
+/// Reads the name of a network.
+///
+/// # Errors
+/// It can't be one.
+pub(super) fn parse_name(text: &str) -> Result<String, String> {
     config::check_name(text).map(|()| text.to_owned())
 }
 
@@ -193,7 +197,8 @@ impl NetworkOptions {
         config.lease_file = match &self.lease_file {
             None => lease_file,
             Some(path) if path.as_os_str() == "none" => None,
-            Some(path) => Some(path.clone()),
+            // The process may leave this directory.
+            Some(path) => Some(std::path::absolute(path)?),
         };
         Ok(config)
     }

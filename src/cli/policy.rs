@@ -7,11 +7,12 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
+use super::find::connect;
 use super::options::NameOption;
 use super::status::{printable, table, uptime};
 use super::{Failure, print};
+use crate::control::RuntimeDir;
 use crate::control::client::Client;
-use crate::control::{ControlError, RuntimeDir};
 use crate::nat::policy::Policy;
 use crate::nat::policy::ledger::{DeniedView, PolicyView};
 use crate::nat::policy::parse::TEXT_LEN_MAX;
@@ -177,14 +178,6 @@ fn absent(policy: &Policy, ports: &[PortStatus]) -> Vec<String> {
         });
     }
     warnings
-}
-
-fn connect(name: &NameOption) -> Result<Client, Failure> {
-    let name = name.get();
-    let not_running = || ControlError::NotRunning {
-        name: name.to_owned(),
-    };
-    Ok(Client::connect(&RuntimeDir::from_env(), name)?.ok_or_else(not_running)?)
 }
 
 /// The policy in a file, and its text.

@@ -9,11 +9,10 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use super::forward::ForwardFlags;
-use super::lan::Lan;
-use super::options::{NameOption, NetworkOptions, PortFlags, VmmFlags};
+use super::lan::{Lan, LanFlags};
+use super::options::{NetworkOptions, PortFlags, VmmFlags};
 use super::run::{By, Link, with_link};
 use super::{Failure, child};
-use crate::config::NAME_DEFAULT;
 
 /// Of a vhost-user card: the longest queues that QEMU allows. Its default of 256 holds six super-frames.
 const VHOST_USER_CARD: &str = ",rx_queue_size=1024,tx_queue_size=1024";
@@ -41,7 +40,7 @@ Examples:
   lanlet qemu --qemu qemu-system-aarch64 -- -M virt -cpu cortex-a72 -m 1G disk.img")]
 pub(super) struct Args {
     #[command(flatten)]
-    name: NameOption,
+    lan: LanFlags,
     /// The QEMU to run, by name or path [default: qemu-system of this machine]
     #[arg(long, value_name = "BINARY")]
     qemu: Option<PathBuf>,
@@ -64,7 +63,7 @@ pub(super) fn qemu(args: &Args) -> Result<ExitCode, Failure> {
         Some(program) => program.clone(),
         None => find()?,
     };
-    let lan = Lan::open(&args.name, &args.network)?;
+    let lan = Lan::open(&args.lan, &args.network)?;
     if daemonizes(&args.arguments) {
         check_daemonize(args, &lan)?;
     }
@@ -83,21 +82,15 @@ fn daemonizes(arguments: &[OsString]) -> bool {
 
 /// Refuses a QEMU in the background that would lose its network when this process ends.
 fn check_daemonize(args: &Args, lan: &Lan) -> Result<(), Failure> {
-    let name = match args.name.get() {
-        NAME_DEFAULT => String::new(),
-        name => format!(" --name {name}"),
-    };
     let refused = |what: &str, remedy: String| {
         Err(Failure::Usage(format!(
             "-daemonize: {what} would end with this command, and the VM lives on: {remedy}"
         )))
     };
     if matches!(lan, Lan::Embedded(_)) {
-        let remedy = format!(
-            "start a network that stays with 'lanlet up{name}' first, or run QEMU in the foreground, \
-             'lanlet qemu … &'"
-        );
-        return refused("the network", remedy);
+        let remedy = "start a network that stays with 'lanlet up -d' first, or run QEMU in the \
+                      foreground, 'lanlet qemu … &'";
+        return refused("the network", remedy.to_owned());
     }
     if args.vmm.by_vhost_user() {
         let remedy =
@@ -105,7 +98,7 @@ fn check_daemonize(args: &Args, lan: &Lan) -> Result<(), Failure> {
         return refused("the vhost-user socket", remedy.to_owned());
     }
     if args.forwards.specs().next().is_some() {
-        let remedy = format!("add them with 'lanlet forward add{name}'");
+        let remedy = format!("add them with 'lanlet forward add{}'", args.lan.words());
         return refused("the forwards", remedy);
     }
     Ok(())

@@ -5,8 +5,8 @@ use std::os::fd::AsRawFd;
 use std::process::ExitCode;
 
 use super::forward::ForwardFlags;
-use super::lan::Lan;
-use super::options::{NameOption, NetworkOptions, PortFlags, VmmFlags};
+use super::lan::{Lan, LanFlags};
+use super::options::{NetworkOptions, PortFlags, VmmFlags};
 use super::signals::Signals;
 use super::{Failure, child, replace_in};
 use crate::network::{VhostUserSocket, VmmPort};
@@ -35,7 +35,7 @@ Examples:
   lanlet run --subnet 10.9.0.0/24 -- sh -c 'exec crosvm run --net tap-fd=$LANLET_FD vmlinuz'")]
 pub(super) struct Args {
     #[command(flatten)]
-    name: NameOption,
+    lan: LanFlags,
     #[command(flatten)]
     port: PortFlags,
     #[command(flatten)]
@@ -51,7 +51,7 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args) -> Result<ExitCode, Failure> {
     let signals = child::block_signals()?;
-    let lan = Lan::open(&args.name, &args.network)?;
+    let lan = Lan::open(&args.lan, &args.network)?;
     let flags = (&args.port, &args.vmm, &args.forwards);
     with_link(lan, &signals, flags, |link| {
         let fill = |argument: &OsString| {

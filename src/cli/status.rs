@@ -4,10 +4,9 @@ use std::fmt::Write;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use super::find::connect;
 use super::options::NameOption;
 use super::{Failure, print};
-use crate::control::client::Client;
-use crate::control::{ControlError, RuntimeDir};
 use crate::network::{PortStatus, Status};
 
 /// Show a running network's ports, counters, addresses, leases, forwards and flows
@@ -28,12 +27,7 @@ pub(super) struct Args {
 }
 
 pub(super) fn status(args: &Args) -> Result<ExitCode, Failure> {
-    let name = args.name.get();
-    let not_running = || ControlError::NotRunning {
-        name: name.to_owned(),
-    };
-    let mut client = Client::connect(&RuntimeDir::from_env(), name)?.ok_or_else(not_running)?;
-    let status = client.status()?;
+    let status = connect(&args.name)?.status()?;
     let text = match args.json {
         true => serde_json::to_string_pretty(&status).map_err(std::io::Error::from)? + "\n",
         false => render(&status),

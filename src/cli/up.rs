@@ -1,11 +1,8 @@
 //! `lanlet up` and `lanlet down`: a network that others attach to.
 
-use std::fs::DirBuilder;
-use std::net::Shutdown;
+use std::fs::{DirBuilder, File};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::DirBuilderExt;
-use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,14 +10,15 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 
+use super::daemon::{self, Detached, Half, tell_service_manager};
+use super::find::connect;
 use super::forward::ForwardFlags;
 use super::options::{NameOption, NetworkOptions};
 use super::signals::Signals;
 use super::{Failure, check, child, logger, print};
 use crate::config::{NetworkConfig, PREFIX6_LEN, PortSpec, format_duration};
-use crate::control::client::Client;
+use crate::control::RuntimeDir;
 use crate::control::server::Server;
-use crate::control::{ControlError, RuntimeDir};
 use crate::network::Network;
 use crate::sys::signal::{Received, SignalFd};
 
@@ -34,15 +32,17 @@ const STOP_POLL: Duration = Duration::from_millis(20);
 /// Exit status of a network that had to end itself by force.
 const EXIT_FORCED: u8 = 1;
 
-/// Run a network in the foreground, for others to attach to
+/// Run a network for others to attach to
 ///
 /// Ends on SIGINT or SIGTERM (Ctrl-C), on 'lanlet down', or when its data path fails; a second signal, or
 /// five seconds, force the end. SIGHUP, SIGINT and SIGQUIT that are ignored when it starts (nohup) stay
-/// ignored. Guests attached to it lose their network then.
+/// ignored. Guests attached to it lose their network then. With --detach it runs in the background, and
+/// the command returns when guests can attach, or with status 1 and the reason why not.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
   lanlet up
+  lanlet up -d
   lanlet up --name lab --subnet 10.9.0.0/24 --dhcp-range 10.9.0.100-10.9.0.199 --domain lab.test
   lanlet up -p 8080:192.168.122.70:80 -p 5353:web:53/udp
   lanlet up --port vhost-user:/run/user/1000/web.sock,name=web
@@ -50,6 +50,16 @@ Examples:
 pub(super) struct Args {
     #[command(flatten)]
     name: NameOption,
+    /// Run in the background, and return when the network is ready; 'lanlet down' ends it
+    #[arg(short, long, conflicts_with = "ready_fd")]
+    detach: bool,
+    /// Where a network in the background logs to; a file grows [default: ~/.local/state/lanlet/NAME.log]
+    #[arg(long, value_name = "PATH", requires = "detach")]
+    log_file: Option<PathBuf>,
+    /// Write a line to this inherited descriptor when the network is ready, and close it (as s6 has it);
+    /// systemd is told by NOTIFY_SOCKET without being asked
+    #[arg(long, value_name = "N")]
+    ready_fd: Option<i32>,
     #[command(flatten)]
     forwards: ForwardFlags,
     /// A port that is there from the start and stays: vhost-user:PATH[,name=NAME][,group=NAME] is a unix
@@ -73,10 +83,32 @@ pub(super) struct DownArgs {
     name: NameOption,
 }
 
+/// Who is told when the network is ready.
+enum Ready {
+    /// Whoever reads standard output.
+    Reader,
+    /// Whoever waits at a descriptor, too.
+    Waiter(File),
+    /// The caller, whose terminal is left then for a log.
+    Caller(Detached, PathBuf),
+}
+
 pub(super) fn up(args: &Args) -> Result<ExitCode, Failure> {
+    // First of all, while there is one thread and no descriptor.
+    let ready = match (args.detach, args.ready_fd) {
+        (true, _) => match daemon::split()? {
+            Half::Caller(status) => return Ok(status),
+            Half::Network(detached) => Ready::Caller(detached, log_file(args)?),
+        },
+        (false, Some(number)) => Ready::Waiter(daemon::take_ready_fd(number)?),
+        (false, None) => Ready::Reader,
+    };
     let signals = Signals::hold(&ENDING)?;
     let name = args.name.get();
-    let default_leases = lease_file(name);
+    let default_leases = state_file(&format!("{name}.leases"));
+    if default_leases.is_none() {
+        log::warn!("neither XDG_STATE_HOME nor HOME is set: leases are not kept across restarts");
+    }
     let mut config = args.network.resolve(name, default_leases.clone())?;
     config.ports = args.port.clone();
     config.forwards = args.forwards.specs().cloned().collect();
@@ -86,10 +118,17 @@ pub(super) fn up(args: &Args) -> Result<ExitCode, Failure> {
         .as_deref()
         .filter(|&path| Some(path) == default_leases.as_deref())
     {
-        make_parent(path)?;
+        make_parent(
+            path,
+            "the lease file (--lease-file PATH or none says where else)",
+        )?;
     }
     let socket = claim.socket().to_owned();
-    let summary = summary(&config, &socket);
+    let log = match &ready {
+        Ready::Caller(_, path) => Some(path.as_path()),
+        _ => None,
+    };
+    let summary = summary(&config, &socket, log);
     child::raise_open_files();
     // Beside the start, which waits for nothing either.
     let network = std::thread::scope(|scope| {
@@ -122,11 +161,7 @@ pub(super) fn up(args: &Args) -> Result<ExitCode, Failure> {
             }
         })
         .map_err(Failure::io("cannot start a thread"))?;
-    if !logger::is_quiet() {
-        // Who reads the summary may have gone; the network is there for others.
-        let _ = print(&summary);
-    }
-    tell_service_manager("READY=1");
+    ready.tell(&summary)?;
     let received = wait_for_end(signals.running(), &end)?;
     signals.ending(EXIT_FORCED);
     tell_service_manager("STOPPING=1");
@@ -154,6 +189,39 @@ fn ring(end: &OwnedFd) {
     let _ = rustix::io::write(end, &1u64.to_ne_bytes());
 }
 
+impl Ready {
+    /// Tells it.
+    ///
+    /// # Errors
+    /// The caller of a network in the background has gone.
+    fn tell(self, summary: &str) -> Result<(), Failure> {
+        let say = || {
+            if !logger::is_quiet() {
+                // Who reads the summary may have gone; the network is there for others.
+                let _ = print(summary);
+            }
+        };
+        match self {
+            Ready::Reader => say(),
+            Ready::Waiter(fd) => {
+                say();
+                daemon::tell_ready(fd);
+            }
+            Ready::Caller(detached, log) => {
+                make_parent(&log, "the log (--log-file PATH says where else)")?;
+                let log = daemon::open_log(&log)?;
+                say();
+                detached.leave(&log)?;
+                let pid = std::process::id();
+                log::info!("the network is up, in the background as pid {pid}");
+                tell_service_manager(&format!("MAINPID={pid}"));
+            }
+        }
+        tell_service_manager("READY=1");
+        Ok(())
+    }
+}
+
 /// Blocks until a signal comes or somebody rings `end`.
 fn wait_for_end(signals: &SignalFd, end: &OwnedFd) -> Result<Option<Received>, Failure> {
     loop {
@@ -175,35 +243,46 @@ fn wait_for_end(signals: &SignalFd, end: &OwnedFd) -> Result<Option<Received>, F
     }
 }
 
-/// Where `up` keeps leases by default: $XDG_STATE_HOME/lanlet, by the XDG base directory rules
-/// ~/.local/state/lanlet.
-fn lease_file(name: &str) -> Option<PathBuf> {
+/// Where `up` keeps a file by default: $XDG_STATE_HOME/lanlet, by the XDG base directory rules
+/// ~/.local/state/lanlet. `None`: the environment names neither directory.
+fn state_file(file: &str) -> Option<PathBuf> {
     let var = |key| {
         std::env::var_os(key)
             .map(PathBuf::from)
             .filter(|path| path.is_absolute())
     };
     let state = var("XDG_STATE_HOME").or_else(|| Some(var("HOME")?.join(".local/state")));
-    if state.is_none() {
-        log::warn!("neither XDG_STATE_HOME nor HOME is set: leases are not kept across restarts");
-    }
-    Some(state?.join("lanlet").join(format!("{name}.leases")))
+    Some(state?.join("lanlet").join(file))
 }
 
-fn make_parent(path: &Path) -> Result<(), Failure> {
+/// Where a network in the background logs to.
+fn log_file(args: &Args) -> Result<PathBuf, Failure> {
+    if let Some(path) = &args.log_file {
+        return Ok(std::path::absolute(path)?);
+    }
+    let path = state_file(&format!("{}.log", args.name.get())).ok_or_else(|| {
+        Failure::because(
+            "neither XDG_STATE_HOME nor HOME is set: say where to log with --log-file PATH",
+        )
+    })?;
+    Ok(path)
+}
+
+/// Makes the directory that a file is to be in.
+fn make_parent(path: &Path, what: &str) -> Result<(), Failure> {
     let parent = path.parent().unwrap_or(path);
     DirBuilder::new()
         .recursive(true)
         .mode(0o700)
         .create(parent)
         .map_err(Failure::io(format!(
-            "cannot make {} for the lease file (--lease-file PATH or none says where else)",
+            "cannot make {} for {what}",
             parent.display()
         )))
 }
 
 /// What a newcomer needs to know of the network.
-fn summary(config: &NetworkConfig, socket: &Path) -> String {
+fn summary(config: &NetworkConfig, socket: &Path, log: Option<&Path>) -> String {
     let (first, last) = config.dhcp_range;
     let name = match config.name.as_str() {
         crate::config::NAME_DEFAULT => String::new(),
@@ -234,12 +313,20 @@ lanlet {version}: network '{network}' is up
   DHCP     {first} to {last}, leases of {lease_time}, {leases}
   DNS      {gateway}, forwarding to {dns}
   control  {socket}
-Attach a guest:
+{log_line}Attach a guest:
   lanlet qemu{name} -- -m 1G -drive file=disk.qcow2
   lanlet run{name} -- cloud-hypervisor --net fd={{fd}},mac={{mac}} --kernel vmlinuz
   lanlet exec{name} -- bash
-See what goes on with 'lanlet status{name}'; Ctrl-C ends the network.
+See what goes on with 'lanlet status{name}'; {end} ends the network.
 ",
+        end = match log {
+            Some(_) => format!("'lanlet down{name}'"),
+            None => "Ctrl-C".to_owned(),
+        },
+        log_line = log.map_or(String::new(), |log| format!(
+            "  log      {}\n",
+            log.display()
+        )),
         version = env!("CARGO_PKG_VERSION"),
         network = config.name,
         subnet = config.subnet(),
@@ -250,36 +337,10 @@ See what goes on with 'lanlet status{name}'; Ctrl-C ends the network.
     )
 }
 
-/// Tells systemd how far the service is (sd_notify(3)), where one asks.
-fn tell_service_manager(state: &str) {
-    let Some(path) = std::env::var("NOTIFY_SOCKET")
-        .ok()
-        .filter(|path| !path.is_empty())
-    else {
-        return;
-    };
-    let sent = || -> std::io::Result<()> {
-        let address = match path.strip_prefix('@') {
-            Some(name) => SocketAddr::from_abstract_name(name)?,
-            None => SocketAddr::from_pathname(&path)?,
-        };
-        let socket = UnixDatagram::unbound()?;
-        socket.connect_addr(&address)?;
-        socket.send(state.as_bytes())?;
-        socket.shutdown(Shutdown::Both)
-    };
-    if let Err(error) = sent() {
-        log::warn!("cannot tell the service manager at {path}: {error}");
-    }
-}
-
 pub(super) fn down(args: &DownArgs) -> Result<ExitCode, Failure> {
-    let (dir, name) = (RuntimeDir::from_env(), args.name.get());
-    let not_running = || ControlError::NotRunning {
-        name: name.to_owned(),
-    };
-    let mut client = Client::connect(&dir, name)?.ok_or_else(not_running)?;
-    let pid = client.pid();
+    let dir = RuntimeDir::from_env();
+    let mut client = connect(&args.name)?;
+    let (name, pid) = (client.name().to_owned(), client.pid());
     let guests = client
         .status()?
         .ports
@@ -293,7 +354,7 @@ pub(super) fn down(args: &DownArgs) -> Result<ExitCode, Failure> {
     let runs = || match &process {
         // Not the name: a service manager may have started the network again by now.
         Some(process) => !has_ended(process, STOP_POLL),
-        None => dir.is_claimed(name),
+        None => dir.is_claimed(&name),
     };
     while runs() {
         if Instant::now() > deadline {
@@ -329,11 +390,15 @@ mod tests {
     #[test]
     fn the_summary_names_the_network_where_it_has_to() {
         let mut config = NetworkConfig::default();
-        let text = summary(&config, Path::new("/run/lanlet/default.sock"));
+        let text = summary(&config, Path::new("/run/lanlet/default.sock"), None);
         assert!(
             text.contains("192.168.122.0/24, gateway 192.168.122.1") && !text.contains("--name")
         );
         config.name = "lab".to_owned();
-        assert!(summary(&config, Path::new("/x")).contains("lanlet exec --name lab -- bash"));
+        let text = summary(&config, Path::new("/x"), Some(Path::new("/log")));
+        assert!(text.contains("lanlet exec --name lab -- bash"), "{text}");
+        assert!(
+            text.contains("  log      /log\n") && text.contains("'lanlet down --name lab' ends")
+        );
     }
 }

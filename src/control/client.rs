@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -25,6 +26,26 @@ const START_TIME_MAX: Duration = Duration::from_secs(3);
 const START_POLL: Duration = Duration::from_millis(20);
 /// How long a reply may take. Attaching takes milliseconds; a process that needs longer is stopped.
 const REPLY_TIME_MAX: Duration = Duration::from_secs(10);
+
+/// Connects to a control socket; `None` if nobody listens.
+fn open(path: &Path) -> Result<Option<UnixStream>, ControlError> {
+    match UnixStream::connect(path) {
+        Ok(stream) => Ok(Some(stream)),
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+            ) =>
+        {
+            Ok(None)
+        }
+        Err(error) => Err(ControlError::Io {
+            action: "connect to",
+            path: path.to_owned(),
+            error,
+        }),
+    }
+}
 
 /// A connection to a running network.
 #[derive(Debug)]
@@ -49,35 +70,52 @@ impl Client {
             return Ok(None);
         }
         let deadline = Instant::now() + START_TIME_MAX;
-        let stream = loop {
-            match UnixStream::connect(&path) {
-                Ok(stream) => break stream,
-                Err(error)
-                    if matches!(
-                        error.kind(),
-                        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
-                    ) =>
-                {
-                    let Some(pid) = dir.holder(name) else {
-                        return Ok(None);
-                    };
-                    if Instant::now() > deadline {
-                        return Err(ControlError::NoAnswer {
-                            name: name.to_owned(),
-                            pid,
-                        });
-                    }
-                    std::thread::sleep(START_POLL);
-                }
-                Err(error) => {
-                    return Err(ControlError::Io {
-                        action: "connect to",
-                        path,
-                        error,
-                    });
-                }
+        loop {
+            if let Some(stream) = open(&path)? {
+                return Self::greeted(stream, path, name).map(Some);
             }
-        };
+            let Some(pid) = dir.holder(name) else {
+                return Ok(None);
+            };
+            if Instant::now() > deadline {
+                return Err(ControlError::NoAnswer {
+                    name: name.to_owned(),
+                    pid,
+                });
+            }
+            std::thread::sleep(START_POLL);
+        }
+    }
+
+    /// Connects to the network called `name` as soon as it runs; `None` if none does until `deadline`.
+    ///
+    /// # Errors
+    /// One runs, but can't be talked to.
+    pub fn connect_by(
+        dir: &RuntimeDir,
+        name: &str,
+        deadline: Instant,
+    ) -> Result<Option<Self>, ControlError> {
+        let path = dir.socket(name)?;
+        loop {
+            // Not by the lock: many who look at it so often would keep the network from taking it.
+            let stream = match dir.exists_safely()? {
+                true => open(&path)?,
+                false => None,
+            };
+            match stream.map(|stream| Self::greeted(stream, path.clone(), name)) {
+                // It could not start, or is just ending: another may come.
+                Some(Err(ControlError::Closed { .. })) if Instant::now() < deadline => {}
+                Some(greeted) => return greeted.map(Some),
+                None if Instant::now() < deadline => {}
+                None => return Self::connect(dir, name),
+            }
+            std::thread::sleep(START_POLL);
+        }
+    }
+
+    /// A connection on which the network has said hello.
+    fn greeted(stream: UnixStream, path: PathBuf, name: &str) -> Result<Self, ControlError> {
         let (pid, uid) = socket::peer(stream.as_fd()).map_err(|error| ControlError::Io {
             action: "look at",
             path,
@@ -97,7 +135,12 @@ impl Client {
             pid: pid.unwrap_or_default(),
         };
         client.greet()?;
-        Ok(Some(client))
+        Ok(client)
+    }
+
+    /// The network's name.
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     /// Process that runs the network, as it is called in its own pid namespace.
@@ -324,10 +367,8 @@ impl Client {
             match self.reader.read_from(&self.stream) {
                 Ok(Read::Some) => {}
                 Ok(Read::Closed) => {
-                    let reason = "closed the connection; is it shutting down?".to_owned();
-                    return Err(ControlError::Protocol {
+                    return Err(ControlError::Closed {
                         name: self.name.clone(),
-                        reason,
                     });
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

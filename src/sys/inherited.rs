@@ -32,6 +32,32 @@ pub fn take(number: i32) -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
+/// Closes whatever the parent process left open besides standard input, output and error. Once per
+/// process and in place of [`take`], before anything else opens descriptors.
+///
+/// # Errors
+/// Descriptors were taken already; or /proc can't be read, on a kernel without close_range(2).
+pub fn close_all() -> io::Result<()> {
+    if TAKEN.swap(true, Relaxed) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    // SAFETY: nothing was taken (above) and nothing of this process has opened a descriptor yet, so no
+    // object owns one of these numbers.
+    if unsafe { libc::close_range(FIRST as u32, u32::MAX, 0) } == 0 {
+        return Ok(());
+    }
+    // Linux before 5.9, or a filter of system calls that does not know it.
+    let numbers: Vec<i32> = std::fs::read_dir("/proc/self/fd")?
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .filter(|&number| number >= FIRST)
+        .collect();
+    for number in numbers {
+        // SAFETY: as above; the directory's own descriptor is closed already, and EBADF does no harm.
+        unsafe { libc::close(number) };
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -188,7 +188,7 @@ fn a_network_stays_for_a_command_that_goes_on_in_the_background() {
         printf '#!/bin/sh\necho ran\n' >qemu
         chmod +x qemu
         lanlet qemu --qemu ./qemu -- -daemonize 2>private.log
-        say private=$? remedy="$(grep -c "lanlet up' first" private.log)"
+        say private=$? remedy="$(grep -c "lanlet up -d' first" private.log)"
         network
         lanlet qemu --qemu ./qemu --name default -- -daemonize >shared.log 2>&1
         say shared=$? ran="$(cat shared.log)"

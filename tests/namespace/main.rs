@@ -8,6 +8,7 @@
 mod common;
 
 mod access;
+mod background;
 mod bulk;
 mod crowd;
 mod dhcp;

@@ -1,0 +1,175 @@
+//! Networks in the background: what `lanlet up --detach` leaves behind and what it does not, who is told
+//! when the network is ready, and who attaches to it.
+
+use super::common::World;
+use super::{assert_said, scenario};
+
+/// The caller gets its errors and its descriptors back; the network has none of either.
+#[test]
+fn a_detached_network_is_ready_when_the_command_returns() {
+    let script = r#"
+        exec 9>inherited
+        lanlet up -d --lease-file none >up.out 2>up.err
+        say up=$?
+        attached=0
+        for _ in $(seq 20); do lanlet exec -- true 2>>exec.err && attached=$((attached + 1)); done
+        say attached=$attached told=$(grep -c "on network 'default'" exec.err)
+        lanlet exec -q -- true 2>quiet.err
+        say quiet=$(wc -c <quiet.err)
+        pid=$(status_of "s['pid']")
+        say cwd=$(readlink /proc/$pid/cwd) stdin=$(readlink /proc/$pid/fd/0)
+        say log="$(readlink /proc/$pid/fd/2)" mode=$(stat -c %a "$(readlink /proc/$pid/fd/2)")
+        say leader=$(($(ps -o sid= -p $pid) == pid)) terminal=$(ps -o tty= -p $pid)
+        say inherited=$(readlink /proc/$pid/fd/* | grep -c inherited)
+        say summary=$(grep -c "'lanlet down' ends the network" up.out) stderr=$(wc -c <up.err)
+        step typo lanlet exec --name defalt -- true 2>typo.err
+        grep -q "'defalt' is not running (these are: default)" typo.err && say typo_told=yes
+        step private lanlet exec --private --subnet 10.8.0.0/24 -- sh -c 'ip -o -4 a show eth0 | grep -q " 10.8.0."'
+        # Errors at the start are the caller's, and leave nothing.
+        step busy lanlet up -d 2>busy.err
+        grep -q "already running (pid $pid)" busy.err && say busy_told=yes
+        python3 -c 'import socket, time; s = socket.create_server(("127.0.0.1", 7000)); print("up", flush=True); time.sleep(60)' >taken &
+        wait_for taken up
+        step refused lanlet up -d --name other -p 127.0.0.1:7000:192.168.122.9:80 --log-file other.log 2>refused.err
+        grep -q '127.0.0.1:7000' refused.err && say refused_told=yes
+        say left=$(pgrep -fc 'lanlet up -d --name other') log_left=$(ls other.log 2>/dev/null | wc -l)
+        step down lanlet down
+        say after=$(pgrep -fc 'lanlet up -d')
+        true
+    "#;
+    let Some(outcome) = scenario(&World::new(), script) else {
+        return;
+    };
+    let outcome = outcome.passed();
+    assert_said(
+        &outcome,
+        &[
+            ("up", "0"),
+            ("attached", "20"),
+            ("told", "20"),
+            ("quiet", "0"),
+            ("cwd", "/"),
+            ("stdin", "/dev/null"),
+            ("mode", "600"),
+            ("leader", "1"),
+            ("terminal", "?"),
+            ("inherited", "0"),
+            ("summary", "1"),
+            ("stderr", "0"),
+            ("typo", "1"),
+            ("typo_told", "yes"),
+            ("private", "0"),
+            ("busy", "1"),
+            ("busy_told", "yes"),
+            ("refused", "1"),
+            ("refused_told", "yes"),
+            ("left", "0"),
+            ("log_left", "0"),
+            ("down", "0"),
+            ("after", "0"),
+        ],
+    );
+    let log = outcome.markers().get("log").unwrap_or_default().to_owned();
+    assert!(log.ends_with("/lanlet/default.log"), "{log}");
+}
+
+/// Paths that were relative to the caller's directory still lead where they did.
+#[test]
+fn a_detached_network_keeps_the_callers_paths() {
+    let script = r#"
+        mkdir -m 777 own; cd own
+        lanlet up -d --lease-file my.leases --log-file my.log >/dev/null
+        say up=$?
+        lanlet exec -- true
+        step down lanlet down
+        until_true 10 test -s my.leases
+        say leases=$(test -s my.leases && echo kept) log=$(grep -c 'is ending: asked to' my.log)
+        # A relative runtime directory, too.
+        export LANLET_RUNTIME_DIR=control
+        lanlet up -d --lease-file none --log-file my.log >/dev/null
+        say relative=$?
+        step attached lanlet exec --name default -- true
+        step ended lanlet down
+        say socket=$(test -e control/default.sock || echo gone)
+    "#;
+    let Some(outcome) = scenario(&World::new(), script) else {
+        return;
+    };
+    assert_said(
+        &outcome.passed(),
+        &[
+            ("up", "0"),
+            ("down", "0"),
+            ("leases", "kept"),
+            ("log", "1"),
+            ("relative", "0"),
+            ("attached", "0"),
+            ("ended", "0"),
+            ("socket", "gone"),
+        ],
+    );
+}
+
+/// Who starts a network in the background of a shell has four ways to know when it is there.
+#[test]
+fn readiness_is_told_and_can_be_waited_for() {
+    let script = r#"
+        # A command that is faster than the network attaches to it all the same.
+        for round in 1 2 3 4 5; do
+            "$LAB/as-user" "$LANLET" up --lease-file none >up.log 2>&1 &
+            lanlet exec --wait 20s -- true && say waited=yes
+            lanlet down
+            wait $!
+        done
+        "$LAB/as-user" "$LANLET" up --lease-file none --ready-fd 8 >up.log 2>&1 8>ready &
+        step wait lanlet wait --timeout 20s
+        for _ in $(seq 200); do [ -s ready ] && break; sleep 0.05; done
+        say line=$(wc -c <ready) closed=$(readlink /proc/$(status_of "s['pid']")/fd/* | grep -c /ready)
+        lanlet down
+        wait
+        step none lanlet wait --timeout 1s 2>none.err
+        step named lanlet exec --name later --wait 1s -- true 2>>none.err
+        say told=$(grep -c 'is not running' none.err)
+        step bad lanlet up --ready-fd 77 2>bad.err
+        grep -q -- '--ready-fd 77' bad.err && say bad_told=yes
+        # As systemd asks for it.
+        python3 -c '
+import socket
+s = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM); s.bind("notify"); s.settimeout(30)
+print("bound", flush=True)
+while True:
+    told = s.recv(1000).decode().split("\n"); print(*told, flush=True)
+    if "STOPPING=1" in told: break' >told &
+        wait_for told bound
+        chmod 777 notify
+        NOTIFY_SOCKET=$PWD/notify lanlet up -d --lease-file none >/dev/null
+        lanlet down
+        wait
+        say ready=$(grep -c '^READY=1$' told) main=$(grep -c '^MAINPID=[0-9]*$' told)
+    "#;
+    let Some(outcome) = scenario(&World::new(), script) else {
+        return;
+    };
+    let outcome = outcome.passed();
+    assert_eq!(
+        outcome.markers().all("waited"),
+        ["yes"; 5],
+        "{}",
+        outcome.text()
+    );
+    assert_said(
+        &outcome,
+        &[
+            ("wait", "0"),
+            ("line", "1"),
+            ("closed", "0"),
+            ("none", "1"),
+            ("named", "1"),
+            ("told", "2"),
+            ("bad", "2"),
+            ("bad_told", "yes"),
+            ("ready", "1"),
+            ("main", "1"),
+        ],
+    );
+}

@@ -4,7 +4,10 @@
 
 mod common;
 
-use std::time::Duration;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+use std::{fs, thread};
 
 use common::{World, guests_missing, lab, skip, world_missing};
 use lanlet::network::Status;
@@ -213,4 +216,168 @@ fn testpmd_comes_and_goes() {
     }
     assert_eq!(markers.all("came").len(), 2);
     assert!(markers.number("received") > 1000.0, "{}", told());
+}
+
+/// Bytes that the process under attack may use.
+const GROUP_BYTES: u64 = 200 << 20;
+
+/// A front-end whose memory is holes: it has 64 KiB of them read with each descriptor, again and again, of
+/// one file after the other, and takes the pages out behind lanlet's back.
+const HOLES: &str = r#"
+import array, ctypes, os, socket, struct, sys, time
+BYTES, SIZE, LEN = 4 << 30, 256, 65536
+libc = ctypes.CDLL(None, use_errno=True)
+kept = []
+def punch(file):
+    libc.fallocate(file, 3, ctypes.c_long(1 << 20), ctypes.c_long(BYTES - (1 << 20)))
+def attack(path, is_punching):
+    peer = socket.socket(socket.AF_UNIX)
+    peer.settimeout(5)
+    for _ in range(100):
+        try:
+            peer.connect(path)
+            break
+        except OSError:
+            time.sleep(0.02)
+    def tell(request, payload, *fds):
+        anc = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', fds))] if fds else []
+        peer.sendmsg([struct.pack('III', request, 1, len(payload)), payload], anc)
+    file = os.memfd_create('holes')
+    os.ftruncate(file, BYTES)
+    kept.append(file)
+    kick, call = (os.eventfd(0) for _ in range(2))
+    tell(3, b'')                                                # SET_OWNER
+    tell(2, struct.pack('Q', 1 << 32))                          # SET_FEATURES: VERSION_1
+    tell(5, struct.pack('5Q', 1, 0, BYTES, 0, 0), file)         # SET_MEM_TABLE
+    tell(8, struct.pack('II', 1, SIZE))                         # SET_VRING_NUM, _BASE, _ADDR, _CALL, _KICK
+    tell(10, struct.pack('II', 1, 0))
+    tell(9, struct.pack('II4Q', 1, 0, 0, 0x20000, 0x10000, 0))
+    tell(13, struct.pack('Q', 1), call)
+    tell(12, struct.pack('Q', 1), kick)
+    at, avail = 1 << 20, 0
+    for _ in range(200):
+        table = b''.join(struct.pack('QIHH', at + n * LEN, LEN, 0, 0) for n in range(SIZE))
+        os.pwrite(file, table, 0)
+        os.pwrite(file, struct.pack('H', 0) * 2 + b''.join(struct.pack('H', n) for n in range(SIZE)), 0x10000)
+        avail = (avail + SIZE) & 0xffff
+        os.pwrite(file, struct.pack('H', avail), 0x10002)
+        os.eventfd_write(kick, 1)
+        for _ in range(40):
+            if struct.unpack('H', os.pread(file, 2, 0x20002))[0] == avail:
+                break
+            time.sleep(0.005)
+        else:
+            return                                              # given up
+        at += SIZE * LEN
+        if at + SIZE * LEN > BYTES:
+            at = 1 << 20
+        if is_punching:
+            punch(file)
+for n in range(6):
+    try:
+        attack(sys.argv[1], n % 2 == 1)
+    except OSError as error:
+        print('attack', n, error)
+print('attacks over')
+"#;
+
+/// A control group for memory, of either version, that goes with it.
+struct MemoryGroup(PathBuf);
+
+impl MemoryGroup {
+    fn new() -> Result<Self, String> {
+        let name = format!("lanlet-test-{}", std::process::id());
+        let (root, limit) = match Path::new("/sys/fs/cgroup/memory").exists() {
+            true => ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
+            false => ("/sys/fs/cgroup", "memory.max"),
+        };
+        // Where version 2 does not hand memory down yet.
+        let _ = fs::write(format!("{root}/cgroup.subtree_control"), "+memory");
+        let group = MemoryGroup(Path::new(root).join(name));
+        fs::create_dir(&group.0)
+            .and_then(|()| fs::write(group.0.join(limit), GROUP_BYTES.to_string()))
+            .map_err(|error| format!("no control group for memory: {}: {error}", group.0.display()))?;
+        Ok(group)
+    }
+
+    /// Times that the group's limit made the kernel kill.
+    fn kills(&self) -> u64 {
+        ["memory.oom_control", "memory.events"]
+            .iter()
+            .filter_map(|file| fs::read_to_string(self.0.join(file)).ok())
+            .flat_map(|text| text.lines().map(str::to_owned).collect::<Vec<_>>())
+            .filter_map(|line| line.strip_prefix("oom_kill ")?.parse::<u64>().ok())
+            .sum()
+    }
+}
+
+impl Drop for MemoryGroup {
+    fn drop(&mut self) {
+        let begun = Instant::now();
+        while self.0.exists() && fs::remove_dir(&self.0).is_err() {
+            if begun.elapsed() > Duration::from_secs(10) {
+                eprintln!("left behind: {}", self.0.display());
+                return;
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+#[test]
+fn holes_in_a_guests_memory_are_not_lanlets_to_allocate() {
+    let group = match MemoryGroup::new() {
+        Ok(group) => group,
+        Err(reason) => return skip(&reason),
+    };
+    let world = World::new().limit(Duration::from_secs(60));
+    let temp = world.temp();
+    let script = temp.file("holes.py", HOLES);
+    let socket = temp.path().join("holes.sock");
+    let other = temp.path().join("other.sock");
+    let as_user = lab().dir.join("as-user");
+    let log = fs::File::create(temp.path().join("up.log")).unwrap();
+    let procs = group.0.join("cgroup.procs");
+    // Without a network, which nothing here needs.
+    let mut lanlet = Command::new("bash")
+        .args(["-c", "echo $$ >\"$0\" && exec unshare --net \"$@\""])
+        .arg(&procs)
+        .arg(&as_user)
+        .arg(&lab().lanlet)
+        .args(["up", "--name", "holes", "--lease-file", "none"])
+        .arg("--port")
+        .arg(format!("vhost-user:{},name=holes", socket.display()))
+        .arg("--port")
+        .arg(format!("vhost-user:{},name=other", other.display()))
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().unwrap())
+        .stderr(log)
+        .spawn()
+        .unwrap();
+    let begun = Instant::now();
+    while !socket.exists() || !other.exists() {
+        let log = || temp.read("up.log");
+        assert!(lanlet.try_wait().unwrap().is_none(), "{}", log());
+        assert!(begun.elapsed() < Duration::from_secs(30), "{}", log());
+        thread::sleep(Duration::from_millis(20));
+    }
+    let attack = Command::new("timeout")
+        .arg("50")
+        .arg(&as_user)
+        .arg("python3")
+        .args([&script, &socket])
+        .output()
+        .unwrap();
+    let ended = lanlet.try_wait().unwrap();
+    let _ = lanlet.kill();
+    let _ = lanlet.wait();
+    let told = format!(
+        "{}{}\n--- up.log\n{}",
+        String::from_utf8_lossy(&attack.stdout),
+        String::from_utf8_lossy(&attack.stderr),
+        temp.read("up.log")
+    );
+    assert!(told.contains("attacks over"), "{told}");
+    assert_eq!((ended, group.kills()), (None, 0), "{told}");
+    assert!(told.contains("more than lanlet may allocate"), "{told}");
 }

@@ -8,6 +8,7 @@ use std::sync::{Arc, OnceLock};
 
 use lanlet::frame::{Batch, ETH_HEADER_LEN, FRAME_LEN_MAX, Frame};
 use lanlet::offload::{Caps, Offload};
+use lanlet::port::vhost_user::allowance;
 use lanlet::port::vhost_user::device::Device;
 use lanlet::port::vhost_user::memory::{Memory, RegionInfo};
 use lanlet::port::vhost_user::queue::Terms;
@@ -43,7 +44,7 @@ fn memory() -> &'static (File, Arc<Memory>) {
             file_offset: 0,
         };
         let copy = file.try_clone().expect("a copy of its descriptor");
-        let memory = Memory::map(vec![(info, copy)]).expect("its mapping");
+        let memory = Memory::map(vec![(info, copy)], &allowance::of_port()).expect("its mapping");
         (file, Arc::new(memory))
     })
 }

@@ -10,6 +10,7 @@ use super::{Shared, lock};
 use crate::control::lease_file::LeaseFile;
 use crate::dhcp::lease::LeaseTable;
 use crate::frame;
+use crate::port::vhost_user::allowance;
 use crate::sys::arena;
 use crate::uplink::route::RouteTable;
 use crate::worker::Command;
@@ -132,6 +133,7 @@ pub(super) async fn housekeep(
         host_ipv6.follow(shared);
         balancer.follow(shared);
         arena::release_unused();
+        allowance::settle();
         if let Some(keeper) = keeper {
             let (keeper, shared) = (Arc::clone(keeper), Arc::clone(shared));
             // A slow disk must not hold up the resolver on this thread. A panic was reported.

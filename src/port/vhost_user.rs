@@ -32,8 +32,9 @@
 //! - To stop in the middle of a message: the control thread is this port's alone.
 //! - Descriptors that block: kicks are never read; calls must be eventfds, and are signalled as the kernel
 //!   does it, which never waits ([`crate::sys::eventfd`]).
-//! - Memory that goes away: see [`memory`].
+//! - Memory that goes away, or was never there: see [`memory`] and [`allowance`].
 
+pub mod allowance;
 pub mod device;
 mod front_end;
 pub mod memory;

@@ -1,23 +1,32 @@
-//! Mappings of files that another process can shrink.
+//! Mappings of files that another process can shrink, or leave holes in.
 //!
-//! An access to a shared mapping past its file's end is a SIGBUS, which ends the process. For mappings that
-//! are guarded here, a handler puts a page of zeros in the place instead, and the access goes on: whoever
-//! shrank the file has only harmed himself. Elsewhere SIGBUS does what it did before.
+//! An access to a shared mapping past its file's end is a SIGBUS, which ends the process, and so is one to a
+//! hole where that is asked for ([`userfault`]). For mappings that are guarded here, a handler has the hole
+//! filled. Where that can't be had, it puts zeros of our own in the place, so that the access goes on, and
+//! says that the mapping is lost: its owner stops using it, so that such zeros don't add up. Elsewhere SIGBUS
+//! does what it did before.
 //!
-//! The handler runs between any two instructions: it reads atomics and makes one system call, which is
-//! all that it may.
+//! The handler runs between any two instructions: it uses atomics and makes two system calls at most,
+//! which is all that it may.
+//!
+//! [`userfault`]: super::userfault
 #![allow(unsafe_code)]
 
 use std::io;
 use std::mem::MaybeUninit;
-use std::sync::OnceLock;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
-use std::sync::atomic::{AtomicBool, AtomicUsize};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize};
+use std::sync::{Arc, OnceLock};
+
+use super::userfault::Charge;
 
 /// Mappings guarded at a time: 64 each of 256 guests, which is the most that one can have
 /// (`port::vhost_user::memory`), so that it takes 256 that mean harm to leave none for the next. 512 KiB of
 /// address space, of which what was never used takes no memory.
 pub const GUARDS_MAX: usize = 16_384;
+/// Bytes of zeros put in place at a time, if pages are not larger: a frame's, so that what is being copied
+/// when a mapping is lost leaves few pieces of it behind (vm.max_map_count).
+const ZEROS_BYTES: usize = 64 << 10;
 
 /// Why a mapping is not guarded, and so not had.
 #[derive(Debug, thiserror::Error)]
@@ -33,6 +42,7 @@ struct Slot {
     start: AtomicUsize,
     len: AtomicUsize,
     page_len: AtomicUsize,
+    charge: AtomicPtr<Charge>,
 }
 
 static SLOTS: [Slot; GUARDS_MAX] = [const {
@@ -41,6 +51,7 @@ static SLOTS: [Slot; GUARDS_MAX] = [const {
         start: AtomicUsize::new(0),
         len: AtomicUsize::new(0),
         page_len: AtomicUsize::new(0),
+        charge: AtomicPtr::new(std::ptr::null_mut()),
     }
 }; GUARDS_MAX];
 
@@ -54,13 +65,23 @@ static BEFORE: OnceLock<libc::sigaction> = OnceLock::new();
 #[derive(Debug)]
 pub struct Guard {
     slot: usize,
+    /// What the slot points to.
+    charge: Arc<Charge>,
 }
 
-/// Guards the mapping of `len` bytes at `start`, whose pages have `page_len` bytes.
+impl Guard {
+    /// Whom its pages are allocated for.
+    pub fn charge(&self) -> &Charge {
+        &self.charge
+    }
+}
+
+/// Guards the mapping of `len` bytes at `start`, whose pages have `page_len` bytes and are allocated for
+/// `charge`.
 ///
 /// # Errors
 /// [`GUARDS_MAX`] are guarded already, or the kernel takes no handler.
-pub fn guard(start: usize, len: usize, page_len: usize) -> io::Result<Guard> {
+pub fn guard(start: usize, len: usize, page_len: usize, charge: Charge) -> io::Result<Guard> {
     install()?;
     let free = SLOTS
         .iter()
@@ -71,8 +92,10 @@ pub fn guard(start: usize, len: usize, page_len: usize) -> io::Result<Guard> {
     let slot = &SLOTS[free];
     slot.len.store(len, Relaxed);
     slot.page_len.store(page_len, Relaxed);
+    let charge = Arc::new(charge);
+    slot.charge.store(Arc::as_ptr(&charge).cast_mut(), Relaxed);
     slot.start.store(start, Release);
-    Ok(Guard { slot: free })
+    Ok(Guard { slot: free, charge })
 }
 
 impl Drop for Guard {
@@ -83,15 +106,56 @@ impl Drop for Guard {
     }
 }
 
-/// The page that an address is in, and its length, where it is guarded.
-fn page_of(address: usize) -> Option<(usize, usize)> {
+/// Where an access failed.
+struct Place {
+    slot: &'static Slot,
+    page: usize,
+    page_len: usize,
+    /// Of the mapping.
+    end: usize,
+}
+
+/// The page that an address is in, where it is guarded.
+fn page_of(address: usize) -> Option<Place> {
     let mut taken = SLOTS.iter().take(SLOTS_END.load(Acquire));
     taken.find_map(|slot| {
         let start = slot.start.load(Acquire);
         let (len, page_len) = (slot.len.load(Relaxed), slot.page_len.load(Relaxed));
         let at = address.checked_sub(start).filter(|&at| at < len)?;
-        (start != 0 && page_len != 0).then(|| (start + at / page_len * page_len, page_len))
+        (start != 0 && page_len != 0).then(|| Place {
+            slot,
+            page: start + at / page_len * page_len,
+            page_len,
+            end: start + len,
+        })
     })
+}
+
+/// Makes a page that an access failed at accessible.
+fn mend(place: &Place) -> bool {
+    // SAFETY: the pointer is null or to what the guard of the mapping holds, which lives as long as the
+    // mapping is in use: the access that failed uses it.
+    let charge = unsafe { place.slot.charge.load(Relaxed).as_ref() };
+    if let Some(charge) = charge {
+        if charge.fill(place.page, place.page_len) {
+            return true;
+        }
+        charge.set_lost();
+    }
+    let len = ZEROS_BYTES.max(place.page_len).min(place.end - place.page);
+    // SAFETY: the pages lie within a mapping whose owner guards it and reaches it by volatile copies alone:
+    // no reference is to them.
+    let mapped = unsafe {
+        libc::mmap(
+            place.page as *mut libc::c_void,
+            len,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE,
+            -1,
+            0,
+        )
+    };
+    mapped != libc::MAP_FAILED
 }
 
 fn install() -> io::Result<()> {
@@ -128,24 +192,16 @@ extern "C" fn on_bus_error(signal: libc::c_int, info: *mut libc::siginfo_t, _: *
             0
         }
     };
-    if let Some((page, page_len)) = page_of(address) {
-        // SAFETY: the page lies within a mapping whose owner guards it and reaches it by volatile copies
-        // alone: no reference is to it. errno is kept, as the code that was interrupted may be about to
-        // read it.
-        let mapped = unsafe {
+    if let Some(place) = page_of(address) {
+        // SAFETY: the pointer is to this thread's errno, which is kept: the code that was interrupted may be
+        // about to read it.
+        let mended = unsafe {
             let errno = *libc::__errno_location();
-            let mapped = libc::mmap(
-                page as *mut libc::c_void,
-                page_len,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE,
-                -1,
-                0,
-            );
+            let mended = mend(&place);
             *libc::__errno_location() = errno;
-            mapped
+            mended
         };
-        if mapped != libc::MAP_FAILED {
+        if mended {
             return;
         }
     }
@@ -161,14 +217,17 @@ extern "C" fn on_bus_error(signal: libc::c_int, info: *mut libc::siginfo_t, _: *
 
 #[cfg(test)]
 mod tests {
+    use super::super::userfault::Allowance;
     use super::*;
 
     #[test]
     fn pages_of_guarded_mappings_are_found() {
         // Addresses that no mapping of a process has.
         const AT: usize = 0xffff_8000_0000_0000;
+        let page_of = |address| page_of(address).map(|place| (place.page, place.page_len));
+        let allowance = Arc::new(Allowance::new(0, None));
         assert_eq!(page_of(AT), None);
-        let guarded = guard(AT, 0x5000, 0x1000).unwrap();
+        let guarded = guard(AT, 0x5000, 0x1000, Charge::new(allowance, Arc::default())).unwrap();
         assert_eq!(page_of(AT), Some((AT, 0x1000)));
         assert_eq!(page_of(AT + 0x4fff), Some((AT + 0x4000, 0x1000)));
         assert_eq!(page_of(AT + 0x5000), None);

@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::event::{Timespec, epoll};
 
+use super::allowance;
 use super::memory::{Memory, REGIONS_MAX};
 use super::queue::{Backlog, Budget, Queue, Refill, RemoteFrame, Terms};
 use super::ring::{Broken, Direction, Remote};
@@ -21,6 +22,7 @@ use crate::frame::{Batch, Frame};
 use crate::offload::Caps;
 use crate::port::{More, Shortcut};
 use crate::stats::{DropReason, PortCounters};
+use crate::sys::userfault::Allowance;
 
 /// Queue pairs of one port at most. Each costs an fd or two and, while its guest uses it, a look per
 /// batch; guests use as many as they have CPUs.
@@ -71,6 +73,7 @@ pub struct Device {
     first: AtomicU32,
     caps: AtomicU8,
     backlog: Backlog,
+    allowance: Arc<Allowance>,
 }
 
 const CAP_CSUM: u8 = 1;
@@ -101,6 +104,7 @@ impl Device {
             first: AtomicU32::new(0),
             caps: AtomicU8::new(CAP_CSUM | CAP_TSO | CAP_USO),
             backlog: Backlog::new(counters),
+            allowance: allowance::of_port(),
         };
         device.watch(&device.again)?;
         Ok(device)
@@ -109,6 +113,11 @@ impl Device {
     /// What the port is called in the log.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// What may be allocated on the guest's behalf, whichever front-end it has.
+    pub fn allowance(&self) -> &Arc<Allowance> {
+        &self.allowance
     }
 
     /// What the worker waits on.

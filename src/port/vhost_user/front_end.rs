@@ -114,6 +114,7 @@ impl FrontEnd {
     }
 
     fn map(
+        &self,
         regions: &[VhostUserMemoryRegion],
         files: Vec<File>,
     ) -> std::result::Result<Memory, MemoryError> {
@@ -123,7 +124,8 @@ impl FrontEnd {
             front_end_address: region.user_addr,
             file_offset: region.mmap_offset,
         };
-        Memory::map(regions.iter().map(info).zip(files).collect())
+        let regions = regions.iter().map(info).zip(files).collect();
+        Memory::map(regions, self.device.allowance())
     }
 }
 
@@ -192,7 +194,7 @@ impl VhostUserBackendReqHandlerMut for FrontEnd {
         files: Vec<File>,
         _: Option<bool>,
     ) -> Result<Option<Vec<u64>>> {
-        match Self::map(regions, files) {
+        match self.map(regions, files) {
             Ok(memory) => {
                 let set = self.device.set_memory(&Arc::new(memory));
                 self.check("SET_MEM_TABLE", set).map(|()| None)

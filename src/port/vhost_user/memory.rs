@@ -6,18 +6,26 @@
 //!
 //! # What a front-end can do to the memory behind our back
 //! - Shrink the file: an access past its end is a SIGBUS. Files are checked to cover their regions when
-//!   they come; where one is shrunk later, zeros stand in for what is gone ([`bus_error`]).
+//!   they come; where one is shrunk later, zeros stand in for what is gone ([`bus_error`]), and the memory
+//!   counts as lost: nothing more is read or written.
+//! - Leave it full of holes, or make some: what we touch there is allocated, and charged to us. That goes
+//!   by an [`allowance`], and beyond it the memory is lost, too. So do the tables that map it. hugetlbfs has
+//!   no holes to speak of: its pages are of a pool that was set aside.
 //! - Put it on a file system that answers page faults when it likes (FUSE): only tmpfs and hugetlbfs are
 //!   taken, which no process serves.
 
 use std::fs::File;
 use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use rustix::fs::{FileType, fstat, fstatfs};
 use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
 use vm_memory::{FileOffset, VolatileMemory, VolatileSlice};
 
+use super::allowance;
 use crate::sys::bus_error;
+use crate::sys::userfault::{self, Allowance, Charge};
 
 /// Regions of one guest at most: what one message of the protocol can carry (QEMU and DPDK send 8 at
 /// most).
@@ -29,8 +37,12 @@ const _: () = assert!(2 * REGIONS_MAX * 256 <= bus_error::GUARDS_MAX);
 /// can't exhaust it for the others.
 pub const MEMORY_BYTES_MAX: u64 = 1 << 42;
 
-/// `TMPFS_MAGIC` and `HUGETLBFS_MAGIC` (linux/magic.h).
-const FILE_SYSTEMS: [i64; 2] = [0x0102_1994, 0x9584_58f6];
+/// linux/magic.h.
+const TMPFS_MAGIC: i64 = 0x0102_1994;
+const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
+/// Bytes of a page table, and of each of its entries.
+const TABLE_BYTES: u64 = 4096;
+const TABLE_ENTRY_BYTES: u64 = 8;
 
 /// Why a region was not taken.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -58,6 +70,25 @@ pub enum MemoryError {
         /// End of the region in the file.
         wanted_bytes: u64,
     },
+    /// Its page tables alone are more than lanlet may allocate.
+    #[error(
+        "to map it takes {tables_bytes} bytes, and lanlet may allocate {max_bytes} for a port, {used_bytes} of \
+         which are used: use huge pages (hugetlbfs), or give lanlet more memory"
+    )]
+    Tables {
+        /// What the tables take.
+        tables_bytes: u64,
+        /// The port's allowance.
+        max_bytes: u64,
+        /// What of it is used.
+        used_bytes: u64,
+    },
+    /// A touch of a hole would allocate it, and nothing would bound that.
+    #[error(
+        "its holes can't be guarded: userfaultfd: {0}; allow that system call (containers' seccomp profiles may \
+         not), or put the memory on hugetlbfs"
+    )]
+    Unguarded(String),
     /// The kernel refused.
     #[error("can't be mapped: {0}")]
     Refused(String),
@@ -87,6 +118,8 @@ pub struct Place {
 #[derive(Debug, Default)]
 pub struct Memory {
     regions: Vec<Region>,
+    /// Some of it could not be had.
+    lost: Arc<AtomicBool>,
 }
 
 #[derive(Debug)]
@@ -95,16 +128,22 @@ struct Region {
     /// Bytes of the mapping before the region: a mapping begins at a page of its file system.
     skip: usize,
     /// Gone before the mapping is: fields are dropped in their order.
-    _guard: bus_error::Guard,
+    guard: bus_error::Guard,
     mapping: MmapRegion,
+    allowance: Arc<Allowance>,
+    tables_bytes: u64,
 }
 
 impl Memory {
-    /// Maps regions.
+    /// Maps regions; what that and their use allocate goes by `allowance`.
     ///
     /// # Errors
     /// The first that can't be taken; nothing stays mapped.
-    pub fn map(regions: Vec<(RegionInfo, File)>) -> Result<Self, MemoryError> {
+    pub fn map(
+        regions: Vec<(RegionInfo, File)>,
+        allowance: &Arc<Allowance>,
+    ) -> Result<Self, MemoryError> {
+        allowance::settle();
         let total = regions
             .iter()
             .try_fold(0u64, |sum, (info, _)| sum.checked_add(info.bytes));
@@ -114,7 +153,10 @@ impl Memory {
         let mut memory = Self::default();
         for (info, file) in regions {
             memory.check_apart(info)?;
-            memory.regions.push(Region::map(info, file)?);
+            let charge = Charge::new(Arc::clone(allowance), Arc::clone(&memory.lost));
+            memory
+                .regions
+                .push(Region::map(info, file, charge, allowance)?);
         }
         Ok(memory)
     }
@@ -168,9 +210,18 @@ impl Memory {
             })
     }
 
-    /// `len` bytes at `offset` from a place; `None` where they are not all of its region.
+    /// Whether some of it could not be had: its file was shrunk, or the allowance is used up.
+    #[inline]
+    pub fn is_lost(&self) -> bool {
+        self.lost.load(Relaxed)
+    }
+
+    /// `len` bytes at `offset` from a place; `None` where they are not all of its region, or memory is lost.
     #[inline]
     pub fn slice(&self, place: Place, offset: usize, len: usize) -> Option<VolatileSlice<'_>> {
+        if self.is_lost() {
+            return None;
+        }
         let region = self.regions.get(usize::from(place.region))?;
         let at = place.at.checked_add(offset)?;
         region.mapping.get_slice(at, len).ok()
@@ -178,7 +229,12 @@ impl Memory {
 }
 
 impl Region {
-    fn map(info: RegionInfo, file: File) -> Result<Self, MemoryError> {
+    fn map(
+        info: RegionInfo,
+        file: File,
+        charge: Charge,
+        allowance: &Arc<Allowance>,
+    ) -> Result<Self, MemoryError> {
         let refused = |error: rustix::io::Errno| MemoryError::Refused(error.to_string());
         let stat = fstat(file.as_fd()).map_err(refused)?;
         let file_system = fstatfs(file.as_fd()).map_err(refused)?.f_type;
@@ -187,8 +243,8 @@ impl Region {
             clippy::unnecessary_cast,
             reason = "its type differs between architectures"
         )]
-        let is_memory = FILE_SYSTEMS.contains(&(file_system as i64 & 0xffff_ffff));
-        if !is_file || !is_memory {
+        let file_system = file_system as i64 & 0xffff_ffff;
+        if !is_file || ![TMPFS_MAGIC, HUGETLBFS_MAGIC].contains(&file_system) {
             return Err(MemoryError::NotMemory);
         }
         let file_bytes = u64::try_from(stat.st_size).unwrap_or(0);
@@ -211,6 +267,7 @@ impl Region {
             .checked_next_multiple_of(page)
             .ok_or(bounds.clone())?;
         let size = usize::try_from(end - begin).map_err(|_| bounds)?;
+        let tables_bytes = tables_bytes((end - begin) / page);
         let mapping = MmapRegionBuilder::new(size)
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
             .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
@@ -218,13 +275,45 @@ impl Region {
             .build()
             .map_err(|error| MemoryError::Refused(error.to_string()))?;
         let start = mapping.as_ptr() as usize;
-        let guard = bus_error::guard(start, size, page as usize)
+        if file_system == TMPFS_MAGIC {
+            userfault::watch(start, size)
+                .map_err(|error| MemoryError::Unguarded(error.to_string()))?;
+        }
+        let guard = bus_error::guard(start, size, page as usize, charge)
             .map_err(|error| MemoryError::Refused(error.to_string()))?;
+        if !allowance.take(tables_bytes) {
+            return Err(MemoryError::Tables {
+                tables_bytes,
+                max_bytes: allowance.max(),
+                used_bytes: allowance.used(),
+            });
+        }
         Ok(Self {
             info,
-            _guard: guard,
+            guard,
             skip: (info.file_offset - begin) as usize,
             mapping,
+            allowance: Arc::clone(allowance),
+            tables_bytes,
         })
     }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        // Gone with the mapping, which is in a moment.
+        self.allowance.give_back(self.tables_bytes);
+        let filled = self.guard.charge().filled();
+        if let Some(file) = self.mapping.file_offset().filter(|_| filled != 0) {
+            allowance::count_until_gone(file.file(), &self.allowance, filled);
+        }
+    }
+}
+
+/// Bytes of the tables that map so many pages at most: a level, with those above it, and both its ends.
+fn tables_bytes(pages: u64) -> u64 {
+    let level = pages.saturating_mul(TABLE_ENTRY_BYTES);
+    level
+        .saturating_add(level / 256)
+        .saturating_add(4 * TABLE_BYTES)
 }

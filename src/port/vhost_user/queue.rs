@@ -203,6 +203,10 @@ impl Queue {
 
     /// Gives the ring up until it is set up again.
     pub fn give_up(&mut self, why: Broken, backlog: &Backlog, port: &str) {
+        let why = match self.ring.has_lost_memory() {
+            true => Broken::Memory,
+            false => why,
+        };
         log::warn!("{port}: a queue of the guest is given up until its driver resets it: {why}");
         self.stop(backlog);
         self.running = true;

@@ -71,6 +71,12 @@ pub enum Broken {
     /// The rings are not where the guest has memory any more.
     #[error("the ring itself is not in the guest's memory")]
     Ring,
+    /// The guest's memory could not be had.
+    #[error(
+        "its memory was taken away, or holes in it are more than lanlet may allocate: allocate it first (QEMU: \
+         prealloc=on)"
+    )]
+    Memory,
 }
 
 /// Which way the buffers of a queue go.
@@ -204,6 +210,11 @@ impl Ring {
     /// Whether VIRTIO_F_EVENT_IDX was negotiated.
     pub fn set_event_idx(&mut self, event_idx: bool) {
         self.event_idx = event_idx;
+    }
+
+    /// Whether some of the guest's memory could not be had.
+    pub fn has_lost_memory(&self) -> bool {
+        self.memory.is_lost()
     }
 
     /// Whether it is known where the ring is.

@@ -60,6 +60,7 @@ impl Queue {
         match sent {
             Ok(Delivery::Done) => Ok(()),
             Ok(Delivery::TooSmall) => Err(DropReason::EgressTooBig),
+            Ok(Delivery::SourceLost) => Err(DropReason::EgressError),
             Ok(Delivery::NoRoom) => {
                 let copied_len = header.len() + frame.bytes.len();
                 let len = copied_len + rest.map_or(0, |rest| rest.bytes());
@@ -70,10 +71,9 @@ impl Queue {
                 kept.extend_from_slice(&header);
                 kept.extend_from_slice(frame.bytes);
                 kept.resize(len, 0);
-                if let Some(rest) = rest {
-                    // Its places were found in the memory that is held meanwhile.
-                    let read = rest.read(&mut kept[copied_len..]);
-                    debug_assert!(read.is_ok());
+                if rest.is_some_and(|rest| rest.read(&mut kept[copied_len..]).is_err()) {
+                    backlog.let_go(len);
+                    return Err(DropReason::EgressError);
                 }
                 self.waiting.push_back(kept.into_boxed_slice());
                 Ok(())
@@ -120,8 +120,11 @@ impl Queue {
         // virtio 1.2, 5.1.6.4: 1 where buffers are not merged.
         let count = self.heads.len() as u16;
         header[NUM_BUFFERS_AT..].copy_from_slice(&count.to_le_bytes());
-        self.ring
-            .write(&self.buffers, [&header[..header_len], bytes], rest)?;
+        let parts = [&header[..header_len], bytes];
+        if !self.ring.write(&self.buffers, parts, rest)? {
+            self.ring.untake(count);
+            return Ok(Delivery::SourceLost);
+        }
         let mut left = needed;
         for &(head, room) in &self.heads {
             self.ring.push_used(head, room.min(left))?;
@@ -155,7 +158,7 @@ impl Queue {
                 };
                 match self.deliver(header, bytes, None) {
                     Ok(Delivery::Done) => {}
-                    Ok(Delivery::TooSmall) => backlog.count_abandoned(),
+                    Ok(Delivery::TooSmall | Delivery::SourceLost) => backlog.count_abandoned(),
                     Ok(Delivery::NoRoom) => {
                         self.waiting.push_front(frame);
                         break;
@@ -196,4 +199,6 @@ enum Delivery {
     NoRoom,
     /// The guest's buffers don't hold such a frame.
     TooSmall,
+    /// The memory that the frame is in was lost meanwhile.
+    SourceLost,
 }

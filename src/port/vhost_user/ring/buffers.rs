@@ -121,16 +121,16 @@ impl Ring {
     }
 
     /// Copies `parts`, behind each other, and behind them `rest`, into the buffers of `to`, which hold
-    /// them all.
+    /// them all. `false`: `rest` is not in its own guest's memory any more, which is not this ring's fault.
     ///
     /// # Errors
-    /// They do not, or are not in the memory any more.
+    /// The buffers don't hold them, or are not in the memory any more.
     pub fn write(
         &self,
         to: &Buffers,
         parts: [&[u8]; 2],
         rest: Option<Remote<'_>>,
-    ) -> Result<(), Broken> {
+    ) -> Result<bool, Broken> {
         let mut pieces = Pieces::new(self, to, 0);
         for mut part in parts {
             while !part.is_empty() {
@@ -141,12 +141,14 @@ impl Ring {
             }
         }
         let Some(rest) = rest else {
-            return Ok(());
+            return Ok(true);
         };
         let mut left = rest.bytes();
         let mut sources = Pieces::new(rest.ring, rest.buffers, rest.skip);
         while left != 0 {
-            let mut source = sources.next(left)?;
+            let Ok(mut source) = sources.next(left) else {
+                return Ok(false);
+            };
             left -= source.len();
             while !source.is_empty() {
                 let piece = pieces.next(source.len())?;
@@ -155,6 +157,6 @@ impl Ring {
                 source = source.offset(len).map_err(|_| Broken::Address)?;
             }
         }
-        Ok(())
+        Ok(true)
     }
 }

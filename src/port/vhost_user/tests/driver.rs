@@ -110,7 +110,7 @@ impl Driver {
         let file = memfd(MEMORY_BYTES);
         let regions = vec![(region(MEMORY_BYTES), file.try_clone().unwrap())];
         device
-            .set_memory(&Arc::new(Memory::map(regions).unwrap()))
+            .set_memory(&Arc::new(Memory::map(regions, device.allowance()).unwrap()))
             .unwrap();
         device.set_terms(terms);
         let mut driver = Self {

@@ -3,6 +3,7 @@
 use std::fs::File;
 
 use proptest::prelude::*;
+use rustix::fs::{FallocateFlags, fallocate};
 
 use super::*;
 /// Address, length, flags and next of a descriptor.
@@ -11,6 +12,7 @@ type Fields = (u64, u32, u16, u16);
 use crate::port::vhost_user::memory::{Memory, MemoryError, RegionInfo};
 use crate::port::vhost_user::queue::Terms;
 use crate::port::vhost_user::ring::{Addresses, Broken, CHAIN_DESCRIPTORS_MAX};
+use crate::sys::userfault::Allowance;
 
 /// The device has given up on queue `queue`, and on no other.
 fn assert_given_up(driver: &mut Driver, queue: usize, what: &str) {
@@ -35,6 +37,15 @@ fn assert_given_up(driver: &mut Driver, queue: usize, what: &str) {
             );
         }
     }
+}
+
+/// The device has given up on all of the guest's queues.
+fn assert_lost(driver: &mut Driver, what: &str) {
+    driver.send(&PLAIN, &frame(60, 1));
+    assert!(settle(driver).is_empty(), "{what}");
+    let _ = driver.device.send(plain(&frame(60, 1)));
+    let sent = driver.device.send(plain(&frame(60, 1)));
+    assert_eq!(sent, Err(DropReason::Unconnected), "{what}");
 }
 
 #[test]
@@ -204,7 +215,8 @@ fn buffers_too_small_to_be_of_use_hold_nobody_up() {
 
 #[test]
 fn memory_that_can_not_be_trusted_is_refused() {
-    let map = |info: RegionInfo, file: File| Memory::map(vec![(info, file)]).map(drop);
+    let ours = allowance::of_port();
+    let map = |info: RegionInfo, file: File| Memory::map(vec![(info, file)], &ours).map(drop);
     let good = region(0x1000);
     assert_eq!(map(good, memfd(0x1000)), Ok(()));
     assert!(matches!(
@@ -249,7 +261,7 @@ fn memory_that_can_not_be_trusted_is_refused() {
         (info, memfd(0x1000))
     });
     assert_eq!(
-        Memory::map(many.collect()).map(drop),
+        Memory::map(many.collect(), &ours).map(drop),
         Err(MemoryError::TooMuch)
     );
     let overlapping = RegionInfo {
@@ -258,7 +270,10 @@ fn memory_that_can_not_be_trusted_is_refused() {
         ..good
     };
     let two = vec![(good, memfd(0x1000)), (overlapping, memfd(0x1000))];
-    assert!(matches!(Memory::map(two), Err(MemoryError::Overlap(_))));
+    assert!(matches!(
+        Memory::map(two, &ours),
+        Err(MemoryError::Overlap(_))
+    ));
     // A device, a pipe and a file that a disk is behind.
     let (pipe, _end) = rustix::pipe::pipe().unwrap();
     let disk = File::open(std::env::current_exe().unwrap()).unwrap();
@@ -281,7 +296,7 @@ fn a_buffer_may_lie_in_two_regions() {
         (region(MEMORY_BYTES), file),
         (second, more.try_clone().unwrap()),
     ];
-    let memory = Arc::new(Memory::map(regions).unwrap());
+    let memory = Arc::new(Memory::map(regions, driver.device.allowance()).unwrap());
     driver.device.set_memory(&memory).unwrap();
     let bytes = [&PLAIN[..], &frame(100, 6)].concat();
     driver.write(GUEST + MEMORY_BYTES - 50, &bytes[..50]);
@@ -292,7 +307,7 @@ fn a_buffer_may_lie_in_two_regions() {
 }
 
 #[test]
-fn memory_that_is_taken_away_reads_as_zeros() {
+fn memory_that_is_taken_away_is_used_no_more() {
     let mut driver = Driver::start(terms());
     for seed in 0..4 {
         driver.send(&PLAIN, &frame(60, seed));
@@ -300,20 +315,132 @@ fn memory_that_is_taken_away_reads_as_zeros() {
     }
     // The buffers are gone, the rings are still there.
     driver.file.set_len(BUFFERS - GUEST).unwrap();
-    driver.device.send(plain(&frame(60, 1))).unwrap();
-    driver.device.flush();
-    let frames = settle(&driver);
-    assert!(frames.iter().flatten().all(|&byte| byte == 0), "{frames:?}");
-    assert_eq!(driver.used(1).len(), 4);
-    // And now they are gone, too.
-    driver.file.set_len(0).unwrap();
-    let _ = driver.device.send(plain(&frame(60, 1)));
-    driver.device.flush();
-    settle(&driver);
-    // Other guests' ports go on.
+    // What is being copied is zeros; what comes next is refused.
+    assert_eq!(
+        driver.device.send(plain(&frame(60, 1))),
+        Err(DropReason::EgressError)
+    );
+    assert!(settle(&driver).is_empty());
+    assert_lost(&mut driver, "its memory is gone");
+    // Other guests' ports go on, and so does this one when a front-end comes.
     let mut other = Driver::start(terms());
     other.send(&PLAIN, &frame(60, 7));
     assert_eq!(settle(&other), [frame(60, 7)]);
+    driver.device.reset();
+    let mut next = driver.again();
+    next.send(&PLAIN, &frame(60, 8));
+    assert_eq!(settle(&next), [frame(60, 8)]);
+}
+
+/// Puts other memory under a driver's queues, of which `pages` may be allocated for it.
+fn allow(driver: &Driver, pages: u64) -> Arc<Allowance> {
+    // Its tables: one for the entries, and what stands above them.
+    const TABLES_BYTES: u64 = MEMORY_BYTES / 512 + MEMORY_BYTES / 512 / 256 + 4 * 4096;
+    let allowance = Arc::new(Allowance::new(TABLES_BYTES + 4096 * pages, None));
+    let regions = vec![(region(MEMORY_BYTES), driver.file.try_clone().unwrap())];
+    let memory = Arc::new(Memory::map(regions, &allowance).unwrap());
+    driver.device.set_memory(&memory).unwrap();
+    assert_eq!(allowance.used(), TABLES_BYTES);
+    allowance
+}
+
+fn allocated(file: &File) -> u64 {
+    512 * rustix::fs::fstat(file).unwrap().st_blocks as u64
+}
+
+#[test]
+fn holes_are_filled_as_far_as_that_is_allowed() {
+    const HOLES: u64 = BUFFERS + 0x4_0000;
+    const PAGES: u64 = 8;
+    for (queue, is_punched) in [(0, false), (1, false), (0, true), (1, true)] {
+        let what = format!("queue {queue}, punched {is_punched}");
+        let mut driver = Driver::start(terms());
+        let allowance = allow(&driver, PAGES);
+        // Both rings and a buffer are there, as the driver wrote them: that costs nothing.
+        for queue in [0, 1] {
+            driver.write(Driver::used_at(queue), &[0]);
+        }
+        driver.write(BUFFERS, &[0]);
+        driver.chain(0, &[(BUFFERS, 100)]);
+        driver.send(&PLAIN, &frame(60, 1));
+        let tables = allowance.used();
+        assert_eq!(settle(&driver).len(), 1, "{what}");
+        driver.device.send(plain(&frame(60, 1))).unwrap();
+        assert_eq!(allowance.used(), tables, "{what}");
+
+        let there = allocated(&driver.file);
+        let touch = |driver: &mut Driver, n: u64| {
+            // A page that was punched out is a hole again.
+            let hole = HOLES + 4096 * if is_punched { 0 } else { n };
+            driver.chain(queue, &[(hole, 100)]);
+            driver.kick(queue);
+            match queue {
+                0 => drop(driver.device.send(plain(&frame(60, 1)))),
+                _ => assert!(settle(driver).iter().flatten().all(|&byte| byte == 0)),
+            }
+            if is_punched {
+                let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                fallocate(&driver.file, flags, hole - GUEST, 4096).unwrap();
+            }
+        };
+        for n in 0..PAGES {
+            assert_eq!(allowance.used(), tables + 4096 * n, "{what}");
+            touch(&mut driver, n);
+        }
+        assert_eq!(allowance.used(), tables + 4096 * PAGES, "{what}");
+        if !is_punched && queue == 0 {
+            // The guest has what was written into a hole.
+            assert_eq!(driver.read(HOLES + 12, 60), frame(60, 1), "{what}");
+        }
+        for n in PAGES..PAGES + 3 {
+            touch(&mut driver, n);
+        }
+        assert_lost(&mut driver, &what);
+        assert_eq!(allowance.used(), tables + 4096 * PAGES, "{what}");
+        assert!(
+            allocated(&driver.file) <= there + 4096 * (PAGES + 2),
+            "{what}"
+        );
+    }
+}
+
+#[test]
+fn what_was_allocated_counts_until_its_file_is_gone() {
+    let driver = Driver::start(terms());
+    let allowance = allow(&driver, 100);
+    let tables = allowance.used();
+    // Its used rings are holes.
+    settle(&driver);
+    let filled = allowance.used() - tables;
+    assert!(filled >= 4096, "{filled}");
+    let file = driver.file.try_clone().unwrap();
+    driver.device.reset();
+    drop(driver);
+    allowance::settle();
+    assert_eq!(
+        allowance.used(),
+        filled,
+        "the tables are gone, the pages are not"
+    );
+    drop(file);
+    allowance::settle();
+    assert_eq!(allowance.used(), 0);
+}
+
+#[test]
+fn memory_whose_tables_alone_are_too_much_is_refused() {
+    let bytes = 1 << 40;
+    let huge = RegionInfo {
+        bytes,
+        ..region(bytes)
+    };
+    let allowance = Arc::new(Allowance::new(1 << 20, None));
+    let mapped = Memory::map(vec![(huge, memfd(bytes))], &allowance).map(drop);
+    assert!(
+        matches!(mapped, Err(MemoryError::Tables { .. })),
+        "{mapped:?}"
+    );
+    assert_eq!(allowance.used(), 0);
 }
 
 #[test]

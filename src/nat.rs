@@ -23,6 +23,7 @@ pub mod flow_table;
 pub mod forward;
 pub mod icmp;
 pub mod mapping;
+pub mod path_mtu;
 pub mod policy;
 pub mod tcp;
 #[doc(hidden)]
@@ -46,6 +47,7 @@ pub use crate::frame::{Duration, Instant};
 use common::Common;
 use egress::{Egress, HostAccess, Protocol};
 use forward::{ForwardCounters, ForwardId, ForwardSpec, ListenerKind, Moved};
+use path_mtu::{Quoted, TooBig};
 use policy::{Policy, PolicyState};
 use tcp::Target;
 
@@ -193,11 +195,20 @@ pub enum Service {
 /// their own. No call blocks.
 pub trait Uplink {
     /// Opens a TCP socket and starts to connect. `Ready::writable` or `Ready::error` tells the end;
-    /// then [`Uplink::tcp_connected`] gives the result.
+    /// then [`Uplink::tcp_connected`] gives the result. With `hops` its SYN goes so far only (IP TTL or
+    /// hop limit), and [`Uplink::recv_errors`] has who says that it went no further.
     ///
     /// # Errors
     /// The connection failed at once; there is no socket.
-    fn tcp_connect(&mut self, to: SocketAddr, owner: SockOwner) -> Result<SockId, HostError>;
+    fn tcp_connect(
+        &mut self,
+        to: SocketAddr,
+        hops: Option<u8>,
+        owner: SockOwner,
+    ) -> Result<SockId, HostError>;
+
+    /// Lets a connected socket's segments go as far as any, and has no errors reported any more.
+    fn tcp_free_hops(&mut self, socket: SockId);
 
     /// The result of a connect (SO_ERROR). `Err(HostError::Other(0))` never occurs; a connect still
     /// under way gives `Ok(false)`.
@@ -298,7 +309,7 @@ pub trait Uplink {
     /// more may be waiting.
     fn recv_from(&mut self, socket: SockId, sink: &mut dyn FnMut(Datagram<'_>)) -> bool;
 
-    /// Takes the entries of a datagram socket's error queue, at most one batch, after
+    /// Takes the entries of a datagram or connecting socket's error queue, at most one batch, after
     /// [`Ready::error`]. An entry is also what a send that failed with [`HostError::TooBig`] left.
     fn recv_errors(&mut self, socket: SockId, sink: &mut dyn FnMut(SocketError<'_>));
 
@@ -483,6 +494,11 @@ impl Nat {
         if !self.lan.is_guest_any(ip.source) {
             return Err(DropReason::ForeignSource);
         }
+        if let Transport::Icmp(message) = ip.transport
+            && let Some(report) = TooBig::parse(Family::of(ip.source), message)
+        {
+            return self.heed(packet.ingress, &report, now, out);
+        }
         // An answer to a forward's client is for the gateway where that is whom the guest sees.
         let last_hop = ip.ttl <= 1 && !self.lan.is_gateway(ip.destination);
         if !last_hop
@@ -549,6 +565,24 @@ impl Nat {
         };
         self.errors.send(&self.lan, kind, packet, now, out);
         handled
+    }
+
+    /// A router behind a guest port says that a packet of ours was too big for its next link.
+    fn heed<O: Outbox + ?Sized>(
+        &mut self,
+        port: PortId,
+        report: &TooBig,
+        now: Instant,
+        out: &mut O,
+    ) -> Result<(), DropReason> {
+        match report.quoted {
+            Quoted::Tcp(sequence) => self.tcp.heed(port, report, sequence, now, out),
+            Quoted::Udp => {
+                let in_session = self.forwards.heed(port, report, now);
+                in_session.unwrap_or_else(|| self.udp.heed(port, report, &self.egress, now))
+            }
+            Quoted::Echo => self.icmp.heed(port, report, &self.egress, now),
+        }
     }
 
     /// A SYN that no file was left for: something idle goes for it, or it is refused.

@@ -386,6 +386,13 @@ fn files_of_flows(limit: u64, to_come: usize) -> u64 {
     limit - (FILES_SPARED + to_come as u64).min(limit / 4)
 }
 
+/// How far a connection's segments go, and whether ICMP errors about them are reported: with a limit alone.
+fn set_hops(fd: &OwnedFd, family: Family, hops: Option<u8>) -> io::Result<()> {
+    let v6 = family == Family::V6;
+    socket::set_send_ttl(fd.as_fd(), v6, hops)?;
+    socket::set_recv_errors(fd.as_fd(), v6, hops.is_some())
+}
+
 /// What an errno means to a guest.
 pub fn host_error(errno: Errno) -> HostError {
     match errno {
@@ -458,7 +465,12 @@ fn tune(fd: &OwnedFd) -> rustix::io::Result<()> {
 }
 
 impl Uplink for HostUplink {
-    fn tcp_connect(&mut self, to: SocketAddr, owner: SockOwner) -> Result<SockId, HostError> {
+    fn tcp_connect(
+        &mut self,
+        to: SocketAddr,
+        hops: Option<u8>,
+        owner: SockOwner,
+    ) -> Result<SockId, HostError> {
         let family = Family::of(to.ip());
         let fd = open(family, SocketType::STREAM, None)?;
         if fd.as_raw_fd() >= self.file_max {
@@ -468,11 +480,21 @@ impl Uplink for HostUplink {
         if !to.ip().is_loopback() {
             self.leave_from(&fd, family)?;
         }
+        if hops.is_some() {
+            set_hops(&fd, family, hops).map_err(|error| io_host_error(&error))?;
+        }
         match connect(&fd, &to) {
             Ok(()) | Err(Errno::INPROGRESS) => {}
             Err(errno) => return Err(host_error(errno)),
         }
         self.keep_stream((fd, true), family, owner)
+    }
+
+    fn tcp_free_hops(&mut self, socket: SockId) {
+        if let Some(Socket { fd, family, .. }) = self.socket(socket) {
+            // What was set can be unset.
+            let _ = set_hops(fd, *family, None);
+        }
     }
 
     fn tcp_connected(&mut self, socket: SockId) -> Result<bool, HostError> {

@@ -4,9 +4,9 @@
 //! A guest's echo request leaves through an ICMP or ICMPv6 datagram socket of its mapping, one per guest
 //! address and identifier (RFC 5508 REQ-1: endpoint-independent). The kernel puts the socket's own
 //! identifier in and gives back only the replies to it; they get the guest's identifier again. A reply
-//! longer than the LAN's MTU is cut into fragments. What the host hears about a request, `reported`
-//! passes on. Everything else that guests send as ICMP is dropped: errors about packets from outside end
-//! here, as the host's sockets have no way to pass them on.
+//! longer than the path's MTU is cut into fragments. What the host hears about a request, `reported`
+//! passes on. Of guests' errors about packets from outside, [`path_mtu`](super::path_mtu) heeds those of
+//! packets that are too big; the others end here, as the host's sockets have no way to pass them on.
 //!
 //! # Timers and limits
 //! RFC 5508 REQ-2 asks for at least 60 seconds; see [`MappingTable`] for the order of eviction. A guest
@@ -27,6 +27,7 @@ pub use error::{ErrorKind, ErrorSender, write_about, write_error};
 
 use super::egress::{Egress, Protocol};
 use super::mapping::{Class, Endpoint, Limits, Mapping, MappingCounters, MappingTable};
+use super::path_mtu::{PathMtu, TooBig};
 use super::{
     Datagram, Duration, FlowId, HostError, Instant, Io, Ready, SendOptions, SockId, SockOwner,
     Uplink,
@@ -107,7 +108,7 @@ impl PingCounters {
 #[derive(Debug)]
 pub struct PingNat {
     lan: LanConfig,
-    table: MappingTable<(), 2>,
+    table: MappingTable<PathMtu, 2>,
     requests: u64,
     replies: u64,
     hinted: bool,
@@ -245,7 +246,7 @@ impl PingNat {
                     Ok((opened?, 0))
                 };
                 self.table
-                    .open(key, station, (WAITING, ()), now, up, open)?
+                    .open(key, station, (WAITING, PathMtu::default()), now, up, open)?
             }
         };
         if let Some(mapping) = self.table.get_mut(id) {
@@ -253,6 +254,32 @@ impl PingNat {
             mapping.peers.add(real);
         }
         Ok(id)
+    }
+
+    /// A reply was too big for a link behind its guest: the mapping's are cut for a while.
+    ///
+    /// # Errors
+    /// The reason to count the report as dropped for.
+    pub fn heed(
+        &mut self,
+        port: PortId,
+        report: &TooBig,
+        egress: &Egress,
+        now: Instant,
+    ) -> Result<(), DropReason> {
+        let key = Endpoint {
+            guest: report.guest,
+            to: None,
+        };
+        let real = egress.real(report.outside).ip();
+        let id = self.table.find(key).ok_or(DropReason::NoFlow)?;
+        let mapping = self
+            .table
+            .get_mut(id)
+            .filter(|mapping| mapping.station.port == port && mapping.peers.contains_address(real));
+        let mapping = mapping.ok_or(DropReason::NoFlow)?;
+        mapping.state.learn(report.mtu, self.lan.mtu, now);
+        Ok(())
     }
 
     /// As [`MappingTable::give_up`].
@@ -297,7 +324,8 @@ impl PingNat {
             reported::hear(way, mapping, now, (up, out, errors), drops);
         }
         let fragment_id = self.fragment_id.get_or_insert_with(|| up.random() as u32);
-        let (lan, mapping) = (&self.lan, &*mapping);
+        let mapping = &*mapping;
+        let mtu = mapping.state.get(self.lan.mtu, now);
         let mut replies = 0;
         up.recv_from(mapping.socket, &mut |datagram| match write_reply(
             out.buffer(),
@@ -305,10 +333,10 @@ impl PingNat {
             mapping,
             &datagram,
         ) {
-            Ok(len) if len > ETH_HEADER_LEN + usize::from(lan.mtu) => {
+            Ok(len) if len > ETH_HEADER_LEN + usize::from(mtu) => {
                 replies += 1;
                 *fragment_id = fragment_id.wrapping_add(1);
-                cut(out, len, lan.mtu, *fragment_id);
+                cut(out, len, mtu, *fragment_id);
             }
             Ok(len) => {
                 replies += 1;
@@ -348,7 +376,7 @@ fn hint(hinted: &mut bool) {
 fn write_reply(
     buffer: &mut [u8],
     Way { lan, egress, guest }: Way<'_>,
-    mapping: &Mapping<()>,
+    mapping: &Mapping<PathMtu>,
     datagram: &Datagram<'_>,
 ) -> Result<usize, DropReason> {
     let (source, destination) = (datagram.source.ip(), guest.ip());

@@ -40,6 +40,7 @@
 mod device;
 mod engine;
 mod flow;
+mod probe;
 mod syn;
 
 pub use self::flow::{DOWN_BYTES_PER_FLUSH, ESTABLISHED_IDLE, TRANSITORY_IDLE};
@@ -58,6 +59,7 @@ use self::syn::{Peer, SavedSyn};
 use super::egress::{Egress, Protocol};
 use super::flow_table::{FlowTable, TimerWheel};
 use super::icmp::{ErrorKind, write_about};
+use super::path_mtu::TooBig;
 use super::{FlowId, HostError, Ready, Service, SockId, SockOwner, Uplink};
 use crate::frame::{Duration, Instant, Mac, PortId};
 use crate::gateway::{LanConfig, Outbox};
@@ -116,6 +118,8 @@ pub struct TcpCounters {
     pub failed: u64,
     /// Flows refused at a limit.
     pub limited: u64,
+    /// Flows whose segments were made smaller for a link behind the guest.
+    pub narrowed: u64,
     /// Flows ended by a reset of either side.
     pub reset: u64,
     /// Flows ended by an idle timer.
@@ -138,6 +142,7 @@ impl TcpCounters {
             accepted,
             failed,
             limited,
+            narrowed,
             reset,
             idled_out,
             evicted,
@@ -150,6 +155,7 @@ impl TcpCounters {
             ("tcp_accepted", accepted),
             ("tcp_connect_failed", failed),
             ("tcp_limited", limited),
+            ("tcp_narrowed", narrowed),
             ("tcp_reset", reset),
             ("tcp_idled_out", idled_out),
             ("tcp_evicted", evicted),
@@ -387,11 +393,12 @@ impl TcpNat {
             reset(syn.packet(), &peer, now, out);
             return Err(DropReason::Limit);
         }
+        let hops = probe::hops(ip.ttl);
         let opened = self.flows.insert_with(None, |id| {
             let owner = SockOwner::Tcp(id);
             let host = match target {
                 Target::Outside(_) => return Err(None),
-                Target::Address(to) => up.tcp_connect(to, owner),
+                Target::Address(to) => up.tcp_connect(to, hops, owner),
                 Target::Unix(path) => up.unix_connect(path, owner),
                 Target::Service(service) => {
                     up.service_connect(service, (packet.ingress, key.guest), owner)
@@ -400,7 +407,11 @@ impl TcpNat {
             .map_err(Some)?;
             let state = State::Connecting(Box::new(syn.clone()));
             let flow = Flow::new(key, packet.ingress, peer, host, state, now);
-            Ok(Flow { is_judged, ..flow })
+            Ok(Flow {
+                is_judged,
+                is_probe: hops.is_some(),
+                ..flow
+            })
         });
         match opened {
             Ok(id) => {
@@ -432,6 +443,43 @@ impl TcpNat {
     fn peer(&self, packet: &Packet<'_>, ip: &Ip<'_>, syn: &Tcp<'_>) -> Peer {
         let macs = (self.lan.mac, packet.source);
         Peer::from_syn(macs, Family::of(ip.source), syn, self.lan.mtu)
+    }
+
+    /// A segment with this sequence number was too big for a link behind the guest: those of its flow get
+    /// smaller, and what is in flight is sent again. A report about data that is not on its way is forged,
+    /// or too late to matter (RFC 5927 4.1).
+    ///
+    /// # Errors
+    /// The reason to count the report as dropped for.
+    pub fn heed<O: Outbox + ?Sized>(
+        &mut self,
+        port: PortId,
+        report: &TooBig,
+        sequence: u32,
+        now: Instant,
+        out: &mut O,
+    ) -> Result<(), DropReason> {
+        let TooBig { guest, outside, .. } = *report;
+        let id = self.keys.get(&FlowKey { guest, outside }).copied();
+        let id = id.ok_or(DropReason::NoFlow)?;
+        let flow = self.flows.get_mut(id).filter(|flow| flow.port == port);
+        let flow = flow.ok_or(DropReason::NoFlow)?;
+        let State::Open(engine) = &mut flow.state else {
+            return Err(DropReason::NoFlow);
+        };
+        if !engine.is_in_flight(sequence) {
+            return Err(DropReason::NoFlow);
+        }
+        if !flow.peer.narrow(Family::of(guest.ip()), report.mtu) {
+            return Ok(());
+        }
+        self.counters.narrowed += 1;
+        let peer = &flow.peer;
+        if guarded(|| engine.send_again(now, peer, out)).is_none() {
+            return Err(DropReason::FlowFault);
+        }
+        self.mark_dirty(id);
+        Ok(())
     }
 
     /// Whether the guest's endpoint has a connection with this outside endpoint.
@@ -544,13 +592,22 @@ impl TcpNat {
                     let port = flow.port;
                     flow.active_at = now;
                     flow.host_writable = true;
+                    if std::mem::take(&mut flow.is_probe) {
+                        up.tcp_free_hops(flow.host);
+                    }
                     self.connecting -= 1;
                     self.load(port).connecting -= 1;
                     self.counters.opened += 1;
                 }
                 Err(error) => {
                     self.counters.failed += 1;
-                    answer_failure(&self.lan, syn, &flow.peer, error, now, out);
+                    let ended = flow.is_probe.then_some(flow.host);
+                    let told = ended.is_some_and(|host| {
+                        probe::tell(host, syn.packet(), (&self.lan, flow.peer.guest), (up, out))
+                    });
+                    if !told {
+                        answer_failure(&self.lan, syn, &flow.peer, error, now, out);
+                    }
                     self.remove(id, up, false);
                     return;
                 }

@@ -132,6 +132,8 @@ struct FakeTcp {
     abort_on_close: bool,
     watched: bool,
     local: Option<IpAddr>,
+    /// How many hops its segments go, where that is limited.
+    hops: Option<u8>,
 }
 
 #[derive(Debug)]
@@ -480,6 +482,7 @@ impl FakeUplink {
             fin_sent: false,
             abort_on_close: false,
             watched: false,
+            hops: None,
             local: self.outbound,
         };
         self.open(owner, Kind::Tcp(Box::new(tcp)))
@@ -508,6 +511,11 @@ impl FakeUplink {
             other => panic!("{listener:?} does not listen but is {other:?}"),
         }
         self.edge(listener);
+    }
+
+    /// How many hops a connection's segments go, where that is limited.
+    pub fn hops(&mut self, socket: SockId) -> Option<u8> {
+        self.tcp(socket).hops
     }
 
     /// Whether keep-alives were asked for.
@@ -566,7 +574,12 @@ fn ready(socket: &FakeSocket) -> Ready {
 }
 
 impl Uplink for FakeUplink {
-    fn tcp_connect(&mut self, to: SocketAddr, owner: SockOwner) -> Result<SockId, HostError> {
+    fn tcp_connect(
+        &mut self,
+        to: SocketAddr,
+        hops: Option<u8>,
+        owner: SockOwner,
+    ) -> Result<SockId, HostError> {
         let outcome = *self.connects.get(&to).unwrap_or(&self.connect_default);
         let connected = match outcome {
             Connect::FailAtOnce(error) => return Err(error),
@@ -575,10 +588,15 @@ impl Uplink for FakeUplink {
             Connect::Wait => None,
         };
         let socket = self.open_stream(Some(to), connected, owner)?;
+        self.tcp(socket).hops = hops;
         if connected.is_some() {
             self.edge(socket);
         }
         Ok(socket)
+    }
+
+    fn tcp_free_hops(&mut self, socket: SockId) {
+        self.tcp(socket).hops = None;
     }
 
     fn tcp_connected(&mut self, socket: SockId) -> Result<bool, HostError> {
@@ -1096,13 +1114,16 @@ mod tests {
         up.script_connect(to(1), Connect::Wait);
         up.script_connect(to(2), Connect::Fail(HostError::Refused));
         up.script_connect(to(3), Connect::FailAtOnce(HostError::NetUnreachable));
-        assert_eq!(up.tcp_connect(to(3), OWNER), Err(HostError::NetUnreachable));
-        let failed = up.tcp_connect(to(2), OWNER).unwrap();
+        assert_eq!(
+            up.tcp_connect(to(3), None, OWNER),
+            Err(HostError::NetUnreachable)
+        );
+        let failed = up.tcp_connect(to(2), None, OWNER).unwrap();
         assert!(up.poll_event().unwrap().1.error);
         assert_eq!(up.tcp_connected(failed), Err(HostError::Refused));
         up.close(failed);
 
-        let socket = up.tcp_connect(to(1), OWNER).unwrap();
+        let socket = up.tcp_connect(to(1), None, OWNER).unwrap();
         assert_eq!(up.poll_event(), None);
         assert_eq!(up.tcp_connected(socket), Ok(false));
         up.finish_connect(socket, Ok(()));

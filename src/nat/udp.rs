@@ -43,6 +43,7 @@ use super::egress::{Egress, Protocol};
 use super::icmp::reported::{self, Way};
 use super::icmp::{ErrorKind, ErrorSender, explain, send_again};
 use super::mapping::{Class, Dependence, Endpoint, Limits, Mapping, MappingCounters, MappingTable};
+use super::path_mtu::{PathMtu, TooBig};
 use super::{Duration, FlowId, HostError, Instant, Ready, SendOptions, SockId, SockOwner, Uplink};
 use crate::frame::{PortId, Station};
 use crate::gateway::{LanConfig, Outbox};
@@ -129,6 +130,8 @@ struct State {
     queries: u32,
     /// Some of its peers are mappings of this NAT.
     hairpins: bool,
+    /// To the guest.
+    path: PathMtu,
 }
 
 type UdpMapping = Mapping<State>;
@@ -155,6 +158,8 @@ pub struct UdpCounters {
     pub to_guest: u64,
     /// Datagrams sent to other mappings of this NAT, counted in `from_guest` too.
     pub hairpinned: u64,
+    /// Mappings whose datagrams are cut for a link behind the guest.
+    pub narrowed: u64,
 }
 
 impl UdpCounters {
@@ -165,6 +170,7 @@ impl UdpCounters {
             from_guest,
             to_guest,
             hairpinned,
+            narrowed,
         } = self;
         [
             ("udp_opened", mappings.opened),
@@ -173,6 +179,7 @@ impl UdpCounters {
             ("udp_from_guest", from_guest),
             ("udp_to_guest", to_guest),
             ("udp_hairpinned", hairpinned),
+            ("udp_narrowed", narrowed),
         ]
         .into_iter()
     }
@@ -187,6 +194,7 @@ pub struct UdpNat {
     from_guest: u64,
     to_guest: u64,
     hairpinned: u64,
+    narrowed: u64,
     /// Identification of the packet that was cut last; the first is random.
     fragment_id: Option<u32>,
 }
@@ -201,6 +209,7 @@ impl UdpNat {
             from_guest: 0,
             to_guest: 0,
             hairpinned: 0,
+            narrowed: 0,
             fragment_id: None,
         }
     }
@@ -232,6 +241,7 @@ impl UdpNat {
             from_guest: self.from_guest,
             to_guest: self.to_guest,
             hairpinned: self.hairpinned,
+            narrowed: self.narrowed,
         }
     }
 
@@ -377,10 +387,36 @@ impl UdpNat {
             dns_only: to.port() == DNS_PORT,
             queries: 0,
             hairpins: false,
+            path: PathMtu::default(),
         };
         let class = state.class();
         let open = |up: &mut U, id| open_socket(up, key.guest, SockOwner::Udp(id));
         self.table.open(key, station, (class, state), now, up, open)
+    }
+
+    /// A datagram was too big for a link behind its guest: the mapping's are cut for a while.
+    ///
+    /// # Errors
+    /// The reason to count the report as dropped for.
+    pub fn heed(
+        &mut self,
+        port: PortId,
+        report: &TooBig,
+        egress: &Egress,
+        now: Instant,
+    ) -> Result<(), DropReason> {
+        let real = egress.real(report.outside);
+        let key = Endpoint {
+            guest: report.guest,
+            to: self.behaviour.mapping.part(real),
+        };
+        let id = self.table.find(key).ok_or(DropReason::NoFlow)?;
+        let mapping = self.table.get_mut(id).filter(|mapping| {
+            mapping.station.port == port && mapping.peers.contains_address(real.ip())
+        });
+        let mapping = mapping.ok_or(DropReason::NoFlow)?;
+        self.narrowed += u64::from(mapping.state.path.learn(report.mtu, self.lan.mtu, now));
+        Ok(())
     }
 
     /// As [`MappingTable::give_up`].
@@ -441,6 +477,7 @@ impl UdpNat {
             lan: &self.lan,
             egress,
             guest,
+            mtu: mapping.state.path.get(self.lan.mtu, now),
             mapping,
             filtering: self.behaviour.filtering,
             fragment_id: self.fragment_id.get_or_insert_with(|| up.random() as u32),

@@ -1,4 +1,4 @@
-//! The error queue of a datagram socket: IP_RECVERR and IPV6_RECVERR (ip(7), net/ipv4/ip_sockglue.c,
+//! The error queue of a socket: IP_RECVERR and IPV6_RECVERR (ip(7), net/ipv4/ip_sockglue.c,
 //! `ip_recv_error`).
 
 #![allow(unsafe_code)]

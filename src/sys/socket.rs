@@ -63,6 +63,18 @@ pub fn set_recv_details(fd: BorrowedFd<'_>, v6: bool) -> io::Result<()> {
         .try_for_each(|option| set_int(fd, level, option, 1))
 }
 
+/// Asks for ICMP errors about what is sent (IP_RECVERR, IPV6_RECVERR), or not.
+///
+/// # Errors
+/// This is no IP socket of that version.
+pub fn set_recv_errors(fd: BorrowedFd<'_>, v6: bool, wanted: bool) -> io::Result<()> {
+    let (level, option) = match v6 {
+        false => (libc::IPPROTO_IP, libc::IP_RECVERR),
+        true => (libc::IPPROTO_IPV6, libc::IPV6_RECVERR),
+    };
+    set_int(fd, level, option, i32::from(wanted))
+}
+
 /// Asks for the address that each datagram was sent to (IP_PKTINFO, IPV6_RECVPKTINFO): of a socket on all
 /// addresses it is the one to answer from.
 ///

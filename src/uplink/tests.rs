@@ -66,7 +66,7 @@ fn listener() -> (TcpListener, SocketAddr) {
 /// A connected pair: our socket and the peer's stream.
 fn connected(up: &mut HostUplink) -> (SockId, TcpStream) {
     let (listener, address) = listener();
-    let socket = up.tcp_connect(address, TCP).unwrap();
+    let socket = up.tcp_connect(address, None, TCP).unwrap();
     let (stream, _) = listener.accept().unwrap();
     let (of, state) = wait(up, 1000)[0];
     assert!(of == TCP && state.writable && !state.error);
@@ -171,7 +171,7 @@ fn a_closed_port_refuses() {
     let mut up = uplink();
     let (listener, address) = listener();
     drop(listener);
-    let result = match up.tcp_connect(address, TCP) {
+    let result = match up.tcp_connect(address, None, TCP) {
         Err(error) => Err(error),
         Ok(socket) => {
             assert!(wait(&up, 1000)[0].1.error);

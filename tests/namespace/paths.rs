@@ -31,7 +31,8 @@ fn traceroute_and_mtr_name_every_hop() {
             # All at once, as traceroute does by default, and to a port of a service.
             traceroute -n -q 3 -w 2 -N 30 $address | names | say
             traceroute -n -q 1 -w 2 -U -p 53 $address | names | say
-            for how in '' -u; do
+            traceroute -n -q 1 -w 2 -T $address | names | say
+            for how in '' -u -T; do
                 mtr -n -r -c 2 -i 0.2 $how $address | sed -n 's/^ *\([0-9]*\)\.|-- \([^ ]*\) *\([0-9.]*%\).*/\1 \2 \3/p' >>found
                 tail -n 6 found | names | say
             done
@@ -48,13 +49,13 @@ END
     let outcome = outcome.passed();
     let markers = outcome.markers();
     let (four, six) = markers.all("hops").split_at(markers.all("hops").len() / 2);
-    assert_eq!(four, [HOPS_4; 6], "{}", outcome.text());
-    assert_eq!(six, [HOPS_6; 6], "{}", outcome.text());
+    assert_eq!(four, [HOPS_4; 8], "{}", outcome.text());
+    assert_eq!(six, [HOPS_6; 8], "{}", outcome.text());
     assert_eq!(markers.all("loss"), ["0.0%,"; 2], "{}", outcome.text());
-    let (four, six) = markers.all("gateway").split_at(6);
-    assert_eq!(four, ["192.168.122.1"; 6], "{}", outcome.text());
+    let (four, six) = markers.all("gateway").split_at(8);
+    assert_eq!(four, ["192.168.122.1"; 8], "{}", outcome.text());
     assert!(
-        six.len() == 6
+        six.len() == 8
             && six
                 .iter()
                 .all(|a| a.starts_with("fd") || a.starts_with("fe80:")),
@@ -184,4 +185,91 @@ END
         "{}",
         outcome.text()
     );
+}
+
+/// A guest that routes (docker, a VPN) with a smaller link behind it: what is too big for that is sent
+/// smaller, to an inner guest whose own card is as large as any.
+#[test]
+fn a_smaller_link_behind_a_guest_stalls_nothing() {
+    let world = World::new().limit(Duration::from_secs(100));
+    let pages = world.temp().path().to_string_lossy().into_owned();
+    let Some(outcome) = scenario(
+        &world.with(&["--http", &pages, "--dns"]),
+        r#"
+        head -c 3000001 /dev/urandom >big
+        say sent="$(sha <big)"
+        cat >server.py <<'END'
+import socket, sys
+server = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+server.bind(('::', 7000))
+while True:
+    server.sendto(bytes(1400), server.recvfrom(100)[1])
+END
+        cat >client.py <<'END'
+import socket, sys
+family, at = (socket.AF_INET6 if ':' in sys.argv[1] else socket.AF_INET), (sys.argv[1], 7000)
+client = socket.socket(family, socket.SOCK_DGRAM)
+client.settimeout(1)
+for n in range(20):
+    client.sendto(b'x', at)
+    try:
+        print('@@LANLET udp=%d' % len(client.recv(2000)))
+        sys.exit()
+    except TimeoutError:
+        pass
+END
+        outside python3 server.py & SERVER=$!
+        listening udp 7000 outside
+        network
+        cat >route.sh <<'END'
+        set -e
+        # Its router may not come back by itself once this is one.
+        for _ in $(seq 100); do
+            six=$(ip -6 route show default dev eth0 | awk '{print $3; exit}')
+            own=$(ip -6 -o address show dev eth0 scope global -tentative | awk '{print $4; exit}')
+            [ -z "$six" ] || [ -z "$own" ] || break
+            sleep 0.05
+        done
+        four=$(ip -4 -o address show dev eth0 | awk '{print $4}')
+        inner4=${four%.*}.200 inner6=$(python3 -c "import ipaddress, sys; print(ipaddress.ip_interface('$own').network[0x200])")
+        unshare --net sleep 90 & inner=$!
+        until [ "$(readlink /proc/$inner/ns/net)" != "$(readlink /proc/self/ns/net)" ]; do sleep 0.02; done
+        within() { nsenter --target $inner --net "$@"; }
+        ip link add in0 mtu 1280 type veth peer name in1 mtu 1500
+        ip link set in1 netns $inner
+        for set in ipv4/ip_forward=1 ipv4/conf/eth0/proxy_arp=1 ipv4/conf/in0/proxy_arp=1             ipv6/conf/eth0/accept_ra=2 ipv6/conf/all/forwarding=1 ipv6/conf/eth0/proxy_ndp=1; do
+            echo "${set#*=}" >/proc/sys/net/${set%=*}
+        done
+        ip link set in0 up
+        ip address add fe80::1/64 dev in0 nodad
+        ip route add $inner4/32 dev in0
+        ip -6 route add $inner6/128 dev in0
+        ip -6 route replace default via $six dev eth0
+        ip -6 neigh add proxy $inner6 dev eth0
+        within ip link set in1 up
+        within ip address add $inner4/32 dev in1
+        within ip address add $inner6/128 dev in1 nodad
+        within ip route add default dev in1
+        within ip -6 route add default via fe80::1 dev in1
+        for address in 198.51.100.2 2001:db8:1::2; do
+            case $address in *:*) url="[$address]" ;; *) url=$address ;; esac
+            echo "@@LANLET got=$(within curl -s -m 30 "http://$url/big" | sha256sum | cut -c1-32)"
+            within python3 client.py $address
+        done
+        kill $inner
+END
+        lanlet exec --name default -- bash route.sh
+        say narrowed="$(status_of "(s['totals']['tcp_narrowed'], s['totals']['udp_narrowed'])" | tr -d ' ')"
+        kill $SERVER
+        "#,
+    ) else {
+        return;
+    };
+    let outcome = outcome.passed();
+    let markers = outcome.markers();
+    let sent = markers.get("sent").expect("a checksum");
+    assert_eq!(markers.all("got"), [sent, sent], "{}", outcome.text());
+    assert_eq!(markers.all("udp"), ["1400", "1400"], "{}", outcome.text());
+    assert_said(&outcome, &[("narrowed", "(2,2)")]);
 }

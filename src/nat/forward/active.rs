@@ -51,6 +51,7 @@ use crate::names::GuestName;
 use crate::nat::common::Common;
 use crate::nat::egress::{self, Egress, Published, is_never_outside};
 use crate::nat::flow_table::FlowTable;
+use crate::nat::path_mtu::TooBig;
 use crate::nat::tcp::TcpNat;
 use crate::nat::{Datagram, FlowId, HostError, Ready, SockId, SockOwner, Uplink};
 use crate::stats::DropReason;
@@ -360,6 +361,16 @@ impl ActiveForwards {
             SocketAddr::new(ip.source, udp.source_port),
             SocketAddr::new(ip.destination, udp.destination_port),
         )
+    }
+
+    /// As [`Sessions::heed`].
+    pub fn heed(
+        &mut self,
+        port: PortId,
+        report: &TooBig,
+        now: Instant,
+    ) -> Option<Result<(), DropReason>> {
+        self.sessions.heed(port, report, now)
     }
 
     /// Sends a guest's datagram to the client of its session.

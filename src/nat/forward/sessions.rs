@@ -31,6 +31,7 @@ use crate::frame::{Duration, Instant, PortId, Station};
 use crate::gateway::{LanConfig, Outbox};
 use crate::nat::flow_table::FlowTable;
 use crate::nat::icmp::ttl_to_guest;
+use crate::nat::path_mtu::{PathMtu, TooBig};
 use crate::nat::udp::train::Train;
 use crate::nat::{Datagram, FlowId, HostError, Io, SendOptions, SockId, Uplink};
 use crate::offload::Gso;
@@ -100,6 +101,8 @@ struct Session {
     shown: SocketAddr,
     class: usize,
     used: Instant,
+    /// To the guest.
+    path: PathMtu,
 }
 
 /// What the sessions came to.
@@ -176,6 +179,7 @@ impl Sessions {
         session.used = now;
         let train = Train {
             lan: &self.lan,
+            mtu: session.path.get(self.lan.mtu, now),
             from: session.shown,
             to: session.guest,
             mac: way.station.mac,
@@ -229,6 +233,7 @@ impl Sessions {
             shown,
             class,
             used: now,
+            path: PathMtu::default(),
         };
         let id = self.table.insert_with(DropReason::Limit, |_| Ok(session))?;
         self.by_client.insert((entrance.socket, client), id);
@@ -289,6 +294,23 @@ impl Sessions {
             Io::Failed(HostError::TooBig) => Err(DropReason::TooBig),
             Io::Failed(_) => Err(DropReason::HostRefused),
         }
+    }
+
+    /// A datagram was too big for a link behind its guest: the session's are cut for a while. `None`: it is of
+    /// no session.
+    pub fn heed(
+        &mut self,
+        port: PortId,
+        report: &TooBig,
+        now: Instant,
+    ) -> Option<Result<(), DropReason>> {
+        let id = self.find(report.guest, report.outside)?;
+        let session = self.table.get_mut(id)?;
+        if session.station.port != port {
+            return Some(Err(DropReason::NoFlow));
+        }
+        session.path.learn(report.mtu, self.lan.mtu, now);
+        Some(Ok(()))
     }
 
     /// Ends the session that is unused longest, those of a low class first.

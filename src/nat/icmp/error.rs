@@ -48,7 +48,7 @@ pub enum ErrorKind {
 }
 
 /// Type, code and the header's last four bytes.
-pub(super) type Header = (u8, u8, u32);
+pub(in crate::nat) type Header = (u8, u8, u32);
 
 impl ErrorKind {
     /// RFC 792, RFC 1191 for the MTU, RFC 1812 5.2.7.1 for code 13.
@@ -144,7 +144,7 @@ fn source_of(about: &[u8]) -> IpAddr {
 
 /// Writes the frame of an error that comes from `from`, which is of the family of `about`, to the sender
 /// of that packet.
-pub(super) fn write(
+pub(in crate::nat) fn write(
     buffer: &mut [u8],
     (mac, from): (Mac, IpAddr),
     (of_type, code, rest): Header,

@@ -90,7 +90,7 @@ fn pass_on<S, O: Outbox + ?Sized>(
 
 /// Type, code and rest for the guest. Only destination unreachable, packet too big and time exceeded
 /// are passed on: parameters of headers that the host wrote mean nothing to the guest.
-fn header(reported: &SocketError<'_>) -> Result<Header, DropReason> {
+pub(in crate::nat) fn header(reported: &SocketError<'_>) -> Result<Header, DropReason> {
     let v4 = reported.to.is_ipv4();
     if reported.offender.is_none() {
         let kind = match reported.error {

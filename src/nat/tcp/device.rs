@@ -34,6 +34,8 @@ pub fn interface(seed: u64, now: Instant) -> Interface {
 pub struct Shown {
     /// Sequence number.
     pub sequence: u32,
+    /// Sequence number behind its data.
+    pub end: u32,
     /// Acknowledgment number.
     pub acknowledged: u32,
     /// Right edge of the window.
@@ -185,8 +187,10 @@ fn finish(frame: &mut [u8], peer: &Peer, window_shift: u8) -> (Offload, Option<S
     } else {
         window << shift
     };
+    let sequence = be32(tcp, 4);
     let shown = (flags & Tcp::RST == 0).then(|| Shown {
-        sequence: be32(tcp, 4),
+        sequence,
+        end: sequence.wrapping_add((tcp.len() - header_len) as u32),
         acknowledged,
         edge: acknowledged.wrapping_add(scaled),
         window_shift: shift,

@@ -19,7 +19,7 @@ use smoltcp::iface::{Interface, PollResult};
 use smoltcp::socket::tcp;
 
 use super::device::{Device, Shown, interface};
-use super::syn::{Peer, SYN_LEN_MAX, SavedSyn, set_cut};
+use super::syn::{Peer, SYN_LEN_MAX, SavedSyn, be32, set_cut};
 use crate::frame::Instant;
 use crate::gateway::Outbox;
 use crate::sys::arena::TcpSocket;
@@ -57,6 +57,12 @@ pub trait TcpEngine {
 
     /// State.
     fn phase(&self) -> Phase;
+
+    /// Whether this sequence number is of data that was sent and not acknowledged.
+    fn is_in_flight(&self, sequence: u32) -> bool;
+
+    /// Sends what is in flight again, without waiting for the timer.
+    fn send_again<O: Outbox + ?Sized>(&mut self, now: Instant, peer: &Peer, out: &mut O);
 
     /// Whether the segment asks for an ACK that shows us alive (RFC 9293 3.8.4).
     fn is_keep_alive(&self, tcp: &Tcp<'_>) -> bool;
@@ -97,6 +103,10 @@ pub struct SmolEngine {
     edge: u32,
     /// Sequence number of the newest segment sent.
     sequence: u32,
+    /// End of the highest data sent.
+    sent: u32,
+    /// Newest acknowledgment number of the guest.
+    taken: u32,
     /// Newest acknowledgment number shown to the guest.
     acknowledged: u32,
     /// End of the highest data fed: above `acknowledged`, the ring holds out-of-order data.
@@ -135,6 +145,8 @@ impl SmolEngine {
             socket,
             edge: 0,
             sequence: 0,
+            sent: 0,
+            taken: 0,
             acknowledged: 0,
             highest: syn.sequence().wrapping_add(1),
             window_shift: 0,
@@ -169,6 +181,8 @@ impl SmolEngine {
             socket,
             edge: 0,
             sequence: 0,
+            sent: 0,
+            taken: 0,
             acknowledged: 0,
             highest: 0,
             window_shift: 0,
@@ -213,11 +227,19 @@ impl SmolEngine {
     fn note(&mut self, shown: Option<Shown>) {
         if let Some(shown) = shown {
             self.sequence = shown.sequence;
+            if self.phase() == Phase::Handshake || is_before(self.sent, shown.end) {
+                self.sent = shown.end;
+            }
             self.edge = shown.edge;
             self.acknowledged = shown.acknowledged;
             self.window_shift = shown.window_shift;
         }
     }
+}
+
+/// Whether a sequence number comes before another (RFC 9293 3.4).
+fn is_before(sequence: u32, other: u32) -> bool {
+    (sequence.wrapping_sub(other) as i32) < 0
 }
 
 impl TcpEngine for SmolEngine {
@@ -256,6 +278,10 @@ impl TcpEngine for SmolEngine {
                 }
             }
             return;
+        }
+        let taken = be32(tcp.header, 8);
+        if self.phase() == Phase::Handshake || is_before(self.taken, taken) {
+            self.taken = taken;
         }
         let len = tcp.payload.len() as u32;
         let end = tcp.sequence.wrapping_add(len);
@@ -319,6 +345,18 @@ impl TcpEngine for SmolEngine {
             }
             tcp::State::SynReceived | tcp::State::SynSent => Phase::Handshake,
             _ => Phase::Open,
+        }
+    }
+
+    fn is_in_flight(&self, sequence: u32) -> bool {
+        !is_before(sequence, self.taken) && is_before(sequence, self.sent)
+    }
+
+    fn send_again<O: Outbox + ?Sized>(&mut self, now: Instant, peer: &Peer, out: &mut O) {
+        // smoltcp sends all again when its timer runs out: so to it, that is the time. What it knows of
+        // round trips is left out (Karn), and its next timer may be as much later.
+        if let Some(due) = self.poll_timeout(now) {
+            self.poll_egress(due.max(now), peer, out);
         }
     }
 

@@ -67,6 +67,8 @@ pub struct Flow {
     pub dirty: bool,
     /// Data moved since ring memory was last given back.
     pub touched: bool,
+    /// Its SYN went a few hops only, and its host socket still sends so.
+    pub is_probe: bool,
     /// The guest sends keep-alives, so the host's socket does too.
     pub watched: bool,
     pub active_at: Instant,
@@ -114,6 +116,7 @@ impl Flow {
             busy: false,
             dirty: false,
             touched: false,
+            is_probe: false,
             watched: false,
             active_at: now,
             armed: None,

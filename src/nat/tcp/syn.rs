@@ -81,6 +81,15 @@ impl Peer {
         }
     }
 
+    /// Makes packets fit a path of this MTU; whether they were larger.
+    pub fn narrow(&mut self, family: Family, mtu: u16) -> bool {
+        let headers_len = (ip_header_len(family) + TCP_HEADER_LEN) as u16;
+        let mss = mtu.saturating_sub(headers_len).max(MSS_MIN);
+        let is_smaller = mss < self.mss;
+        self.mss = self.mss.min(mss);
+        is_smaller
+    }
+
     /// Payload of the largest super-frame: whole segments, so that none leaves a short tail.
     pub fn segment_bytes(&self) -> u16 {
         (self.payload_max / self.mss).min(SUPER_FRAME_SEGMENTS_MAX) * self.mss

@@ -85,6 +85,10 @@ struct Lab {
     sockets: SocketSet<'static>,
     /// Largest GSO frame seen toward the guest, payload and segment size.
     largest: (usize, u16),
+    /// Whether packets to the guest of so many bytes get through to it.
+    path_mtu: usize,
+    /// The first that did not: where it began, and what it was.
+    too_big: Option<(u32, SocketAddr, SocketAddr)>,
 }
 
 impl Lab {
@@ -116,6 +120,8 @@ impl Lab {
             guest,
             sockets: SocketSet::new(Vec::new()),
             largest: (0, 0),
+            path_mtu: usize::MAX,
+            too_big: None,
         }
     }
 
@@ -186,6 +192,9 @@ impl Lab {
         while let Some((frame, offload)) = self.log.pop() {
             moved = true;
             self.check_frame(&frame, offload);
+            if !self.passes(&frame, offload) {
+                continue;
+            }
             self.card.inbox.push_back(frame[14..].to_vec());
         }
         moved || self.nat.has_backlog()
@@ -203,6 +212,43 @@ impl Lab {
         }
         self.nat.flush(self.now, &mut self.up, &mut self.log);
         moved
+    }
+
+    /// Whether the packets of a frame fit the path.
+    fn passes(&mut self, frame: &[u8], offload: Offload) -> bool {
+        let packet = testing::parse(frame, offload);
+        let ip = packet.ip().expect("IP only");
+        let crate::wire::Transport::Tcp(tcp) = &ip.transport else {
+            return true;
+        };
+        let payload = match offload.gso {
+            Gso::Tcp4(mss) | Gso::Tcp6(mss) => usize::from(mss),
+            _ => tcp.payload.len(),
+        };
+        let fits = ip.header_len + tcp.header.len() + payload <= self.path_mtu;
+        if !fits {
+            let from = SocketAddr::new(ip.source, tcp.source_port);
+            let to = SocketAddr::new(ip.destination, tcp.destination_port);
+            self.too_big.get_or_insert((tcp.sequence, from, to));
+        }
+        fits
+    }
+
+    /// A router behind `port` says that a segment was too big.
+    fn report(
+        &mut self,
+        port: PortId,
+        mtu: u16,
+        (sequence, outside, guest): (u32, SocketAddr, SocketAddr),
+    ) -> Result<(), DropReason> {
+        let report = TooBig {
+            mtu,
+            guest,
+            outside,
+            quoted: crate::nat::path_mtu::Quoted::Tcp(sequence),
+        };
+        self.nat
+            .heed(port, &report, sequence, self.now, &mut self.log)
     }
 
     fn check_frame(&mut self, frame: &[u8], offload: Offload) {
@@ -948,4 +994,127 @@ fn out_of_files_the_longest_idle_flow_gives_way() {
     assert_eq!(lab.socket(second).state(), tcp::State::Established);
     assert_eq!(lab.guest_sends(&syn[14..]), Ok(()));
     assert_eq!(lab.nat.counters().evicted, 1);
+}
+
+#[test]
+fn a_link_behind_the_guest_makes_segments_smaller_and_they_are_sent_again_at_once() {
+    for (mut lab, mss) in [(Lab::new(), 1160), (Lab::new6(), 1220)] {
+        let mtu = 1200;
+        let handle = lab.connect(1000);
+        lab.settle();
+        let host = lab.host();
+        let sent = pattern(100_000, 3);
+        lab.up.peer_send(host, &sent);
+        lab.path_mtu = if lab.address.is_ipv4() { 1200 } else { 1280 };
+        lab.settle();
+        assert_eq!(lab.socket(handle).recv_queue(), 0, "nothing got through");
+        let (sequence, outside, guest) = lab.too_big.take().expect("it was too big");
+        let port = PortId(1);
+
+        // What is forged or late changes nothing.
+        let other = |at: SocketAddr| SocketAddr::new(at.ip(), at.port() + 1);
+        for (port, what) in [
+            (PortId(2), (sequence, outside, guest)),
+            (port, (sequence.wrapping_sub(1), outside, guest)),
+            (port, (sequence.wrapping_add(1 << 20), outside, guest)),
+            (port, (sequence.wrapping_add(1 << 31), outside, guest)),
+            (port, (sequence, other(outside), guest)),
+            (port, (sequence, outside, other(guest))),
+        ] {
+            assert_eq!(lab.report(port, mtu, what), Err(DropReason::NoFlow));
+        }
+        assert_eq!(lab.report(port, 9000, (sequence, outside, guest)), Ok(()));
+        lab.settle();
+        assert_eq!(
+            (lab.socket(handle).recv_queue(), lab.nat.counters().narrowed),
+            (0, 0)
+        );
+
+        // Without a second's wait for a timer: the clock stands still.
+        let before = lab.now;
+        // As it comes from the parser: IPv6 has a least MTU.
+        let mtu = if lab.address.is_ipv4() { mtu } else { 1280 };
+        assert_eq!(lab.report(port, mtu, (sequence, outside, guest)), Ok(()));
+        assert_eq!(download(&mut lab, handle, sent.len()), sent);
+        assert_eq!((lab.now, lab.nat.counters().narrowed), (before, 1));
+        let flow = lab.nat.flows.iter().next().unwrap();
+        assert_eq!(flow.peer.mss, mss);
+        // The others that were on their way say the same.
+        let again = lab.report(port, mtu, (sequence, outside, guest));
+        assert_eq!(again, Err(DropReason::NoFlow), "it has arrived");
+        let more = pattern(300_000, 4);
+        lab.up.peer_send(host, &more);
+        assert_eq!(download(&mut lab, handle, more.len()), more);
+    }
+}
+
+#[test]
+fn a_syn_that_goes_a_few_hops_tells_of_who_ended_it() {
+    use crate::nat::testing::Reported;
+    for (server, guest, router, kind) in [
+        (SERVER, IpAddr::from(GUEST), "198.18.1.2", (11, 0)),
+        (SERVER6, IpAddr::from(GUEST6), "2001:db8:e1::2", (3, 0)),
+    ] {
+        let router: IpAddr = router.parse().unwrap();
+        let from = |port| SocketAddr::new(guest, port);
+        let syn = |lab: &mut Lab, port, ttl| {
+            let frame =
+                testing::guest_tcp(from(port), server, (1, 0), (Tcp::SYN, 64_000), &[], &[]);
+            let mut packet = frame[14..].to_vec();
+            match guest {
+                IpAddr::V4(_) => {
+                    packet[8] = ttl;
+                    packet[10..12].fill(0);
+                }
+                IpAddr::V6(_) => packet[7] = ttl,
+            }
+            lab.guest_sends(&packet).unwrap();
+            packet
+        };
+        let mut lab = Lab::with(server, guest);
+        lab.up.connect_default = Connect::Wait;
+        for (port, ttl, hops) in [
+            (1, 2, Some(1)),
+            (2, 32, Some(31)),
+            (3, 33, None),
+            (4, 64, None),
+        ] {
+            syn(&mut lab, port, ttl);
+            let (socket, _) = *lab.up.open_sockets().last().unwrap();
+            assert_eq!(lab.up.hops(socket), hops, "{ttl}");
+            // Once it is connected it goes as far as any.
+            lab.up.finish_connect(socket, Ok(()));
+            lab.host_events();
+            assert_eq!(lab.up.hops(socket), None);
+        }
+        while lab.log.pop().is_some() {}
+        let sent = syn(&mut lab, 5, 3);
+        let (socket, _) = *lab.up.open_sockets().last().unwrap();
+        lab.up.report(
+            socket,
+            Reported {
+                to: server,
+                offender: Some(router),
+                kind,
+                mtu: 0,
+                error: HostError::HostUnreachable,
+                payload: Vec::new(),
+            },
+        );
+        lab.up
+            .finish_connect(socket, Err(HostError::HostUnreachable));
+        lab.host_events();
+        let (frame, offload) = lab.log.pop().expect("an ICMP error");
+        assert!(lab.log.pop().is_none());
+        let packet = testing::parse(&frame, offload);
+        let ip = packet.ip().unwrap();
+        assert_eq!((ip.source, ip.destination), (router, guest));
+        let crate::wire::Transport::Icmp(message) = ip.transport else {
+            panic!("not ICMP")
+        };
+        assert_eq!((message[0], message[1]), kind);
+        // Its own SYN, as it sent it: addresses, ports and sequence number.
+        assert_eq!(message[8..][..sent.len()][12..], sent[12..]);
+        assert_eq!(lab.nat.len(), 4);
+    }
 }

@@ -341,6 +341,72 @@ fn trains_stay_whole_both_ways() {
 }
 
 #[test]
+fn what_is_longer_than_a_link_behind_the_guest_comes_in_fragments_for_ten_minutes() {
+    for (peer, mtu) in [(PEER, 600), (PEER6, 1280)] {
+        let mut bench = Bench::new(LIMITS);
+        bench.send(GUEST_PORT, peer, b"x").unwrap();
+        let guest = guest_for(peer, GUEST_PORT);
+        let report = TooBig {
+            mtu,
+            guest,
+            outside: peer,
+            quoted: crate::nat::path_mtu::Quoted::Udp,
+        };
+        let payload = [7; 1400];
+        let longest = |bench: &mut Bench| {
+            let socket = bench.socket(0);
+            bench.up.deliver(socket, peer, &payload, None);
+            bench.run();
+            let mut longest = (0, 0);
+            while let Some((frame, _)) = bench.out.pop() {
+                longest = (longest.0 + 1, longest.1.max(frame.len() - ETH_HEADER_LEN));
+            }
+            longest
+        };
+        let whole = (1, 1400 + 8 + crate::wire::ip_header_len(peer.ip()));
+        assert_eq!(longest(&mut bench), whole);
+        let egress = egress();
+        let other = |at: SocketAddr| SocketAddr::new(at.ip(), at.port() + 1);
+        let far: SocketAddr = match peer {
+            SocketAddr::V4(_) => "198.51.100.77:7000".parse().unwrap(),
+            SocketAddr::V6(_) => "[2001:db8::77]:7000".parse().unwrap(),
+        };
+        for (port, report) in [
+            (PortId(9), report),
+            (
+                PortId(1),
+                TooBig {
+                    guest: other(guest),
+                    ..report
+                },
+            ),
+            (
+                PortId(1),
+                TooBig {
+                    outside: far,
+                    ..report
+                },
+            ),
+        ] {
+            let heeded = bench.nat.heed(port, &report, &egress, bench.now);
+            assert_eq!(heeded, Err(DropReason::NoFlow));
+        }
+        assert_eq!(longest(&mut bench), whole);
+        let port = PortId(1);
+        assert_eq!(bench.nat.heed(port, &report, &egress, bench.now), Ok(()));
+        let (frames, bytes) = longest(&mut bench);
+        assert!(frames > 1 && bytes <= usize::from(mtu), "{frames} {bytes}");
+        assert_eq!(bench.nat.counters().narrowed, 1);
+        for _ in 0..3 {
+            // In use, so that the mapping stays.
+            bench.wait(200);
+            bench.send(GUEST_PORT, peer, b"x").unwrap();
+        }
+        assert_eq!(longest(&mut bench), whole);
+    }
+}
+
+#[test]
 fn what_is_longer_than_the_mtu_comes_in_fragments() {
     for (peer, headers_len, longest) in [(PEER, 28, 65_507), (PEER6, 48, 65_527)] {
         let mut bench = Bench::new(LIMITS);

@@ -18,6 +18,8 @@ pub(super) struct ToGuest<'a> {
     pub lan: &'a LanConfig,
     pub egress: &'a Egress,
     pub guest: SocketAddr,
+    /// Of the path to it.
+    pub mtu: u16,
     pub mapping: &'a UdpMapping,
     pub filtering: Dependence,
     /// Identification of the packet that was cut last.
@@ -39,6 +41,7 @@ impl ToGuest<'_> {
         }
         let train = Train {
             lan: self.lan,
+            mtu: self.mtu,
             from: self.egress.shown(source),
             to: self.guest,
             mac: self.mapping.station.mac,

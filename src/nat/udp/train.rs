@@ -1,5 +1,5 @@
 //! A datagram from outside, or a train of them, as the frames that a guest gets: super-frames where the
-//! LAN carries each of the datagrams, and fragments of those that it does not.
+//! path to it carries each of the datagrams, and fragments of those that it does not.
 
 use std::net::SocketAddr;
 
@@ -17,6 +17,8 @@ const CHECKSUM_AT: usize = 6;
 pub struct Train<'a> {
     /// The guest's LAN.
     pub lan: &'a LanConfig,
+    /// Of the path to the guest, the LAN's at most.
+    pub mtu: u16,
     /// Whom the guest sees.
     pub from: SocketAddr,
     /// The guest.
@@ -57,7 +59,7 @@ impl Train<'_> {
             return Err(DropReason::TooBig);
         }
         let headers_len = wire::ip_header_len(self.to.ip()) + UDP_HEADER_LEN;
-        if headers_len + longest > usize::from(self.lan.mtu) {
+        if headers_len + longest > usize::from(self.mtu) {
             // An empty datagram fits any LAN, so that none is lost here.
             for datagram in payload.chunks(longest) {
                 self.send_cut(datagram, fragment_id, out);
@@ -127,9 +129,9 @@ impl Train<'_> {
             sum => sum,
         };
         udp[CHECKSUM_AT..UDP_HEADER_LEN].copy_from_slice(&sum.to_be_bytes());
-        if len > ETH_HEADER_LEN + usize::from(self.lan.mtu) {
+        if len > ETH_HEADER_LEN + usize::from(self.mtu) {
             *fragment_id = fragment_id.wrapping_add(1);
-            cut(out, len, self.lan.mtu, *fragment_id);
+            cut(out, len, self.mtu, *fragment_id);
         } else {
             // The shorter end of a train: in IPv6 a fragment that is all of its packet is an atomic one,
             // which nobody is to send (RFC 8021).

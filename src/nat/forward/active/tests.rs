@@ -748,7 +748,7 @@ fn a_forward_moves_to_the_worker_of_its_guest_with_all_that_waits() {
             taken.push(kind);
             match kind {
                 Some(_) => Ok(up.listen(owner)),
-                None => up.tcp_connect(at(CLIENT), owner),
+                None => up.tcp_connect(at(CLIENT), None, owner),
             }
         },
     );
@@ -804,7 +804,7 @@ fn who_has_a_guests_name_keeps_it_where_the_forward_moves() {
         (&mut there.up, &mut there.log),
         |up, _, kind, owner| match kind {
             Some(_) => Ok(up.listen(owner)),
-            None => up.tcp_connect(at(CLIENT), owner),
+            None => up.tcp_connect(at(CLIENT), None, owner),
         },
     );
     there.settle();

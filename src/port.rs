@@ -15,7 +15,9 @@ pub mod vhost_user;
 
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
@@ -99,6 +101,46 @@ pub trait PortTx: Send + Sync {
 
     /// Ends a batch of [`PortTx::send`]. Never blocks.
     fn flush(&self) {}
+
+    /// Whether somebody is there to take a frame: floods leave out who is not. Guests come up later than
+    /// their ports, and what was said before is not missed.
+    fn is_up(&self) -> bool {
+        true
+    }
+}
+
+/// Whether the netdev of a tap is up, as far as it is known. That it is not is looked at again whenever it
+/// matters; that it is, until a frame is refused.
+#[derive(Debug, Default)]
+struct TapLink {
+    is_known_up: AtomicBool,
+}
+
+impl TapLink {
+    /// Looks, unless it is known to be up: a tap can be written to while it is (drivers/net/tun.c,
+    /// tun_sock_writeable).
+    fn is_up(&self, fd: BorrowedFd<'_>) -> bool {
+        if self.is_known_up.load(Relaxed) {
+            return true;
+        }
+        let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::OUT)];
+        let now = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        let is_up = poll(&mut fds, Some(&now)).is_ok() && fds[0].revents().contains(PollFlags::OUT);
+        self.is_known_up.store(is_up, Relaxed);
+        is_up
+    }
+
+    /// The reason to count a frame for that the kernel refused.
+    fn refusal(&self, error: Errno) -> DropReason {
+        let reason = refusal(error);
+        if reason == DropReason::LinkDown {
+            self.is_known_up.store(false, Relaxed);
+        }
+        reason
+    }
 }
 
 /// Frames that the kernel dropped between a guest and its port.
@@ -124,8 +166,8 @@ fn refusal(error: Errno) -> DropReason {
     match error {
         Errno::AGAIN | Errno::NOBUFS | Errno::NOMEM => DropReason::EgressFull,
         Errno::MSGSIZE => DropReason::EgressTooBig,
-        // EIO: the guest has its link down. EBADFD, ENXIO, ENETDOWN: the device is gone, which the
-        // receive half reports.
+        Errno::IO | Errno::NETDOWN => DropReason::LinkDown,
+        // EBADFD, ENXIO: the device is gone, which the receive half reports.
         _ => DropReason::EgressError,
     }
 }

@@ -44,6 +44,8 @@ drop_reasons! {
     EgressFull = "egress_full",
     /// The egress port refused the frame.
     EgressError = "egress_error",
+    /// The guest behind the egress port has its link down. Floods leave such a port out.
+    LinkDown = "link_down",
     /// The frame does not fit the egress port and can't be segmented.
     EgressTooBig = "egress_too_big",
     /// For the gateway, but the worker with the port's flows is too far behind.

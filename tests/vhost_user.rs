@@ -296,7 +296,12 @@ impl MemoryGroup {
         let group = MemoryGroup(Path::new(root).join(name));
         fs::create_dir(&group.0)
             .and_then(|()| fs::write(group.0.join(limit), GROUP_BYTES.to_string()))
-            .map_err(|error| format!("no control group for memory: {}: {error}", group.0.display()))?;
+            .map_err(|error| {
+                format!(
+                    "no control group for memory: {}: {error}",
+                    group.0.display()
+                )
+            })?;
         Ok(group)
     }
 

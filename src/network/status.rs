@@ -16,6 +16,7 @@ use crate::frame::{PortId, Station};
 use crate::names::{GroupName, GuestName};
 use crate::nat::policy::ledger::PolicyView;
 use crate::port::KernelDrops;
+use crate::stats::DropReason;
 use crate::worker::{Command, Snapshot};
 
 /// How long `status` waits for the worker, which answers between two batches.
@@ -246,9 +247,12 @@ impl Port {
             rx: sum.rx + drops.rx,
             tx: sum.tx + drops.tx,
         });
+        // The netdev of a guest whose link is down counts what it refused, as we do.
+        let refused = drops.get(DropReason::LinkDown.name()).copied();
+        let kernel_tx = kernel.tx.saturating_sub(refused.unwrap_or(0));
         for (name, count) in [
             ("kernel_rx_dropped", kernel.rx),
-            ("kernel_tx_dropped", kernel.tx),
+            ("kernel_tx_dropped", kernel_tx),
         ] {
             if count != 0 {
                 drops.insert(name.to_owned(), count);

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use super::tap::{LiveCaps, send_with_header};
-use super::{DropSource, KernelDrops, More, PortRx, PortTx};
+use super::{DropSource, KernelDrops, More, PortRx, PortTx, refusal};
 use crate::frame::{BATCH_FRAMES_MAX, Batch, Frame};
 use crate::offload::{self, Caps, Offload, VNET_HEADER_LEN};
 use crate::stats::{DropReason, PortCounters};
@@ -140,6 +140,7 @@ impl PortTx for PacketTx {
             frame,
             &self.caps,
         )
+        .map_err(refusal)
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 
-use super::{More, PortRx, PortTx, refusal};
+use super::{More, PortRx, PortTx, TapLink};
 use crate::frame::{BATCH_FRAMES_MAX, Batch, Frame};
 use crate::offload::{self, Caps, VNET_HEADER_LEN};
 use crate::stats::{DropReason, PortCounters};
@@ -29,7 +29,8 @@ pub fn open(fd: OwnedFd) -> Result<(PlainRx, PlainTx), TapError> {
     rustix::io::ioctl_fionbio(&fd, true)
         .map_err(|error| TapError::tap(&info.name, &error.into()))?;
     let fd = Arc::new(LateClose::new(fd));
-    Ok((PlainRx { fd: fd.clone() }, PlainTx { fd }))
+    let link = TapLink::default();
+    Ok((PlainRx { fd: fd.clone() }, PlainTx { fd, link }))
 }
 
 /// Receive half.
@@ -71,6 +72,7 @@ impl PortRx for PlainRx {
 #[derive(Debug)]
 pub struct PlainTx {
     fd: Arc<LateClose>,
+    link: TapLink,
 }
 
 impl PortTx for PlainTx {
@@ -81,7 +83,11 @@ impl PortTx for PlainTx {
     fn send(&self, frame: Frame<'_>) -> Result<(), DropReason> {
         match rustix::io::retry_on_intr(|| rustix::io::write(&self.fd, frame.bytes)) {
             Ok(_) => Ok(()),
-            Err(error) => Err(refusal(error)),
+            Err(error) => Err(self.link.refusal(error)),
         }
+    }
+
+    fn is_up(&self) -> bool {
+        self.link.is_up(self.fd.as_fd())
     }
 }

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 
 use rustix::io::Errno;
 
-use super::{More, PortRx, PortTx, refusal};
+use super::{More, PortRx, PortTx, TapLink};
 use crate::frame::{BATCH_FRAMES_MAX, Batch, Frame};
 use crate::offload::{self, Caps, Csum, Gso, VNET_HEADER_LEN};
 use crate::stats::{DropReason, PortCounters};
@@ -46,6 +46,7 @@ pub fn open(fd: OwnedFd) -> Result<(TapRx, TapTx), TapError> {
         rx,
         TapTx {
             fd,
+            link: TapLink::default(),
             caps: LiveCaps::new(
                 Caps {
                     csum: true,
@@ -103,6 +104,7 @@ impl PortRx for TapRx {
 #[derive(Debug)]
 pub struct TapTx {
     fd: Arc<LateClose>,
+    link: TapLink,
     caps: LiveCaps,
 }
 
@@ -113,7 +115,12 @@ impl PortTx for TapTx {
 
     fn send(&self, frame: Frame<'_>) -> Result<(), DropReason> {
         let header = offload::encode(frame);
-        send_with_header(self.fd.as_fd(), &header, frame, &self.caps)
+        let sent = send_with_header(self.fd.as_fd(), &header, frame, &self.caps);
+        sent.map_err(|error| self.link.refusal(error))
+    }
+
+    fn is_up(&self) -> bool {
+        self.link.is_up(self.fd.as_fd())
     }
 }
 
@@ -123,7 +130,7 @@ pub(super) fn send_with_header(
     header: &[u8],
     frame: Frame<'_>,
     caps: &LiveCaps,
-) -> Result<(), DropReason> {
+) -> Result<(), Errno> {
     let parts = [IoSlice::new(header), IoSlice::new(frame.bytes)];
     match rustix::io::retry_on_intr(|| rustix::io::writev(fd, &parts)) {
         Ok(_) => {
@@ -134,7 +141,7 @@ pub(super) fn send_with_header(
             if error == Errno::INVAL {
                 caps.refused(frame);
             }
-            Err(refusal(error))
+            Err(error)
         }
     }
 }

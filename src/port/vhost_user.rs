@@ -165,6 +165,10 @@ impl PortTx for VhostTx {
     fn flush(&self) {
         self.0.flush();
     }
+
+    fn is_up(&self) -> bool {
+        self.0.is_open()
+    }
 }
 
 #[cfg(test)]

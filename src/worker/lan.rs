@@ -146,6 +146,9 @@ impl Lan {
                         egress.as_mut().filter(|_| index != usize::from(ingress.0))
                     {
                         receivers += 1;
+                        if !egress.tx.is_up() {
+                            continue;
+                        }
                         egress.send(frame, &mut self.scratch);
                         egress.note_unflushed(index, &mut self.unflushed);
                     }

@@ -34,17 +34,13 @@ fn guests_reach_each_other() {
             stay two ''
             one=$(cat one.address)
             say same="$(test "$one" = "$(cat two.address)" && echo yes || echo no)"
-            # What was flooded to a guest whose link was not up yet.
-            early="$(drops)"
-            [[ "$early" =~ ^(none|namespace2:egress_error:[0-9]+(,namespace2:kernel_tx_dropped:[0-9]+)?)$ ]] ||
-                fail "drops before all guests were up: $early"
             lanlet exec --name default -- sh -c "
                 ping -c 3 -i 0.05 -W 2 $one >/dev/null; echo @@LANLET ping=\$?
                 ping -c 1 -W 2 $(cat two.address) >/dev/null; echo @@LANLET ping_two=\$?
                 ping -c 1 -W 2 -s 1472 -M do $one >/dev/null; echo @@LANLET full=\$?
                 python3 peer.py send_then_read $one 7001 data
                 python3 peer.py udp_sizes $one 7002 0 1 1472 9000"
-            say data="$(sha <data)" drops="$(test "$(drops)" = "$early" && echo none || drops)" kinds="$(status_of "','.join(p['kind'] for p in s['ports'])")"
+            say data="$(sha <data)" drops="$(drops)" kinds="$(status_of "','.join(p['kind'] for p in s['ports'])")"
             touch over
             until_true 10 status_is "len(s['ports'])" 1
             say left="$(status_of "len(s['ports']) + len(s['macs']) + len(s['leases'])")"

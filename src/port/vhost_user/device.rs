@@ -158,6 +158,11 @@ impl Device {
         }
     }
 
+    /// Whether a guest takes frames.
+    pub fn is_open(&self) -> bool {
+        self.open.load(Relaxed) != 0
+    }
+
     /// Sends a frame to the guest. [`Device::flush`] shows it.
     ///
     /// # Errors

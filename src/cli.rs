@@ -14,11 +14,13 @@ mod exec;
 mod find;
 mod forward;
 mod lan;
+mod list;
 mod logger;
 mod options;
 mod policy;
 mod qemu;
 mod run;
+mod screen;
 mod signals;
 mod status;
 mod up;
@@ -108,6 +110,7 @@ enum Command {
     Run(run::Args),
     Qemu(qemu::Args),
     Exec(exec::Args),
+    List(list::Args),
     Wait(wait::Args),
     Status(status::Args),
     Forward(forward::Args),
@@ -158,6 +161,16 @@ impl Failure {
     }
 }
 
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Failure::Usage(message) => f.write_str(message),
+            Failure::Runtime(error) => f.write_str(&chain(&**error)),
+            Failure::Reported => f.write_str("see above"),
+        }
+    }
+}
+
 impl From<ControlError> for Failure {
     fn from(error: ControlError) -> Self {
         Failure::Runtime(error.into())
@@ -204,6 +217,7 @@ pub fn main() -> ExitCode {
         Command::Run(args) => run::run(&args),
         Command::Qemu(args) => qemu::qemu(&args),
         Command::Exec(args) => exec::exec(&args),
+        Command::List(args) => list::list(&args),
         Command::Wait(args) => wait::wait(&args),
         Command::Status(args) => status::status(&args),
         Command::Forward(args) => forward::forward(&args),

@@ -3,7 +3,9 @@
 //! A running network NAME has two files in the runtime directory: `NAME.lock`, held with flock for as
 //! long as the process lives (the kernel lets go of it on SIGKILL too), and `NAME.sock`, a Unix stream
 //! socket. Who holds the lock owns the socket's name, so a socket left over from a crash is replaced
-//! without asking anybody.
+//! without asking anybody. The lock files of `lanlet up` stay when it ends. A private network is called
+//! after its command, `exec-1234`, and its lock file goes with it, or is swept away where the process was
+//! killed ([`RuntimeDir::sweep`]); who locks a file looks whether it is still the one of that name.
 //!
 //! Trust: the directory belongs to the user and nobody else writes to it, the socket has mode 0600,
 //! and both ends check the other's uid ([`peer_is_trusted`]). Guests have no path to it: it is no IP
@@ -17,6 +19,8 @@ pub mod server;
 
 mod message;
 mod running;
+
+pub use self::running::{Running, is_private};
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
@@ -266,14 +270,33 @@ impl RuntimeDir {
         let socket = self.socket(name)?;
         self.create()?;
         let lock_path = self.lock(name);
-        let failed = |action| {
-            let path = lock_path.clone();
-            move |error: io::Error| ControlError::Io {
-                action,
-                path,
-                error,
+        let mut lock = loop {
+            let lock = self.lock_file(name)?;
+            // Of a private network's name the file may have been swept away meanwhile: then others would
+            // lock another one.
+            if is_at(&lock, &lock_path) {
+                break lock;
             }
         };
+        lock.set_len(0)
+            .and_then(|()| writeln!(lock, "{}", std::process::id()))
+            .map_err(|error| ControlError::Io {
+                action: "write",
+                path: lock_path,
+                error,
+            })?;
+        let listener = listen(&socket)?;
+        Ok(Claim {
+            listener: Some(listener),
+            socket,
+            is_private: false,
+            _lock: lock,
+        })
+    }
+
+    /// Opens the network's lock file and locks it.
+    fn lock_file(&self, name: &str) -> Result<File, ControlError> {
+        let path = self.lock(name);
         let mut lock = OpenOptions::new()
             .read(true)
             .write(true)
@@ -281,7 +304,7 @@ impl RuntimeDir {
             .truncate(false)
             .mode(0o600)
             .custom_flags(libc::O_NOFOLLOW)
-            .open(&lock_path)
+            .open(&path)
             .map_err(|error| ControlError::RuntimeDirectory {
                 path: self.path.clone(),
                 reason: format!("cannot open {name}.lock in it: {error}"),
@@ -289,7 +312,11 @@ impl RuntimeDir {
         let mut tries = CLAIM_TRIES;
         while let Err(error) = rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
             if error != rustix::io::Errno::WOULDBLOCK {
-                return Err(failed("lock")(error.into()));
+                return Err(ControlError::Io {
+                    action: "lock",
+                    path,
+                    error: error.into(),
+                });
             }
             tries -= 1;
             if tries == 0 {
@@ -301,15 +328,7 @@ impl RuntimeDir {
             }
             std::thread::sleep(CLAIM_PAUSE);
         }
-        lock.set_len(0)
-            .and_then(|()| writeln!(lock, "{}", std::process::id()))
-            .map_err(failed("write"))?;
-        let listener = listen(&socket)?;
-        Ok(Claim {
-            listener: Some(listener),
-            socket,
-            _lock: lock,
-        })
+        Ok(lock)
     }
 
     /// Whether a process holds the network's name.
@@ -329,6 +348,13 @@ impl RuntimeDir {
             _ => None,
         }
     }
+}
+
+/// Whether the path still leads to this open file.
+fn is_at(file: &File, path: &Path) -> bool {
+    let id = |meta: std::fs::Metadata| (meta.dev(), meta.ino());
+    let there = std::fs::symlink_metadata(path).map(id);
+    there.is_ok_and(|there| file.metadata().map(id).is_ok_and(|ours| ours == there))
 }
 
 /// A lock file's pid line is at most this long.
@@ -374,7 +400,8 @@ fn listen(path: &Path) -> Result<UnixListener, ControlError> {
 pub struct Claim {
     listener: Option<UnixListener>,
     socket: PathBuf,
-    /// The file stays when the claim ends: unlinking it would let two processes hold "the" lock.
+    /// The lock file goes with the claim, too. Of other names it stays.
+    is_private: bool,
     _lock: File,
 }
 
@@ -390,14 +417,18 @@ impl Claim {
     }
 
     /// Ends the claim and removes its lock file too: for a name that no other process may want.
-    pub fn forget(self) {
-        let _ = std::fs::remove_file(self.socket.with_extension("lock"));
+    pub fn forget(mut self) {
+        self.is_private = true;
     }
 }
 
 impl Drop for Claim {
     fn drop(&mut self) {
         let _ = std::fs::remove_file(&self.socket);
+        if self.is_private {
+            // While it is locked: see `claim`.
+            let _ = std::fs::remove_file(self.socket.with_extension("lock"));
+        }
     }
 }
 

@@ -94,7 +94,7 @@ struct Start {
 
 pub(super) fn exec(args: &Args) -> Result<ExitCode, Failure> {
     let signals = child::block_signals()?;
-    let mut lan = Lan::open(&args.lan, &args.network)?;
+    let mut lan = Lan::open("exec", &args.lan, &args.network)?;
     let mac = args.port.mac.unwrap_or_else(|| lan.make_mac());
     let mut guest = NewGuest::spawn(&args.command, (args.port.queues(), args.port.no_offload))?;
     let options = args.port.port(Some(mac));

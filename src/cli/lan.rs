@@ -2,9 +2,11 @@
 
 use std::hash::{BuildHasher, RandomState};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::process::Signal;
 
 use clap::Args;
 
@@ -13,9 +15,10 @@ use super::forward::ForwardFlags;
 use super::options::{NetworkOptions, parse_name};
 use super::signals::Signals;
 use super::{Failure, child};
-use crate::config::{self, NAME_DEFAULT};
+use crate::config::{self, NAME_DEFAULT, NetworkConfig};
 use crate::control::RuntimeDir;
 use crate::control::client::Client;
+use crate::control::server::Server;
 use crate::frame::{Mac, PortId};
 use crate::nat::forward::{ForwardId, Guest};
 use crate::network::{
@@ -37,9 +40,14 @@ const TAP_POLL: Duration = Duration::from_millis(500);
 
 /// A network to attach to.
 pub(super) enum Lan {
-    /// It runs in this process and ends with it. It has no name that others could find, so that two
-    /// commands never get into each other's way.
-    Embedded(Box<Network>),
+    /// It runs in this process and ends with it. Its name is the process's, so that two commands never get
+    /// into each other's way.
+    Embedded {
+        /// Its control socket, by which it is looked at; closed before the network ends.
+        server: Option<Server>,
+        /// The network.
+        network: Arc<Network>,
+    },
     /// Another process runs it.
     Running {
         /// The connection to it.
@@ -97,21 +105,18 @@ impl LanFlags {
 }
 
 impl Lan {
-    /// The network to attach to, or a private one as the options say.
+    /// The network to attach to, or a private one as the options say, named after the command `kind`.
     ///
     /// # Errors
     /// The options are wrong, or are for a network that runs already; or it can't be started.
-    pub(super) fn open(flags: &LanFlags, options: &NetworkOptions) -> Result<Self, Failure> {
+    pub(super) fn open(
+        kind: &str,
+        flags: &LanFlags,
+        options: &NetworkOptions,
+    ) -> Result<Self, Failure> {
         let config = options.resolve(NAME_DEFAULT, None)?;
         let Some(client) = flags.connect()? else {
-            child::raise_open_files();
-            let subnet = config.subnet();
-            let network = Network::start(config)?;
-            log::info!(
-                "on a private network, {subnet}, which ends with this command ('lanlet up -d' starts one \
-                 to share)"
-            );
-            return Ok(Lan::Embedded(Box::new(network)));
+            return Self::private(kind, config);
         };
         if let Some(option) = options.first_given() {
             return Err(Failure::because(format!(
@@ -130,13 +135,44 @@ impl Lan {
         })
     }
 
+    /// A network of this process.
+    fn private(kind: &str, config: NetworkConfig) -> Result<Self, Failure> {
+        child::raise_open_files();
+        let subnet = config.subnet();
+        let network = Arc::new(Network::start(config)?);
+        let claimed = RuntimeDir::from_env().claim_private(kind);
+        let served = claimed.map_err(Failure::from).and_then(|(name, claim)| {
+            // Asked to end, it does so with its command.
+            let on_stop = |client: String| {
+                log::info!("asked to end by {client}");
+                let _ = rustix::process::kill_process(rustix::process::getpid(), Signal::TERM);
+            };
+            let target = Arc::clone(&network) as _;
+            let server = Server::start(&name, claim, target, on_stop)?;
+            Ok((name, server))
+        });
+        let (name, server) = match served {
+            Ok((name, server)) => (format!(" '{name}'"), Some(server)),
+            // The command does not need it.
+            Err(error) => {
+                log::info!("'lanlet list' will not show this network: {error}");
+                (String::new(), None)
+            }
+        };
+        log::info!(
+            "on a private network{name}, {subnet}, which ends with this command ('lanlet up -d' starts one \
+             to share)"
+        );
+        Ok(Lan::Embedded { server, network })
+    }
+
     /// Makes a tap for a VMM.
     ///
     /// # Errors
     /// What is missing, with the remedy.
     pub(super) fn attach_vmm(&mut self, options: PortOptions) -> Result<VmmPort, Failure> {
         Ok(match self {
-            Lan::Embedded(network) => network.attach_vmm(options)?,
+            Lan::Embedded { network, .. } => network.attach_vmm(options)?,
             Lan::Running { client, .. } => client.attach_vmm(&options)?,
         })
     }
@@ -152,7 +188,7 @@ impl Lan {
         options: PortOptions,
     ) -> Result<(VhostUserPort, Option<SocketFile>), Failure> {
         Ok(match self {
-            Lan::Embedded(network) => (network.attach_vhost_user(socket, options)?, None),
+            Lan::Embedded { network, .. } => (network.attach_vhost_user(socket, options)?, None),
             Lan::Running { client, .. } => {
                 let file = socket.file.take();
                 (client.attach_vhost_user(socket.fd.as_fd(), &options)?, file)
@@ -164,7 +200,7 @@ impl Lan {
     /// QEMU's range two of a few hundred guests' are hardly ever the same.
     pub(super) fn make_mac(&self) -> Mac {
         match self {
-            Lan::Embedded(network) => network.make_mac(),
+            Lan::Embedded { network, .. } => network.make_mac(),
             Lan::Running { .. } => {
                 let [a, b, c, ..] = RandomState::new()
                     .hash_one(std::process::id())
@@ -184,7 +220,7 @@ impl Lan {
         options: PortOptions,
     ) -> Result<(PortId, Option<GuestAddress>), Failure> {
         Ok(match self {
-            Lan::Embedded(network) => network.attach_tap(tap, options)?,
+            Lan::Embedded { network, .. } => network.attach_tap(tap, options)?,
             Lan::Running { client, .. } => client.attach_tap(&tap, &options)?,
         })
     }
@@ -198,7 +234,7 @@ impl Lan {
         for spec in flags.specs() {
             let spec = spec.clone().for_guest(Guest::Mac(own));
             let added = match self {
-                Lan::Embedded(network) => network.add_forward(spec)?,
+                Lan::Embedded { network, .. } => network.add_forward(spec)?,
                 Lan::Running { client, forwards } => {
                     *forwards += 1;
                     client.add_forward(&spec, true)?
@@ -243,7 +279,7 @@ impl Lan {
 
     fn is_needed_by(&mut self, port: PortId) -> bool {
         match self {
-            Lan::Embedded(network) => network.has_port(port),
+            Lan::Embedded { network, .. } => network.has_port(port),
             Lan::Running { client, forwards } => {
                 *forwards > 0
                     && client
@@ -255,8 +291,9 @@ impl Lan {
 
     /// Before a network of this process ends: lets the connections that the command has closed deliver
     /// what they still hold.
-    pub(super) fn drain(&self) {
-        if let Lan::Embedded(network) = self {
+    pub(super) fn drain(&mut self) {
+        if let Lan::Embedded { server, network } = self {
+            server.take();
             // Nobody comes in any more for whom there is nobody.
             for forward in network.forwards() {
                 network.remove_forward(ForwardId(forward.id));
@@ -268,7 +305,7 @@ impl Lan {
     /// What becomes readable when the network of another process ends.
     pub(super) fn gone(&self) -> Option<BorrowedFd<'_>> {
         match self {
-            Lan::Embedded(_) => None,
+            Lan::Embedded { .. } => None,
             Lan::Running { client, .. } => Some(client.as_fd()),
         }
     }

@@ -24,9 +24,24 @@ use crate::tap::QUEUES_MAX;
 /// Which network.
 #[derive(Args, Debug)]
 pub(super) struct NameOption {
+    /// Name of the network, as 'lanlet list' shows it [default: 'default', else the only one that runs]
+    #[arg(long, value_name = "NAME", value_parser = parse_name)]
+    name: Option<String>,
+}
+
+/// The name of a network that is started.
+#[derive(Args, Debug)]
+pub(super) struct NewNameOption {
     /// Name of the network: 1 to 32 of A-Z a-z 0-9 _ . - [default: default]
     #[arg(long, value_name = "NAME", value_parser = parse_name)]
     name: Option<String>,
+}
+
+impl NewNameOption {
+    /// The name, given or not.
+    pub(super) fn get(&self) -> &str {
+        self.name.as_deref().unwrap_or(NAME_DEFAULT)
+    }
 }
 
 /// Reads the name of a network.

@@ -63,7 +63,7 @@ pub(super) fn qemu(args: &Args) -> Result<ExitCode, Failure> {
         Some(program) => program.clone(),
         None => find()?,
     };
-    let lan = Lan::open(&args.lan, &args.network)?;
+    let lan = Lan::open("qemu", &args.lan, &args.network)?;
     if daemonizes(&args.arguments) {
         check_daemonize(args, &lan)?;
     }
@@ -87,7 +87,7 @@ fn check_daemonize(args: &Args, lan: &Lan) -> Result<(), Failure> {
             "-daemonize: {what} would end with this command, and the VM lives on: {remedy}"
         )))
     };
-    if matches!(lan, Lan::Embedded(_)) {
+    if matches!(lan, Lan::Embedded { .. }) {
         let remedy = "start a network that stays with 'lanlet up -d' first, or run QEMU in the \
                       foreground, 'lanlet qemu … &'";
         return refused("the network", remedy.to_owned());

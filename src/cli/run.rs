@@ -51,7 +51,7 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args) -> Result<ExitCode, Failure> {
     let signals = child::block_signals()?;
-    let lan = Lan::open(&args.lan, &args.network)?;
+    let lan = Lan::open("run", &args.lan, &args.network)?;
     let flags = (&args.port, &args.vmm, &args.forwards);
     with_link(lan, &signals, flags, |link| {
         let fill = |argument: &OsString| {

@@ -238,6 +238,7 @@ mod tests {
         let status = Status {
             name: "lab".to_owned(),
             pid: 7,
+            command: "lanlet up".to_owned(),
             uptime_secs: 93_784,
             subnet: "10.0.0.1/24".to_owned(),
             ipv6: Some(Ipv6Status {

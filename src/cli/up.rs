@@ -13,7 +13,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use super::daemon::{self, Detached, Half, tell_service_manager};
 use super::find::connect;
 use super::forward::ForwardFlags;
-use super::options::{NameOption, NetworkOptions};
+use super::options::{NameOption, NetworkOptions, NewNameOption};
 use super::signals::Signals;
 use super::{Failure, check, child, logger, print};
 use crate::config::{NetworkConfig, PREFIX6_LEN, PortSpec, format_duration};
@@ -49,7 +49,7 @@ Examples:
   lanlet up --dns 9.9.9.9 --lease-time 12h --lease-file none")]
 pub(super) struct Args {
     #[command(flatten)]
-    name: NameOption,
+    name: NewNameOption,
     /// Run in the background, and return when the network is ready; 'lanlet down' ends it
     #[arg(short, long, conflicts_with = "ready_fd")]
     detach: bool,
@@ -341,12 +341,7 @@ pub(super) fn down(args: &DownArgs) -> Result<ExitCode, Failure> {
     let dir = RuntimeDir::from_env();
     let mut client = connect(&args.name)?;
     let (name, pid) = (client.name().to_owned(), client.pid());
-    let guests = client
-        .status()?
-        .ports
-        .iter()
-        .filter(|port| port.kind != "gateway")
-        .count();
+    let guests = client.status()?.guest_ports();
     let process = client.process();
     client.stop()?;
     drop(client);

@@ -30,6 +30,8 @@ use crate::sys::socket;
 
 /// Threads that wait for the kernel on behalf of clients. Attaching takes milliseconds.
 const BLOCKING_THREADS: usize = 2;
+/// Of a longer command line the beginning is told.
+const COMMAND_CHARS_MAX: usize = 1000;
 /// Pause after a failed accept (out of descriptors), so that the loop does not spin.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
@@ -161,6 +163,7 @@ pub struct Server {
 /// What every connection needs.
 struct Shared {
     target: Arc<dyn Target>,
+    name: String,
     hello: Vec<u8>,
     on_stop: Box<dyn Fn(String) + Send + Sync>,
     seats: Arc<Semaphore>,
@@ -186,6 +189,7 @@ impl Server {
         };
         let shared = Arc::new(Shared {
             target,
+            name: name.to_owned(),
             hello: to_line(&hello)?,
             on_stop: Box::new(on_stop),
             seats: Arc::new(Semaphore::new(CLIENTS_MAX)),
@@ -284,6 +288,27 @@ fn is_guests(stream: &UnixStream) -> bool {
     ours.is_ok_and(|ours| rustix::fs::fstat(theirs).map(id) != Ok(ours))
 }
 
+/// The command that runs the network, in words.
+fn command_line() -> String {
+    let word = |word: std::ffi::OsString| {
+        let word = word.to_string_lossy();
+        let is_plain = |c: char| c.is_ascii_alphanumeric() || "@%+=:,./_-{}[]".contains(c);
+        match !word.is_empty() && word.chars().all(is_plain) {
+            true => word.into_owned(),
+            false => format!("'{}'", word.replace('\'', "'\\''")),
+        }
+    };
+    let words = ["lanlet".to_owned()]
+        .into_iter()
+        .chain(std::env::args_os().skip(1).map(word));
+    let mut line = words.collect::<Vec<_>>().join(" ");
+    if let Some((end, _)) = line.char_indices().nth(COMMAND_CHARS_MAX) {
+        line.truncate(end);
+        line.push('…');
+    }
+    line
+}
+
 /// A client for the log.
 fn client_in_words(stream: &UnixStream) -> String {
     match socket::peer(stream.as_fd()) {
@@ -346,7 +371,11 @@ async fn serve(stream: &UnixStream, shared: &Shared) -> io::Result<()> {
             true => reader.take_fds(),
             false => Vec::new(),
         };
-        let (reply, fds) = answer(&mut owned, request, fds).await;
+        let (mut reply, fds) = answer(&mut owned, request, fds).await;
+        if let Reply::Status(status) = &mut reply {
+            status.name.clone_from(&shared.name);
+            status.command = command_line();
+        }
         write(stream, &to_line(&reply)?, fds).await?;
         if stop {
             (shared.on_stop)(client_in_words(stream));
@@ -645,7 +674,9 @@ mod tests {
         let (_scratch, dir, fake, stops, server) = start("server");
         let mut client = Client::connect(&dir, "n").unwrap().unwrap();
         assert_eq!(client.pid(), std::process::id());
-        assert_eq!(client.status().unwrap().name, "fake");
+        let status = client.status().unwrap();
+        assert_eq!(status.name, "n", "as it is called at this socket");
+        assert!(status.command.starts_with("lanlet"), "{}", status.command);
 
         let options = PortOptions {
             mac: Some(Mac([2, 0, 0, 0, 0, 9])),

@@ -29,6 +29,9 @@ pub struct Status {
     pub name: String,
     /// Process that runs it.
     pub pid: u32,
+    /// Its command line, where it is asked by its control socket.
+    #[serde(default)]
+    pub command: String,
     /// Seconds since start.
     pub uptime_secs: u64,
     /// Gateway address with prefix length.
@@ -60,6 +63,14 @@ pub struct Status {
     /// Why flows and most totals are missing; `None`: they are not.
     #[serde(default)]
     pub incomplete: Option<String>,
+}
+
+impl Status {
+    /// How many ports have guests behind them.
+    pub fn guest_ports(&self) -> usize {
+        let is_guests = |port: &&PortStatus| port.id != PortId::GATEWAY.0;
+        self.ports.iter().filter(is_guests).count()
+    }
 }
 
 /// IPv6 of the LAN.
@@ -192,6 +203,7 @@ impl Shared {
         Status {
             name: self.config.name.clone(),
             pid: std::process::id(),
+            command: String::new(),
             uptime_secs: self.epoch.elapsed().as_secs(),
             subnet: format!("{}/{}", self.lan.address, self.lan.prefix),
             ipv6: self.lan.v6.map(|lan| Ipv6Status {

@@ -173,3 +173,86 @@ while True:
         ],
     );
 }
+
+/// The network that a command has for itself is seen and spoken to like any other, and only as long.
+#[test]
+fn private_networks_are_visible_and_leave_nothing() {
+    let script = r#"
+        cat >user.sh <<'END'
+        say() { echo "@@LANLET $*"; }
+        lanlet() { "$LANLET" "$@"; }
+        dir=$XDG_RUNTIME_DIR/lanlet
+        "$LANLET" exec --subnet 10.8.0.0/24 -- sh -c '
+            for what in status "forward add 9000:10.8.0.9:9000" "policy clear" down; do
+                "$LANLET" $what --name exec-$PPID 2>&1; echo "rc=$?"
+            done
+            touch ready; exec sleep 60' >guest.log 2>exec.log &
+        exec=$!
+        until [ -e ready ]; do sleep 0.05; done
+        say guest_refused=$(grep -c 'closed to guests' guest.log),$(grep -c rc=1 guest.log)
+        say told=$(grep -c "private network 'exec-$exec', 10.8.0.0/24" exec.log)
+        lanlet list >list
+        say row="$(grep "^exec-$exec " list | grep '10.8.0.' | grep -c 'lanlet exec --subnet 10.8.0.0/24 -- sh -c ')" rows=$(wc -l <list)
+        lanlet list --json | python3 -c '
+import json, sys
+n, = json.load(sys.stdin)
+print("@@LANLET", *("%s=%s" % (k, n[k]) for k in ("private", "guests")), "pid=%s" % (n["pid"] == int(sys.argv[1])))' $exec
+        # The only one is meant where none is named.
+        lanlet status | grep -q "^network exec-$exec (pid $exec)" && say status=yes
+        lanlet forward add 127.0.0.1:0:10.8.0.9:80 >/dev/null && say forward=yes
+        lanlet policy show | grep -q 'no policy' && say policy=yes
+        lanlet wait --timeout 1s && say wait=yes
+        "$LANLET" run -- sh -c 'touch ready2; exec sleep 60' 2>run.log &
+        run=$!
+        until [ -e ready2 ]; do sleep 0.05; done
+        lanlet status 2>several.err; say several=$?
+        grep "exec-$exec" several.err | grep "run-$run" | grep -q -- '--name' && say asked=yes
+        lanlet up -d --lease-file none >/dev/null
+        lanlet status | grep -q '^network default ' && say default=yes
+        lanlet down -q
+        # A killed one is passed over, and what it left goes.
+        kill -KILL $run
+        wait $run 2>/dev/null
+        say files=$(ls $dir | grep -c "^run-$run")
+        say one=$(lanlet list | grep -c "^exec-$exec ") gone=$(lanlet list | grep -c "^run-") swept=$(ls $dir | grep -c "^run-$run")
+        # Asked to end, it does so with its command.
+        lanlet down; say down=$?
+        wait $exec; say exec=$? left=$(ls $dir | grep -vc default.lock)
+        # Where there is no place for its files, it runs all the same.
+        LANLET_RUNTIME_DIR=/proc/lanlet lanlet exec -- true; say hidden=$?
+END
+        export LANLET
+        mkdir -m 777 own; cd own
+        "$LAB/as-user" bash ../user.sh
+    "#;
+    let Some(outcome) = scenario(&World::new(), script) else {
+        return;
+    };
+    assert_said(
+        &outcome.passed(),
+        &[
+            ("guest_refused", "4,4"),
+            ("told", "1"),
+            ("row", "1"),
+            ("rows", "2"),
+            ("private", "True"),
+            ("guests", "1"),
+            ("pid", "True"),
+            ("status", "yes"),
+            ("forward", "yes"),
+            ("policy", "yes"),
+            ("wait", "yes"),
+            ("several", "1"),
+            ("asked", "yes"),
+            ("default", "yes"),
+            ("files", "2"),
+            ("one", "1"),
+            ("gone", "0"),
+            ("swept", "0"),
+            ("down", "0"),
+            ("exec", "143"),
+            ("left", "0"),
+            ("hidden", "0"),
+        ],
+    );
+}

@@ -60,8 +60,8 @@ Examples:
   lanlet qemu -- -m 1G -drive file=disk.qcow2       a VM on a LAN of its own
   lanlet up -d                                      a LAN that several VMs share
   lanlet qemu -- -m 1G -drive file=one.qcow2
-  lanlet run -- cloud-hypervisor --net fd={fd},mac={mac} --kernel vmlinuz
-  lanlet exec -- bash                               a shell on the LAN, no VM
+  lanlet run cloud-hypervisor --net fd={fd},mac={mac} --kernel vmlinuz
+  lanlet exec bash                                  a shell on the LAN, no VM
   lanlet qemu -p 2222:22 -- -m 1G disk.qcow2        the VM's port 22 is the host's 2222
   lanlet status                                     who is there, and what was dropped
   lanlet check                                      what this machine can do
@@ -73,8 +73,8 @@ Examples:
   lanlet qemu -- -m 1G -drive file=disk.qcow2       a VM on a LAN of its own
   lanlet up -d                                      a LAN that several VMs share
   lanlet qemu -- -m 1G -drive file=one.qcow2
-  lanlet run -- cloud-hypervisor --net fd={fd},mac={mac} --kernel vmlinuz
-  lanlet exec -- bash                               a shell on the LAN, no VM
+  lanlet run cloud-hypervisor --net fd={fd},mac={mac} --kernel vmlinuz
+  lanlet exec bash                                  a shell on the LAN, no VM
   lanlet qemu -p 2222:22 -- -m 1G disk.qcow2        the VM's port 22 is the host's 2222
   lanlet status                                     who is there, and what was dropped
   lanlet check                                      what this machine can do

@@ -25,3 +25,4 @@ pub mod small_file;
 pub mod socket;
 pub mod tun;
 pub mod userfault;
+pub mod user;

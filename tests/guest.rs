@@ -15,6 +15,7 @@ use lanlet::offload::{Caps, Gso};
 use lanlet::port::{DropSource, KernelDrops, PortRx, PortTx};
 use lanlet::stats::PortCounters;
 use lanlet::sys::fd_pass;
+use lanlet::tap::guest::ids::{Mapped, OwnIds};
 use lanlet::tap::guest::{GUEST_IFNAME, Guest, GuestConfig, GuestFiles};
 use lanlet::tap::{LinkDrops, TX_QUEUE_LEN};
 
@@ -55,7 +56,9 @@ const DATAGRAM: &str = "bash -c 'head -c 1000 /dev/zero > /dev/udp/192.168.122.1
 
 /// Enters, hands the fds over by its standard input, waits for the word, runs the command.
 fn guest_child(offload: bool, command: &str) {
-    let mut guest = Guest::enter(offload, 1).unwrap();
+    let own = OwnIds::current(true);
+    let map = || own.map_rest(Mapped::default());
+    let mut guest = Guest::enter(offload, 1, map).unwrap();
     let fds = guest.take_fds().unwrap();
     let control = std::io::stdin();
     fd_pass::send(

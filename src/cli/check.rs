@@ -9,7 +9,7 @@ use rustix::net::{AddressFamily, SocketType, ipproto};
 use rustix::process::{Resource, getrlimit};
 use serde::Serialize;
 
-use super::exec::NewGuest;
+use super::exec::{NewGuest, Wanted};
 use super::{Failure, bench, print, qemu};
 use crate::config::NetworkConfig;
 use crate::control::RuntimeDir;
@@ -238,7 +238,13 @@ fn vmm_taps(report: &mut Report) {
 }
 
 fn namespace_guests(report: &mut Report) {
-    match NewGuest::spawn(&["true".into()], (1, false)) {
+    let wanted = Wanted {
+        command: &["true".into()],
+        queues: 1,
+        no_offload: false,
+        root: false,
+    };
+    match NewGuest::spawn(&wanted) {
         Ok(_) => report.add(Verdict::Good, GUESTS, "user and network namespaces work"),
         Err(Failure::Runtime(error)) => {
             report.add(Verdict::Bad, GUESTS, error.to_string());

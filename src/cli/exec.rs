@@ -6,12 +6,15 @@
 //! and gives the terminal back to lanlet's group when it exits.
 
 use std::ffi::OsString;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitCode};
 
 use rustix::io::FdFlags;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use rustix::process::geteuid;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::forward::ForwardFlags;
@@ -22,6 +25,7 @@ use crate::frame::Mac;
 use crate::network::{GuestAddress, GuestTap};
 use crate::sys::{fd_pass, inherited};
 use crate::tap::TapError;
+use crate::tap::guest::ids::{self, OwnIds};
 use crate::tap::guest::{Guest, GuestConfig, GuestConfig6, GuestFiles};
 
 /// Longest message between lanlet and the child: an error text, or an address with a domain.
@@ -31,16 +35,20 @@ const MESSAGE_BYTES_MAX: usize = 8 * 1024;
 ///
 /// CMD runs in a fresh network and user namespace whose eth0 is a port of the network, with an
 /// address, a default route, /etc/resolv.conf and /etc/hosts set. It sees the same files as outside,
-/// but what it makes right in /etc is its own, or fails where it could make it in the host's. For an
-/// ordinary user it appears to run as root, as with 'unshare -r': nothing outside is gained by that.
-/// Its exit status is lanlet's.
+/// but what it makes right in /etc is its own, or fails where it could make it in the host's.
+///
+/// For an ordinary user it is in a user namespace of its own: it has your id, or root's with --root, and
+/// all capabilities over its own network, so that 'ip', 'tcpdump' and ports below 1024 work; nothing
+/// outside is gained by that. Where the system has subordinate ids for you (/etc/subuid) and the programs
+/// newuidmap and newgidmap, other users are there too, for 'su' and daemons that change theirs. Its exit
+/// status is lanlet's.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
-  lanlet exec -- curl http://example.org/
-  lanlet exec --name lab -- bash
-  lanlet exec -p 8080:80 -- python3 -m http.server 80
-  lanlet exec --name lab --mac 52:54:00:00:00:09 -- iperf3 -s")]
+  lanlet exec curl http://example.org/
+  lanlet exec --name lab bash
+  lanlet exec -p 8080:80 python3 -m http.server 80
+  lanlet exec --name lab --mac 52:54:00:00:00:09 iperf3 -s")]
 pub(super) struct Args {
     #[command(flatten)]
     lan: LanFlags,
@@ -48,8 +56,11 @@ pub(super) struct Args {
     port: PortFlags,
     #[command(flatten)]
     forwards: ForwardFlags,
+    /// The command is root inside, whoever you are
+    #[arg(long)]
+    root: bool,
     /// The command and its arguments
-    #[arg(last = true, required = true, value_name = "CMD")]
+    #[arg(trailing_var_arg = true, required = true, value_name = "CMD")]
     command: Vec<OsString>,
     #[command(flatten)]
     network: NetworkOptions,
@@ -68,14 +79,19 @@ pub(super) struct InitArgs {
     /// Queues of the tap.
     #[arg(long, default_value_t = 1)]
     queues: u16,
+    /// As root.
+    #[arg(long)]
+    root: bool,
     /// The command.
     #[arg(last = true, required = true)]
     command: Vec<OsString>,
 }
 
-/// What the child says, once, with its tap.
+/// What the child says.
 #[derive(Serialize, Deserialize)]
 enum Ready {
+    /// It is in a user namespace without maps, and waits for [`Mapped`].
+    Unmapped,
     /// The descriptors of the tap's queues and of the netlink socket come along.
     Guest,
     /// It could not be made.
@@ -96,7 +112,12 @@ pub(super) fn exec(args: &Args) -> Result<ExitCode, Failure> {
     let signals = child::block_signals()?;
     let mut lan = Lan::open("exec", &args.lan, &args.network)?;
     let mac = args.port.mac.unwrap_or_else(|| lan.make_mac());
-    let mut guest = NewGuest::spawn(&args.command, (args.port.queues(), args.port.no_offload))?;
+    let mut guest = NewGuest::spawn(&Wanted {
+        command: &args.command,
+        queues: args.port.queues(),
+        no_offload: args.port.no_offload,
+        root: args.root,
+    })?;
     let options = args.port.port(Some(mac));
     let name = options.name.as_ref().map(ToString::to_string);
     let name = name.unwrap_or_default();
@@ -111,6 +132,18 @@ pub(super) fn exec(args: &Args) -> Result<ExitCode, Failure> {
     ended
 }
 
+/// What guest is wanted.
+pub(super) struct Wanted<'a> {
+    /// What it becomes.
+    pub(super) command: &'a [OsString],
+    /// Queues of its tap.
+    pub(super) queues: u16,
+    /// A tap without virtio-net headers.
+    pub(super) no_offload: bool,
+    /// It is root inside.
+    pub(super) root: bool,
+}
+
 /// A guest that waits for its address. Dropped, it ends.
 pub(super) struct NewGuest {
     child: Option<Child>,
@@ -119,14 +152,11 @@ pub(super) struct NewGuest {
 }
 
 impl NewGuest {
-    /// Starts the child and waits for its tap, with that many queues.
+    /// Starts the child and waits for its tap.
     ///
     /// # Errors
     /// The host forbids namespaces or taps: the error says what to do.
-    pub(super) fn spawn(
-        command: &[OsString],
-        (queues, no_offload): (u16, bool),
-    ) -> Result<Self, Failure> {
+    pub(super) fn spawn(wanted: &Wanted<'_>) -> Result<Self, Failure> {
         let failed =
             |error: rustix::io::Errno| Failure::io("cannot make a socket pair")(error.into());
         let (socket, theirs) = rustix::net::socketpair(
@@ -139,35 +169,36 @@ impl NewGuest {
         rustix::io::fcntl_setfd(&theirs, FdFlags::empty()).map_err(failed)?;
         let child = child::this_program()
             .arg("guest-init")
-            .args(no_offload.then_some("--no-offload"))
-            .args(["--queues", &queues.to_string()])
+            .args(wanted.no_offload.then_some("--no-offload"))
+            .args(wanted.root.then_some("--root"))
+            .args(["--queues", &wanted.queues.to_string()])
             .args(child::Origin::words())
             .arg(theirs.as_raw_fd().to_string())
             .arg("--")
-            .args(command)
+            .args(wanted.command)
             .spawn()
             .map_err(Failure::io("cannot start a process"))?;
         drop(theirs);
+        let pid = child.id();
         let mut guest = Self {
             child: Some(child),
             socket,
             tap: None,
         };
-        let mut buffer = [0; MESSAGE_BYTES_MAX];
-        let (len, fds) = fd_pass::recv(guest.socket.as_fd(), &mut buffer)
-            .map_err(Failure::io("cannot hear from the namespace guest"))?;
-        if len == 0 {
-            return Err(Failure::because(
-                "the namespace guest ended before it was ready",
-            ));
-        }
-        match serde_json::from_slice(&buffer[..len]).map_err(std::io::Error::from)? {
-            Ready::Failed(error) => Err(error.into()),
-            Ready::Guest => {
-                let mut queues = fds;
-                let netlink = queues.pop();
-                guest.tap = Some(GuestTap { queues, netlink });
-                Ok(guest)
+        loop {
+            let (ready, mut queues) = receive(&guest.socket)?
+                .ok_or_else(|| Failure::because("the namespace guest ended before it was ready"))?;
+            match ready {
+                Ready::Unmapped => {
+                    let mapped = OwnIds::current(wanted.root).map_subordinate(pid);
+                    send(&guest.socket, &mapped, &[])?;
+                }
+                Ready::Failed(error) => return Err(error.into()),
+                Ready::Guest => {
+                    let netlink = queues.pop();
+                    guest.tap = Some(GuestTap { queues, netlink });
+                    return Ok(guest);
+                }
             }
         }
     }
@@ -179,9 +210,7 @@ impl NewGuest {
             name,
             address,
         };
-        let message = serde_json::to_vec(&start).map_err(std::io::Error::from)?;
-        fd_pass::send(self.socket.as_fd(), &message, &[])
-            .map_err(Failure::io("cannot speak to the namespace guest"))?;
+        send(&self.socket, &start, &[])?;
         self.child.take().ok_or(Failure::Reported)
     }
 }
@@ -195,36 +224,62 @@ impl Drop for NewGuest {
     }
 }
 
+/// Sends a message to the other one of lanlet and the child.
+fn send(socket: &OwnedFd, message: &impl Serialize, fds: &[BorrowedFd<'_>]) -> Result<(), Failure> {
+    let bytes = serde_json::to_vec(message).map_err(io::Error::from)?;
+    fd_pass::send(socket.as_fd(), &bytes, fds)
+        .map_err(Failure::io("cannot speak to the namespace guest"))
+}
+
+/// Receives one; `None`: the other one has ended.
+fn receive<T: DeserializeOwned>(socket: &OwnedFd) -> Result<Option<(T, Vec<OwnedFd>)>, Failure> {
+    let mut buffer = [0; MESSAGE_BYTES_MAX];
+    let (len, fds) = fd_pass::recv(socket.as_fd(), &mut buffer)
+        .map_err(Failure::io("cannot hear from the namespace guest"))?;
+    if len == 0 {
+        return Ok(None);
+    }
+    let message = serde_json::from_slice(&buffer[..len]).map_err(io::Error::from)?;
+    Ok(Some((message, fds)))
+}
+
 /// Becomes a guest, then the command. Returns only if that fails.
 pub(super) fn init(args: &InitArgs) -> Result<ExitCode, Failure> {
     let socket = inherited::take(args.socket).map_err(Failure::io("no socket was inherited"))?;
     args.origin.restore()?;
-    let mut guest = match Guest::enter(!args.no_offload, args.queues) {
+    let own = OwnIds::current(args.root);
+    // Only the parent, outside, can have subordinate ids mapped.
+    let map = || {
+        let asked = send(&socket, &Ready::Unmapped, &[]).and_then(|()| receive(&socket));
+        let Ok(Some((mapped, _))) = asked else {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        };
+        own.map_rest(mapped)
+    };
+    let mut guest = match Guest::enter(!args.no_offload, args.queues, map) {
         Ok(guest) => guest,
         Err(error) => {
             // The parent prints it.
-            let message = serde_json::to_vec(&Ready::Failed(error)).unwrap_or_default();
-            let _ = fd_pass::send(socket.as_fd(), &message, &[]);
+            let _ = send(&socket, &Ready::Failed(error), &[]);
             return Err(Failure::Reported);
         }
     };
+    if !geteuid().is_root() {
+        ids::keep_capabilities().unwrap_or_else(|error| {
+            log::warn!("the command has no capabilities in its namespace: {error}; try --root");
+        });
+    }
     // Gaining capabilities in the new user namespace cleared any death signal set before
     // (commit_creds in kernel/cred.c).
     args.origin.die_with_parent()?;
     let fds = guest.take_fds().ok_or(Failure::Reported)?;
-    let message = serde_json::to_vec(&Ready::Guest).map_err(std::io::Error::from)?;
     let queues = fds.queues.iter().map(AsFd::as_fd);
     let all: Vec<_> = queues.chain([fds.netlink.as_fd()]).collect();
-    fd_pass::send(socket.as_fd(), &message, &all)
-        .map_err(Failure::io("cannot hand the tap over"))?;
+    send(&socket, &Ready::Guest, &all)?;
     drop(fds);
-    let mut buffer = [0; MESSAGE_BYTES_MAX];
-    let (len, _) = fd_pass::recv(socket.as_fd(), &mut buffer)
-        .map_err(Failure::io("cannot learn the address"))?;
-    if len == 0 {
+    let Some((start, _)) = receive::<Start>(&socket)? else {
         return Err(Failure::Reported);
-    }
-    let start: Start = serde_json::from_slice(&buffer[..len]).map_err(std::io::Error::from)?;
+    };
     configure(&mut guest, &start)?;
     let (program, arguments) = args.command.split_first().ok_or(Failure::Reported)?;
     let error = Command::new(program).args(arguments).exec();

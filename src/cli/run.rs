@@ -27,12 +27,12 @@ use crate::network::{VhostUserSocket, VmmPort};
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
-  lanlet run -- qemu-system-x86_64 -netdev tap,id=n,fd={fd} \\
+  lanlet run qemu-system-x86_64 -netdev tap,id=n,fd={fd} \\
                 -device virtio-net-pci,netdev=n,mac={mac} -m 1G disk.img
-  lanlet run -- cloud-hypervisor --net fd={fd},mac={mac} --kernel vmlinuz --disk path=disk.img
-  lanlet run --vhost-user -- cloud-hypervisor --memory size=1G,shared=on \
+  lanlet run cloud-hypervisor --net fd={fd},mac={mac} --kernel vmlinuz --disk path=disk.img
+  lanlet run --vhost-user cloud-hypervisor --memory size=1G,shared=on \
                 --net vhost_user=true,socket={socket},mac={mac} --kernel vmlinuz
-  lanlet run --subnet 10.9.0.0/24 -- sh -c 'exec crosvm run --net tap-fd=$LANLET_FD vmlinuz'")]
+  lanlet run --subnet 10.9.0.0/24 sh -c 'exec crosvm run --net tap-fd=$LANLET_FD vmlinuz'")]
 pub(super) struct Args {
     #[command(flatten)]
     lan: LanFlags,
@@ -43,7 +43,7 @@ pub(super) struct Args {
     #[command(flatten)]
     forwards: ForwardFlags,
     /// The command and its arguments
-    #[arg(last = true, required = true, value_name = "CMD")]
+    #[arg(trailing_var_arg = true, required = true, value_name = "CMD")]
     command: Vec<OsString>,
     #[command(flatten)]
     network: NetworkOptions,

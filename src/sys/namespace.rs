@@ -52,10 +52,26 @@ pub fn map_to_root(uid: u32, gid: u32) -> io::Result<()> {
 /// # Errors
 /// EPERM where a security module forbids it.
 pub fn map_ids(inside: u32, uid: u32, gid: u32) -> io::Result<()> {
+    map_user(inside, uid)?;
+    map_group(inside, gid)
+}
+
+/// Maps the user that entered the user namespace to `inside`.
+///
+/// # Errors
+/// EPERM where a security module forbids it.
+pub fn map_user(inside: u32, uid: u32) -> io::Result<()> {
+    fs::write("/proc/self/uid_map", format!("{inside} {uid} 1"))
+}
+
+/// Maps the group that entered the user namespace to `inside`.
+///
+/// # Errors
+/// EPERM where a security module forbids it.
+pub fn map_group(inside: u32, gid: u32) -> io::Result<()> {
     // Without CAP_SETGID outside, gid_map can be written only after setgroups is denied
     // (user_namespaces(7)).
     fs::write("/proc/self/setgroups", "deny")?;
-    fs::write("/proc/self/uid_map", format!("{inside} {uid} 1"))?;
     fs::write("/proc/self/gid_map", format!("{inside} {gid} 1"))
 }
 

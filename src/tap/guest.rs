@@ -6,11 +6,12 @@
 //! 3. [`Guest::configure`] and [`Guest::configure6`] set it, [`Guest::set_files`] the resolver;
 //! 4. exec.
 //!
-//! An ordinary user becomes root of a user namespace, as with `unshare -r`: `ping` and `tcpdump`
-//! work inside, and nothing outside is gained. Root keeps its user namespace, since a map made by
-//! oneself has room for one id only and would break every command that changes its user.
+//! An ordinary user gets a user namespace, and all capabilities in it: `ping`, `tcpdump` and `ip` work
+//! inside, and nothing outside is gained. Who is who there is [`ids`]' matter. Root keeps its user
+//! namespace, as its users are all there already.
 
 mod files;
+pub mod ids;
 
 pub use files::GuestFiles;
 
@@ -32,9 +33,9 @@ use crate::sys::{namespace, tun};
 
 /// Name of the guest's link.
 pub const GUEST_IFNAME: &str = "eth0";
-/// Who may open ping sockets. The upper end is all that fits; inside a user namespace it must be a
-/// mapped id, hence the second choice.
-const PING_GROUPS: [&str; 2] = ["0 2147483647", "0 0"];
+/// Who may open ping sockets: everybody. The upper end is all that fits; it must be an id that is there
+/// in the user namespace, else it is the own group alone.
+const PING_GROUPS: &str = "0 2147483647";
 const PING_GROUP_RANGE: &str = "/proc/sys/net/ipv4/ping_group_range";
 /// How the kernel makes IPv6 work on the guest's link, as written to [`IPV6_CONF`]: no wait for
 /// duplicates of an address that is made from a MAC of the network's own; the router is asked for
@@ -100,12 +101,17 @@ pub struct Guest {
 impl Guest {
     /// Moves the calling process, which must have one thread, into fresh network, mount and (as an
     /// ordinary user) user namespaces, and makes `eth0` there with that many queues. `offload`: with
-    /// virtio-net header; without, it has one queue.
+    /// virtio-net header; without, it has one queue. `map` is called in a fresh user namespace and has
+    /// to make its maps of ids.
     ///
     /// # Errors
     /// The host forbids namespaces or taps: the error says what to do.
-    pub fn enter(offload: bool, queues: u16) -> Result<Self, TapError> {
-        enter_namespaces().map_err(|error| TapError::namespace(&error))?;
+    pub fn enter(
+        offload: bool,
+        queues: u16,
+        map: impl FnOnce() -> io::Result<()>,
+    ) -> Result<Self, TapError> {
+        enter_namespaces(map).map_err(|error| TapError::namespace(&error))?;
         let queues = if offload {
             tun::open_queues(GUEST_IFNAME, queues.min(QUEUES_MAX))
         } else {
@@ -127,7 +133,8 @@ impl Guest {
         };
         guest.set_link(GUEST_IFNAME, change)?;
         // Not vital: root has CAP_NET_RAW; it matters to a command that gives root up.
-        let _ = PING_GROUPS
+        let own = getegid();
+        let _ = [PING_GROUPS.to_owned(), format!("{own} {own}")]
             .iter()
             .any(|range| fs::write(PING_GROUP_RANGE, range).is_ok());
         // Nor these: IPv6 is then a second or two later.
@@ -225,12 +232,11 @@ fn step(action: String) -> impl FnOnce(NetlinkError) -> TapError {
     move |error| TapError::netlink(action, &error)
 }
 
-fn enter_namespaces() -> io::Result<()> {
-    let (uid, gid) = (geteuid(), getegid());
+fn enter_namespaces(map: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
     // Root in a container may lack CAP_SYS_ADMIN and goes the ordinary user's way then.
-    if !uid.is_root() || namespace::unshare(false, true).is_err() {
+    if !geteuid().is_root() || namespace::unshare(false, true).is_err() {
         namespace::unshare(true, true)?;
-        namespace::map_to_root(uid.as_raw(), gid.as_raw())?;
+        map()?;
     }
     // Mounts made from here on stay here.
     mount_change(

@@ -1,6 +1,6 @@
 //! `lanlet exec` by itself: what its command finds, and what passes through it.
 
-use crate::common::World;
+use crate::common::{self, World};
 use crate::{assert_said, scenario};
 
 #[test]
@@ -17,12 +17,18 @@ fn the_command_finds_a_network() {
         say route="$(ip route show default | awk '{print $3 "@" $5}')"
         say resolver="$(tr '\n' ' ' </etc/resolv.conf | tr ' ' _)"
         say links="$(ip -o link | awk -F': ' '{print $2}' | tr '\n' ,)" uid="$(id -u)"
+        say ids="$(awk '{print $1 ":" $2 ":" $3}' /proc/self/uid_map)/$(cat /proc/self/setgroups)"
+        # Capabilities in the namespace, though it is not root.
+        say port="$(python3 -c 'import socket; s = socket.create_server(("", 80)); print(s.getsockname()[1])')"
+        ip link add name more type veth peer name most; say link=$?; ip link del more
         say sysfs="$(cd /sys/class/net && echo * | tr ' ' ,):$(cat /sys/class/net/eth0/mtu)"
 END
-        lanlet exec -- sh look.sh
+        lanlet exec sh look.sh
         # As a DHCP client does.
         lanlet exec -- sh -c 'echo nameserver 192.0.2.1 >/etc/new && mv /etc/new /etc/resolv.conf && cat /etc/resolv.conf' >moved
         say moved="$(tr ' ' _ <moved)"
+        # Words of lanlet's own come before the command; '--' may stand between.
+        say root="$(lanlet exec --root id -u)" words="$(lanlet exec --mtu 1300 -- cat /sys/class/net/eth0/mtu -)"
         say plain="$(cat /etc/resolv.conf | tr ' ' _)"
         lanlet exec --subnet 10.9.8.0/28 --gateway 10.9.8.14 --mtu 1400 --domain lab.test -- sh look.sh |
             sed 's/ \([a-z]*\)=/ other_\1=/g'
@@ -46,8 +52,13 @@ END
             ("resolver", "nameserver_192.168.122.1_"),
             ("links", "lo,eth0,"),
             ("sysfs", "eth0,lo:1500"),
-            ("uid", "0"),
+            ("uid", "1000"),
+            ("root", "0"),
+            ("port", "80"),
+            ("link", "0"),
+            ("ids", "1000:1000:1/deny"),
             ("moved", "nameserver_192.0.2.1"),
+            ("words", "1300"),
             // The host's own file is as before.
             ("plain", "nameserver_198.51.100.2"),
             ("other_mtu", "1400"),
@@ -185,6 +196,81 @@ fn resolvers_of_the_host_are_out_of_reach() {
     assert_said(
         &outcome.passed(),
         &[("outside", "host"), ("inside", ""), ("still", "host")],
+    );
+}
+
+/// Whose ids the system has more of: they are in the guest's namespace. Without privileges it can't be
+/// tried, since `newuidmap` is setuid.
+#[test]
+fn subordinate_ids_are_there() {
+    if !rustix::process::geteuid().is_root() {
+        return common::skip("needs root, to make a user with subordinate ids");
+    }
+    let temp = common::TempDir::new();
+    let script = temp.file(
+        "ids.sh",
+        r#"
+        set -eu
+        cd "$TMP"
+        own() { cat "/etc/$1" 2>/dev/null >"$1" || true; echo "$2" >>"$1"; touch "/etc/$1"; mount --bind "$1" "/etc/$1"; }
+        own passwd member:x:4321:4321::$TMP/home:/bin/bash
+        own group member:x:4321:
+        own subuid member:200000:70000
+        own subgid 4321:300000:70000
+        mkdir home run
+        chown 4321:4321 home run
+        chmod 700 run
+        member() { setpriv --reuid 4321 --regid 4321 --clear-groups env HOME="$TMP/home" XDG_RUNTIME_DIR="$TMP/run" "$@"; }
+        cat >look.sh <<'END'
+        say() { echo "@@LANLET $*"; }
+        map() { awk '{printf "%s:%s:%s,", $1, $2, $3}' /proc/self/$1; }
+        say who="$(whoami)" users="$(map uid_map)" groups="$(map gid_map)" setgroups="$(cat /proc/self/setgroups)"
+        say ambient="$(awk '/^CapAmb/ {print $2}' /proc/self/status)" eth0="$(ip -br link show dev eth0 | cut -d' ' -f1)"
+        say nobody="$(setpriv --reuid nobody --regid nogroup --init-groups sh -c 'echo $(id -u):$(id -g)' 2>/dev/null)"
+        say owner="$(stat -c %U:%G home)"
+END
+        member "$LANLET" exec sh look.sh
+        member "$LANLET" exec --root sh -c '. ./look.sh
+            su -s /bin/sh nobody -c "echo @@LANLET su=\$(id -u):\$(id -g)"
+            tcpdump -n -i lo -Z nobody -c 1 >/dev/null 2>&1 & sleep 0.3
+            until ! kill -0 $! 2>/dev/null; do ping -c 1 -W 1 127.0.0.1 >/dev/null; done
+            wait $!; say tcpdump=$?' | sed 's/ \([a-z0-9]*\)=/ root_\1=/g'
+        # Without the program there is the own id alone.
+        mkdir bin
+        for each in sh awk cat whoami ip setpriv stat env cut id; do ln -s "$(command -v $each)" bin; done
+        member env PATH="$TMP/bin" "$LANLET" exec sh look.sh | sed 's/ \([a-z0-9]*\)=/ alone_\1=/g'
+        "#,
+    );
+    let lab = common::lab();
+    let mut command = std::process::Command::new("unshare");
+    command
+        .args(["--mount", "--propagation", "private", "bash"])
+        .arg(script)
+        .env("LANLET", &lab.lanlet)
+        .env("TMP", temp.path());
+    let outcome = common::finish(command, std::time::Duration::from_secs(60)).passed();
+    let markers = outcome.markers();
+    let alone_all = markers.get("alone_ambient").expect("capabilities");
+    assert_ne!(u64::from_str_radix(alone_all, 16), Ok(0));
+    assert_said(
+        &outcome,
+        &[
+            ("who", "member"),
+            ("users", "0:200000:4321,4322:204321:65679,4321:4321:1,"),
+            ("groups", "0:300000:4321,4322:304321:65679,4321:4321:1,"),
+            ("setgroups", "allow"),
+            ("eth0", "eth0"),
+            ("nobody", "65534:65534"),
+            ("owner", "member:member"),
+            ("ambient", alone_all),
+            ("root_who", "root"),
+            ("root_su", "65534:65534"),
+            ("root_tcpdump", "0"),
+            ("alone_who", "member"),
+            ("alone_users", "4321:4321:1,"),
+            ("alone_setgroups", "deny"),
+            ("alone_nobody", ""),
+        ],
     );
 }
 

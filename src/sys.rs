@@ -24,5 +24,5 @@ pub mod signal;
 pub mod small_file;
 pub mod socket;
 pub mod tun;
-pub mod userfault;
 pub mod user;
+pub mod userfault;

@@ -71,6 +71,59 @@ fn guests_reach_each_other() {
 }
 
 #[test]
+fn a_guest_whose_link_is_down_misses_floods_and_counts_its_own_frames_once() {
+    let Some(outcome) = scenario(
+        &World::new(),
+        &format!(
+            "{STAY}{}",
+            r#"
+            network
+            stay two '(until [ -e down ]; do sleep 0.05; done; ip link set eth0 down; touch is_down) & sleep 0'
+            two=$(cat two.address)
+            cat >talk.sh <<'END'
+            broadcast() {
+                python3 -c "
+import socket
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+s.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+for n in range(20): s.sendto(b'all', ('255.255.255.255', 9))"
+            }
+            # That the neighbour's address is known, and where it is.
+            ping -c 1 -W 2 $1 >/dev/null; echo "@@LANLET ping=$?"
+            touch down
+            until [ -e is_down ]; do sleep 0.05; done
+            broadcast
+            touch told
+            until [ -e go_on ]; do sleep 0.05; done
+            for n in $(seq 7); do echo x >/dev/udp/$1/9; done
+            touch spoken
+END
+            "$LAB/as-user" "$LANLET" exec --name default -- bash talk.sh $two & ONE=$!
+            until_true 20 test -e told || fail "nothing was told"
+            # The first frame tells that the link is down.
+            drops_of_two() { status_of "','.join(f'{k}:{v}' for k, v in s['ports'][1]['drops'].items())"; }
+            say flooded="$(drops_of_two)"
+            touch go_on
+            wait $ONE
+            say own="$(drops_of_two)"
+            touch over
+            "#
+        ),
+    ) else {
+        return;
+    };
+    let outcome = outcome.passed();
+    assert_said(
+        &outcome,
+        &[
+            ("ping", "0"),
+            ("flooded", "link_down:1"),
+            ("own", "link_down:8"),
+        ],
+    );
+}
+
+#[test]
 fn a_guest_without_offloads_works() {
     let world = World::new();
     let pages = world.temp().path().to_owned();

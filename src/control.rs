@@ -8,8 +8,8 @@
 //! killed ([`RuntimeDir::sweep`]); who locks a file looks whether it is still the one of that name.
 //!
 //! Trust: the directory belongs to the user and nobody else writes to it, the socket has mode 0600,
-//! and both ends check the other's uid ([`peer_is_trusted`]). Guests have no path to it: it is no IP
-//! socket, and what `lanlet exec` runs is refused.
+//! and both ends check the other's uid. Guests have no path to it: it is no IP socket, and what `lanlet exec`
+//! runs is refused ([`peer`](crate::sys::peer)).
 
 pub mod api;
 pub mod client;
@@ -146,11 +146,6 @@ fn running_note(running: &[String]) -> String {
         [] => String::new(),
         names => format!(" (these are: {})", names.join(", ")),
     }
-}
-
-/// Whether a peer of this uid may talk to this process: the same user, or root.
-pub fn peer_is_trusted(uid: u32) -> bool {
-    uid == 0 || uid == rustix::process::geteuid().as_raw()
 }
 
 /// The directory with the control sockets of the networks this user runs.

@@ -46,12 +46,12 @@ use rustix::net::{
 };
 
 use crate::frame::PortId;
-use crate::nat::forward::ListenerKind;
+use crate::nat::forward::{AllowGuests, ListenerKind};
 use crate::nat::{
     Datagram, FlowId, HostError, Io, Ready, SendOptions, Service, SockId, SockOwner, SocketError,
     Uplink,
 };
-use crate::sys::{error_queue, mmsg, socket};
+use crate::sys::{error_queue, mmsg, open_files, peer, socket};
 use crate::wire::Family;
 use addresses::{AddressWatch, Change};
 use outbound::Outbound;
@@ -134,6 +134,8 @@ struct Socket {
     family: Family,
     /// TCP: a short receive has taken all.
     is_tcp: bool,
+    /// It takes connections of unix sockets, of guests too where that is allowed.
+    takes_unix: Option<AllowGuests>,
     /// What it was registered with.
     token: u64,
     /// TTL, TOS and fragmentation as set on the socket. Guests rarely change theirs, so the options are
@@ -221,7 +223,7 @@ impl HostUplink {
             epoll,
             outbound,
             addresses,
-            file_max: file_max(0),
+            file_max: open_files::flows_max(0),
             sockets: Vec::new(),
             free: Vec::new(),
             batch: mmsg::RecvBatch::new(),
@@ -281,9 +283,16 @@ impl HostUplink {
                 }
                 Family::of(at.ip())
             }
-            ListenerKind::Unix => Family::V4,
+            ListenerKind::Unix(_) => Family::V4,
         };
-        self.keep(fd, family, owner, EventFlags::IN)
+        // It is the user's: no guest can have more of them.
+        let id = self.register(fd, family, owner, EventFlags::IN)?;
+        if let (ListenerKind::Unix(allow_guests), Some(Some(socket))) =
+            (kind, self.sockets.get_mut(id.0 as usize))
+        {
+            socket.takes_unix = Some(allow_guests);
+        }
+        Ok(id)
     }
 
     /// Takes over a stream socket that another worker accepted.
@@ -306,7 +315,7 @@ impl HostUplink {
     /// Leaves `to_come` open files to the ports, besides what is spared anyway. Sockets that are open
     /// already stay.
     pub fn spare_files(&mut self, to_come: usize) {
-        self.file_max = file_max(to_come);
+        self.file_max = open_files::flows_max(to_come);
     }
 
     /// Sockets open now.
@@ -334,7 +343,7 @@ impl HostUplink {
         socket
     }
 
-    /// Registers a socket with epoll and gives it a slot.
+    /// As [`HostUplink::register`], of a socket that a guest caused: it leaves files to the rest.
     fn keep(
         &mut self,
         fd: OwnedFd,
@@ -346,12 +355,24 @@ impl HostUplink {
         if fd.as_raw_fd() >= self.file_max {
             return Err(host_error(Errno::MFILE));
         }
+        self.register(fd, family, owner, flags)
+    }
+
+    /// Registers a socket with epoll and gives it a slot.
+    fn register(
+        &mut self,
+        fd: OwnedFd,
+        family: Family,
+        owner: SockOwner,
+        flags: EventFlags,
+    ) -> Result<SockId, HostError> {
         let data = EventData::new_u64(token(owner));
         epoll::add(&*self.epoll, &fd, data, flags).map_err(host_error)?;
         let socket = Some(Socket {
             fd,
             family,
             is_tcp: false,
+            takes_unix: None,
             token: token(owner),
             sends: Sends::default(),
         });
@@ -367,23 +388,6 @@ impl HostUplink {
         };
         Ok(SockId(slot))
     }
-}
-
-/// Open files that guests' flows leave to the rest: the control socket's clients, DNS, ports to come.
-const FILES_SPARED: u64 = 64;
-
-/// The number that the files of guests' flows stay below, where ports may take `to_come` more.
-fn file_max(to_come: usize) -> i32 {
-    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
-    limit.map_or(i32::MAX, |limit| {
-        i32::try_from(files_of_flows(limit, to_come)).unwrap_or(i32::MAX)
-    })
-}
-
-/// What a limit has for guests' flows: all but what is spared, and three quarters at least, since what
-/// ports may take in the worst case few of them do.
-fn files_of_flows(limit: u64, to_come: usize) -> u64 {
-    limit - (FILES_SPARED + to_come as u64).min(limit / 4)
 }
 
 /// How far a connection's segments go, and whether ICMP errors about them are reported: with a limit alone.
@@ -573,7 +577,7 @@ impl Uplink for HostUplink {
             return Err(host_error(Errno::MFILE));
         }
         drop(next);
-        let family = listener.family;
+        let (family, takes_unix) = (listener.family, listener.takes_unix);
         let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
         let (fd, peer) = match acceptfrom_with(&listener.fd, flags) {
             Ok(accepted) => accepted,
@@ -590,6 +594,13 @@ impl Uplink for HostUplink {
             ) => return Ok(None),
             Err(errno) => return Err(host_error(errno)),
         };
+        if let Some(allow_guests) = takes_unix
+            && let Err(refusal) = peer::check(fd.as_fd(), allow_guests.0)
+        {
+            log::warn!("{refusal} at a forward from a unix socket");
+            // The next one is heard of again: listeners are level-triggered.
+            return Ok(None);
+        }
         let peer = peer.and_then(|peer| SocketAddr::try_from(peer).ok());
         if peer.is_some() {
             // The client may have reset it already, which the first receive tells.

@@ -63,7 +63,8 @@ pub(super) struct Args {
     #[command(flatten)]
     forwards: ForwardFlags,
     /// A port that is there from the start and stays: vhost-user:PATH[,name=NAME][,group=NAME] is a unix
-    /// socket that a VMM or DPDK connects to as a vhost-user front-end; may be repeated
+    /// socket that a VMM or DPDK connects to as a vhost-user front-end; ,allow-guests lets one in a guest of
+    /// 'lanlet exec' do so; may be repeated
     #[arg(long, value_name = "KIND:WHERE")]
     port: Vec<PortSpec>,
     #[command(flatten)]

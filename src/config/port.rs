@@ -1,4 +1,4 @@
-//! Ports that a network has from its start: `KIND:WHERE[,name=NAME][,group=NAME]`.
+//! Ports that a network has from its start: `KIND:WHERE[,name=NAME][,group=NAME][,allow-guests]`.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -15,6 +15,8 @@ pub struct PortSpec {
     pub name: Option<GuestName>,
     /// Group of the guests behind it.
     pub group: Option<GroupName>,
+    /// Who connects may be a guest of `lanlet exec`, who has its user's files.
+    pub allow_guests: bool,
 }
 
 /// What a port is, and where.
@@ -33,6 +35,9 @@ impl fmt::Display for PortSpec {
         }
         if let Some(group) = &self.group {
             write!(f, ",group={group}")?;
+        }
+        if self.allow_guests {
+            f.write_str(",allow-guests")?;
         }
         Ok(())
     }
@@ -58,6 +63,7 @@ impl FromStr for PortSpec {
             kind: PortKind::VhostUser(path),
             name: None,
             group: None,
+            allow_guests: false,
         };
         for part in parts {
             let (key, value) = part.split_once('=').unwrap_or((part, ""));
@@ -65,9 +71,11 @@ impl FromStr for PortSpec {
             match key {
                 "name" => spec.name = Some(value.parse().map_err(wrong)?),
                 "group" => spec.group = Some(value.parse().map_err(wrong)?),
+                "allow-guests" if value.is_empty() => spec.allow_guests = true,
                 _ => {
                     return Err(format!(
-                        "{part:?} is neither name=NAME nor group=NAME (a path with a comma can't be said)"
+                        "{part:?} is not name=NAME, group=NAME or allow-guests (a path with a comma can't be \
+                         said)"
                     ));
                 }
             }
@@ -85,6 +93,7 @@ mod tests {
         for text in [
             "vhost-user:/run/a.sock",
             "vhost-user:/run/a.sock,name=web,group=dmz",
+            "vhost-user:/run/a.sock,group=1,allow-guests",
         ] {
             let spec: PortSpec = text.parse().unwrap();
             assert_eq!(spec.to_string(), text);

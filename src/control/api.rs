@@ -121,6 +121,8 @@ pub fn guest_mac(text: &str) -> Result<Mac, String> {
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Request {
+    /// Nothing yet: who has not asked for anything is not waited for long.
+    Stay {},
     /// The network's state.
     Status {},
     /// A tap for a VMM. Its descriptors, one for each queue, come with the reply.

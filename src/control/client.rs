@@ -12,13 +12,13 @@ use serde::de::DeserializeOwned;
 
 use super::api::{Hello, PROTOCOL, REPLY_BYTES_MAX, Reply, Request};
 use super::message::{LineReader, Read, send_some, to_line};
-use super::{ControlError, RuntimeDir, peer_is_trusted};
+use super::{ControlError, RuntimeDir};
 use crate::frame::PortId;
 use crate::nat::forward::ForwardSpec;
 use crate::network::{
     ForwardStatus, GuestAddress, GuestTap, PortOptions, Status, VhostUserPort, VmmPort,
 };
-use crate::sys::socket;
+use crate::sys::{peer, socket};
 
 /// How long a network may take from its lock to its socket.
 const START_TIME_MAX: Duration = Duration::from_secs(3);
@@ -121,7 +121,7 @@ impl Client {
             path,
             error,
         })?;
-        if !peer_is_trusted(uid) {
+        if !peer::is_trusted_user(uid) {
             return Err(ControlError::Untrusted {
                 name: name.to_owned(),
                 uid,
@@ -135,6 +135,7 @@ impl Client {
             pid: pid.unwrap_or_default(),
         };
         client.greet()?;
+        client.ask(&Request::Stay {}, &[])?;
         Ok(client)
     }
 

@@ -2,8 +2,9 @@
 //!
 //! One thread with a current-thread tokio runtime serves all clients; what asks the network for
 //! something runs on a small blocking pool, since attaching a port waits for the kernel. A client
-//! that sends nonsense is answered once and cut off; one that stays silent costs a task and a
-//! descriptor, of which there are [`CLIENTS_MAX`].
+//! that sends nonsense is answered once and cut off. A client that has asked for something has one of
+//! [`CLIENTS_MAX`] seats; who has not has one of a few places, and [`FIRST_REQUEST_TIME`] to ask. Who is not to be
+//! served ([`peer::check`]) gets neither.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -13,11 +14,11 @@ use std::time::Duration;
 
 use tokio::io::Interest;
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
+use super::Claim;
 use super::api::{CLIENTS_MAX, Hello, PROTOCOL, REQUEST_BYTES_MAX, Reply, Request};
 use super::message::{LineReader, Read, send_some, to_line};
-use super::{Claim, peer_is_trusted};
 use crate::frame::PortId;
 use crate::nat::forward::{ForwardId, ForwardSpec};
 use crate::nat::policy::PolicyError;
@@ -25,6 +26,7 @@ use crate::network::{
     ForwardStatus, GuestAddress, GuestTap, Network, PortOptions, Status, VhostUserPort,
     VhostUserSocket, VmmPort,
 };
+use crate::sys::peer::{self, Refusal};
 use crate::sys::signal::Process;
 use crate::sys::socket;
 
@@ -32,6 +34,11 @@ use crate::sys::socket;
 const BLOCKING_THREADS: usize = 2;
 /// Of a longer command line the beginning is told.
 const COMMAND_CHARS_MAX: usize = 1000;
+/// Clients at a time that have asked for nothing yet. The next ones wait in the kernel's queue.
+const NEWCOMERS_MAX: usize = 32;
+/// How long a client may take to ask for something, so that silent ones make room. One that has nothing to
+/// ask for yet says so ([`Request::Stay`]). The next client in the queue waits 10 s for its greeting.
+const FIRST_REQUEST_TIME: Duration = Duration::from_secs(4);
 /// Pause after a failed accept (out of descriptors), so that the loop does not spin.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
@@ -234,13 +241,24 @@ impl Drop for Server {
 }
 
 async fn accept(listener: UnixListener, shared: Arc<Shared>) {
+    let newcomers = Arc::new(Semaphore::new(NEWCOMERS_MAX));
     let mut warned = false;
     loop {
+        // First, so that who has no place yet waits in the kernel's queue and takes no descriptor.
+        let Ok(place) = Arc::clone(&newcomers).acquire_owned().await else {
+            return;
+        };
         match listener.accept().await {
             Ok((stream, _)) => {
+                // At once: of who is refused there is never more than one.
+                if let Err(refusal) = peer::check(stream.as_fd(), false) {
+                    log::warn!("{refusal} at the control socket");
+                    refuse(&stream, &refusal);
+                    continue;
+                }
                 let shared = Arc::clone(&shared);
                 tokio::spawn(async move {
-                    if let Err(error) = serve(&stream, &shared).await {
+                    if let Err(error) = serve(&stream, &shared, place).await {
                         log::debug!("control connection: {error}");
                     }
                 });
@@ -252,6 +270,21 @@ async fn accept(listener: UnixListener, shared: Arc<Shared>) {
                 tokio::time::sleep(ACCEPT_RETRY).await;
             }
         }
+    }
+}
+
+/// Tells a peer why it is not served, if that needs no waiting. Another user is told nothing.
+fn refuse(stream: &UnixStream, refusal: &Refusal) {
+    let message = match refusal {
+        Refusal::User(_) => return,
+        Refusal::Guest => "the control socket is closed to guests".to_owned(),
+        Refusal::Unknown(error) => {
+            format!("the control socket is closed to guests, and you may be one: {error}")
+        }
+    };
+    if let Ok(line) = to_line(&Reply::Error { message }) {
+        // A fresh socket has room for it.
+        let _ = send_some(stream.as_fd(), &line, &[]);
     }
 }
 
@@ -272,20 +305,6 @@ impl Drop for Owned {
             self.target.detach(port);
         }
     }
-}
-
-/// Whether a client's socket is of another network namespace, one that we have power over: that of a guest
-/// of `lanlet exec`. It has its user's files, this socket among them, and must not lift the rules that it is
-/// under.
-fn is_guests(stream: &UnixStream) -> bool {
-    // The kernel makes the accepted socket in the namespace of the one that connected (net/unix/af_unix.c,
-    // unix_stream_connect). Without a right over that, it is no guest's.
-    let Ok(theirs) = socket::network_namespace(stream.as_fd()) else {
-        return false;
-    };
-    let id = |stat: rustix::fs::Stat| (stat.st_dev, stat.st_ino);
-    let ours = rustix::fs::stat("/proc/self/ns/net").map(id);
-    ours.is_ok_and(|ours| rustix::fs::fstat(theirs).map(id) != Ok(ours))
 }
 
 /// The command that runs the network, in words.
@@ -318,24 +337,16 @@ fn client_in_words(stream: &UnixStream) -> String {
     }
 }
 
-async fn serve(stream: &UnixStream, shared: &Shared) -> io::Result<()> {
-    let uid = stream.peer_cred()?.uid();
-    if !peer_is_trusted(uid) {
-        log::warn!("uid {uid} was refused at the control socket");
-        return Ok(());
-    }
-    if is_guests(stream) {
-        log::warn!("a guest was refused at the control socket");
-        let message = "the control socket is closed to guests";
-        let reply = Reply::Error {
-            message: message.to_owned(),
-        };
-        return write(stream, &to_line(&reply)?, Vec::new()).await;
-    }
-    let Ok(_seat) = shared.seats.try_acquire() else {
-        let message = format!("the network has {CLIENTS_MAX} clients already");
-        return write(stream, &to_line(&Reply::Error { message })?, Vec::new()).await;
-    };
+/// Serves a client. `newcomer`: its place until it has asked for something.
+async fn serve(
+    stream: &UnixStream,
+    shared: &Shared,
+    newcomer: OwnedSemaphorePermit,
+) -> io::Result<()> {
+    let mut newcomer = Some(newcomer);
+    let mut _seat = None;
+    let patience = tokio::time::sleep(FIRST_REQUEST_TIME);
+    tokio::pin!(patience);
     write(stream, &shared.hello, Vec::new()).await?;
     let mut owned = Owned {
         target: Arc::clone(&shared.target),
@@ -347,7 +358,10 @@ async fn serve(stream: &UnixStream, shared: &Shared) -> io::Result<()> {
         let line = match reader.next_line() {
             Ok(Some(line)) => line,
             Ok(None) => {
-                stream.readable().await?;
+                tokio::select! {
+                    readable = stream.readable() => readable?,
+                    () = &mut patience, if newcomer.is_some() => return Ok(()),
+                }
                 match stream.try_io(Interest::READABLE, || reader.read_from(stream.as_fd())) {
                     Ok(Read::Some) => continue,
                     Ok(Read::Closed) => return Ok(()),
@@ -366,6 +380,13 @@ async fn serve(stream: &UnixStream, shared: &Shared) -> io::Result<()> {
                 return write(stream, &to_line(&Reply::Error { message })?, Vec::new()).await;
             }
         };
+        if newcomer.take().is_some() {
+            _seat = shared.seats.try_acquire().ok();
+            if _seat.is_none() {
+                let message = format!("the network has {CLIENTS_MAX} clients already");
+                return write(stream, &to_line(&Reply::Error { message })?, Vec::new()).await;
+            }
+        }
         let stop = request == Request::Stop {};
         let fds = match request.takes_fds() {
             true => reader.take_fds(),
@@ -461,6 +482,7 @@ fn perform(
                     None => "vhost-user".to_owned(),
                     Some(name) => name.to_string(),
                 },
+                allow_guests: false,
                 file: None,
             };
             let port = target.attach_vhost_user(socket, options)?;
@@ -505,7 +527,7 @@ fn perform(
             target.set_policy(None)?;
             (Reply::Done {}, Vec::new())
         }
-        Request::Stop {} => (Reply::Done {}, Vec::new()),
+        Request::Stay {} | Request::Stop {} => (Reply::Done {}, Vec::new()),
     })
 }
 

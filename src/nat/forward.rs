@@ -22,8 +22,8 @@ use crate::gateway::LanConfig;
 
 pub use active::{ActiveForwards, ForwardCounters, ListenerKind, Moved};
 pub use spec::{
-    Direction, ForwardError, ForwardName, ForwardSpec, Guest, HostEnd, HostPorts, InterfaceName,
-    PortRange, Protocol, ShownSource, SocketPath,
+    AllowGuests, Direction, ForwardError, ForwardName, ForwardSpec, Guest, HostEnd, HostPorts,
+    InterfaceName, PortRange, Protocol, ShownSource, SocketPath,
 };
 
 /// Forwards of a network at most: each is compared with every other when it is added.

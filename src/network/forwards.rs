@@ -145,9 +145,9 @@ impl Shared {
             let kind = match socket.at {
                 ListenAt::Tcp(at) => ListenerKind::Tcp(at),
                 ListenAt::Udp(at) => ListenerKind::Udp(at),
-                ListenAt::Unix(file) => {
+                ListenAt::Unix(file, allow_guests) => {
                     files.push(file);
-                    ListenerKind::Unix
+                    ListenerKind::Unix(allow_guests)
                 }
             };
             owned.push((Some(socket.fd), kind));

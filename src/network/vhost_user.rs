@@ -17,6 +17,8 @@ use crate::uplink::listen::{self, SocketFile};
 pub struct VhostUserSocket {
     /// The socket. It ends with the port, for whoever else has it too.
     pub fd: OwnedFd,
+    /// A front-end may be a guest of `lanlet exec`, who has its user's files.
+    pub allow_guests: bool,
     /// What the log calls it: its path.
     pub name: String,
     /// Its file, removed with the port; `None`: somebody else takes care of it.
@@ -33,6 +35,7 @@ impl VhostUserSocket {
         let (fd, file) = listen::open_path(path)?;
         Ok(Self {
             fd,
+            allow_guests: false,
             name: path.display().to_string(),
             file: Some(file),
         })
@@ -70,7 +73,12 @@ impl Network {
         let failed = system("attach a vhost-user socket");
         listen::check_listening(&socket.fd).map_err(&failed)?;
         let counters = Arc::<PortCounters>::default();
-        let port = vhost_user::open(socket.fd, socket.name, Arc::clone(&counters));
+        let port = vhost_user::open(
+            socket.fd,
+            socket.allow_guests,
+            socket.name,
+            Arc::clone(&counters),
+        );
         let port = port.map_err(failed)?;
         let opened = Opened {
             counters,
@@ -102,7 +110,11 @@ impl Network {
         };
         match &spec.kind {
             PortKind::VhostUser(path) => {
-                self.attach_vhost_user(VhostUserSocket::listen(path)?, options)?;
+                let socket = VhostUserSocket {
+                    allow_guests: spec.allow_guests,
+                    ..VhostUserSocket::listen(path)?
+                };
+                self.attach_vhost_user(socket, options)?;
             }
         }
         Ok(())

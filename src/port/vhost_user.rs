@@ -74,7 +74,12 @@ pub struct VhostUser {
 ///
 /// # Errors
 /// The kernel gives no epoll, eventfd or thread.
-pub fn open(listener: OwnedFd, name: String, counters: Arc<PortCounters>) -> io::Result<VhostUser> {
+pub fn open(
+    listener: OwnedFd,
+    allow_guests: bool,
+    name: String,
+    counters: Arc<PortCounters>,
+) -> io::Result<VhostUser> {
     if let Err(error) = eventfd::prepare() {
         log::warn!(
             "{name}: without asynchronous I/O ({error}) a vhost-user front-end that means harm can hold a worker \
@@ -85,7 +90,7 @@ pub fn open(listener: OwnedFd, name: String, counters: Arc<PortCounters>) -> io:
     Ok(VhostUser {
         rx: VhostRx(Arc::clone(&device)),
         tx: VhostTx(Arc::clone(&device)),
-        server: Server::start(listener, device)?,
+        server: Server::start(listener, allow_guests, device)?,
     })
 }
 

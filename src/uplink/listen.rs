@@ -30,7 +30,9 @@ use rustix::net::{
 };
 
 use super::port_owner::{self, Owner};
-use crate::nat::forward::{HostEnd, HostPorts, InterfaceName, PortRange, Protocol, SocketPath};
+use crate::nat::forward::{
+    AllowGuests, HostEnd, HostPorts, InterfaceName, PortRange, Protocol, SocketPath,
+};
 use crate::sys::socket;
 
 /// Connections waiting to be accepted: what the kernel allows by default (net.core.somaxconn).
@@ -84,7 +86,7 @@ pub enum ListenAt {
     /// UDP datagrams are received.
     Udp(SocketAddr),
     /// Unix stream connections are accepted.
-    Unix(SocketFile),
+    Unix(SocketFile, AllowGuests),
 }
 
 /// The file of a unix socket, removed with this value.
@@ -115,10 +117,12 @@ fn device_and_inode(path: &Path) -> io::Result<(u64, u64)> {
 pub fn open(host: &HostEnd) -> Result<Listeners, ListenError> {
     match host {
         HostEnd::Ports(host) => open_ports(host),
-        HostEnd::Unix(path) => open_unix(path).map(|listener| Listeners {
-            sockets: vec![listener],
-            chosen: None,
-        }),
+        HostEnd::Unix(path, allow_guests) => {
+            open_unix(path, *allow_guests).map(|listener| Listeners {
+                sockets: vec![listener],
+                chosen: None,
+            })
+        }
     }
 }
 
@@ -266,9 +270,9 @@ fn bind_to_interface(fd: &OwnedFd, interface: &InterfaceName) -> Result<u32, Err
     netdevice::name_to_index(fd, interface.as_str())
 }
 
-fn open_unix(path: &SocketPath) -> Result<Listener, ListenError> {
+fn open_unix(path: &SocketPath, allow_guests: AllowGuests) -> Result<Listener, ListenError> {
     let (fd, file) = open_path(Path::new(path.as_str()))?;
-    let at = ListenAt::Unix(file);
+    let at = ListenAt::Unix(file, allow_guests);
     Ok(Listener { fd, at })
 }
 
@@ -377,7 +381,7 @@ mod tests {
     fn addresses(listeners: &Listeners) -> Vec<SocketAddr> {
         let address = |listener: &Listener| match &listener.at {
             ListenAt::Tcp(at) | ListenAt::Udp(at) => *at,
-            ListenAt::Unix(file) => panic!("{file:?}"),
+            ListenAt::Unix(file, _) => panic!("{file:?}"),
         };
         listeners.sockets.iter().map(address).collect()
     }

@@ -22,15 +22,6 @@ fn uplink() -> HostUplink {
     HostUplink::new(Arc::new(epoll), Outbound::default()).unwrap()
 }
 
-#[test]
-fn flows_leave_files_to_the_ports_but_keep_three_quarters() {
-    assert_eq!(files_of_flows(20_000, 0), 20_000 - 64);
-    assert_eq!(files_of_flows(20_000, 99), 20_000 - 64 - 99);
-    assert_eq!(files_of_flows(20_000, 4_095 * 99), 15_000);
-    assert_eq!(files_of_flows(100, 99), 75);
-    assert_eq!(files_of_flows(0, 99), 0);
-}
-
 /// Events within `wait_ms`, merged.
 fn wait(up: &HostUplink, wait_ms: i64) -> Vec<(SockOwner, Ready)> {
     let mut events = Vec::with_capacity(8);

@@ -30,6 +30,7 @@ mod paths;
 mod policy;
 mod reach;
 mod refusals;
+mod sockets;
 mod streams;
 mod udp;
 mod v6_lan;

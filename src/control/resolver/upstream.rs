@@ -4,19 +4,21 @@ use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
-use tokio::net::{TcpStream, UdpSocket};
+use tokio::net::{TcpSocket, UdpSocket};
 use tokio::time::{Instant, timeout_at};
 
 use super::servers::Servers;
 use super::{Counters, ResolverConfig};
 use crate::gateway::dns::QUERY_LIFETIME;
 use crate::gateway::dns::message::{self, Rcode};
+use crate::sys::open_files;
 
 /// How long one server may take. Stub resolvers give up after 5 s (resolv.conf(5)): the second
 /// server's answer has to come before that.
@@ -178,6 +180,7 @@ async fn over_udp(asked: &[u8], server: SocketAddr) -> io::Result<BytesMut> {
         SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
     };
     let socket = UdpSocket::bind((any, 0)).await?;
+    open_files::check_query(socket.as_fd())?;
     socket.connect(server).await?;
     socket.send(asked).await?;
     loop {
@@ -208,7 +211,12 @@ async fn over_udp(asked: &[u8], server: SocketAddr) -> io::Result<BytesMut> {
 /// A connection for one query (RFC 7766 5). What comes back first has to be the answer: nobody but
 /// the server can send here, and one that sends something else is not to be relied on.
 async fn over_tcp(asked: &[u8], server: SocketAddr) -> io::Result<BytesMut> {
-    let mut stream = TcpStream::connect(server).await?;
+    let socket = match server {
+        SocketAddr::V4(_) => TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => TcpSocket::new_v6()?,
+    };
+    open_files::check_query(socket.as_fd())?;
+    let mut stream = socket.connect(server).await?;
     stream.write_all(&framed(asked)).await?;
     let len = usize::from(stream.read_u16().await?);
     // The kernel's zeros: pages that never arrive are never touched.

@@ -41,7 +41,7 @@ use self::datagrams::Waiting;
 pub use self::moved::Moved;
 use super::directory::{Directory, Memory};
 use super::sessions::Sessions;
-use super::spec::{Direction, ForwardSpec, Guest, HostEnd, ShownSource};
+use super::spec::{AllowGuests, Direction, ForwardSpec, Guest, HostEnd, ShownSource};
 use super::{ForwardId, SOCKETS_MAX};
 use crate::dhcp::lease::LeaseTable;
 use crate::frame::{Duration, Instant, Mac, PortId, WorkerId};
@@ -83,7 +83,7 @@ pub enum ListenerKind {
     /// Datagrams are received.
     Udp(SocketAddr),
     /// Unix stream connections are accepted.
-    Unix,
+    Unix(AllowGuests),
 }
 
 /// What a forward has done.
@@ -266,12 +266,12 @@ impl ActiveForwards {
                 (active.guest, active.shown) = (guest.clone(), *shown);
                 let first = match listen {
                     HostEnd::Ports(host) => host.ports.map_or(0, |ports| ports.first()),
-                    HostEnd::Unix(_) => 0,
+                    HostEnd::Unix(..) => 0,
                 };
                 for (n, &kind) in listeners.iter().enumerate() {
                     let nth = match kind {
                         ListenerKind::Tcp(at) | ListenerKind::Udp(at) => at.port() - first,
-                        ListenerKind::Unix => 0,
+                        ListenerKind::Unix(_) => 0,
                     };
                     let guest_port = ports.nth(usize::from(nth)).unwrap_or(ports.first());
                     let opened = self.own.insert_with(Some(HostError::Exhausted), |own| {
@@ -296,7 +296,7 @@ impl ActiveForwards {
                     let (protocol, at) = match kind {
                         ListenerKind::Tcp(at) => (egress::Protocol::Tcp, at),
                         ListenerKind::Udp(at) => (egress::Protocol::Udp, at),
-                        ListenerKind::Unix => continue,
+                        ListenerKind::Unix(_) => continue,
                     };
                     let id = id.0;
                     egress.publish(Published { id, protocol, at });
@@ -400,7 +400,7 @@ impl ActiveForwards {
     ) {
         match self.own.get_mut(id) {
             Some(&mut Own::Listener(listener)) => match listener.kind {
-                ListenerKind::Tcp(_) | ListenerKind::Unix => {
+                ListenerKind::Tcp(_) | ListenerKind::Unix(_) => {
                     self.accept(id, listener, tcp, now, (up, out));
                 }
                 ListenerKind::Udp(_) => self.receive(id, listener, now, (up, out), drops),

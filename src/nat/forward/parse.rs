@@ -22,15 +22,16 @@
 //!
 //! # Options
 //! After a comma, in any form: `client-address` (the guest sees the client's own address),
-//! `interface=eth0` (or `ADDR%eth0`), `name=web`.
+//! `interface=eth0` (or `ADDR%eth0`), `name=web`, and for a unix socket `allow-guests` (its clients may be
+//! guests of `lanlet exec`).
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 
 use super::spec::{
-    Direction, ForwardError, ForwardName, ForwardSpec, Guest, HostEnd, HostPorts, InterfaceName,
-    PortRange, Protocol, ShownSource, SocketPath,
+    AllowGuests, Direction, ForwardError, ForwardName, ForwardSpec, Guest, HostEnd, HostPorts,
+    InterfaceName, PortRange, Protocol, ShownSource, SocketPath,
 };
 use crate::frame::Mac;
 
@@ -38,6 +39,7 @@ const PUBLISH_FORM: &str = "[ADDR:]HOSTPORT[-END]:[GUEST:]GUESTPORT[-END][/tcp|/
 const HOSTFWD_FORM: &str = "[tcp|udp]:[ADDR]:HOSTPORT-[GUEST]:GUESTPORT";
 const HOSTFWD_UNIX_FORM: &str = "unix:PATH-[GUEST]:GUESTPORT";
 const GUESTFWD_FORM: &str = "[tcp]:[ADDR]:PORT-unix:PATH";
+const ONLY_UNIX: &str = "is for forwards from a unix socket: guests reach others by policy";
 const BRACKETS: &str = "IPv6 and MAC addresses go in brackets";
 
 type Parsed<T> = Result<T, ForwardError>;
@@ -193,6 +195,9 @@ impl ForwardSpec {
         if ports.count() > 1 {
             return refuse("guest port", format!("{ports}: one port leads to a socket"));
         }
+        if options.allow_guests {
+            return refuse("allow-guests", ONLY_UNIX);
+        }
         if options.client_address || options.interface.is_some() {
             let key = if options.client_address {
                 "client-address"
@@ -231,7 +236,8 @@ fn from_hostfwd_unix(rest: &str, options: Options) -> Parsed<ForwardSpec> {
     };
     let path: SocketPath = head[..dash].parse()?;
     let ports = range("guest port", port)?;
-    options.into_forward(HostEnd::Unix(path), parse_guest(&head[dash + 1..])?, ports)
+    let listen = HostEnd::Unix(path, AllowGuests::default());
+    options.into_forward(listen, parse_guest(&head[dash + 1..])?, ports)
 }
 
 /// What follows the commas.
@@ -240,6 +246,7 @@ struct Options {
     name: Option<ForwardName>,
     interface: Option<InterfaceName>,
     client_address: bool,
+    allow_guests: bool,
 }
 
 impl Options {
@@ -258,6 +265,11 @@ impl Options {
                     let before = std::mem::replace(&mut options.client_address, true);
                     once("client-address", before.then_some(()))?;
                 }
+                ("allow-guests", None) => {
+                    let before = std::mem::replace(&mut options.allow_guests, true);
+                    once("allow-guests", before.then_some(()))?;
+                }
+                ("allow-guests", Some(_)) => return refuse("allow-guests", "takes no value"),
                 ("client-address", Some(_)) => return refuse("client-address", "takes no value"),
                 ("interface", Some(value)) => {
                     once("interface", options.interface.replace(value.parse()?))?;
@@ -266,8 +278,9 @@ impl Options {
                 ("interface", None) => return refuse("interface", "needs a value: interface=eth0"),
                 ("name", None) => return refuse("name", "needs a value: name=web"),
                 _ => {
-                    let reason =
-                        format!("{option:?} is not client-address, interface=NAME or name=NAME");
+                    let reason = format!(
+                        "{option:?} is not client-address, interface=NAME, name=NAME or allow-guests"
+                    );
                     return refuse("option", reason);
                 }
             }
@@ -288,9 +301,14 @@ impl Options {
                 once("interface", host.interface.take())?;
                 host.interface = interface;
             }
-            (HostEnd::Unix(_), Some(_)) => {
+            (HostEnd::Unix(..), Some(_)) => {
                 return refuse("interface", "a unix socket is on none");
             }
+        }
+        match (&mut listen, self.allow_guests) {
+            (_, false) => {}
+            (HostEnd::Unix(_, allow_guests), true) => *allow_guests = AllowGuests(true),
+            (HostEnd::Ports(_), true) => return refuse("allow-guests", ONLY_UNIX),
         }
         let spec = ForwardSpec {
             name: self.name,
@@ -450,16 +468,21 @@ impl fmt::Display for ForwardSpec {
                 }
             }
             Direction::ToGuest {
-                listen: HostEnd::Unix(path),
+                listen: HostEnd::Unix(path, allow_guests),
                 guest,
                 ports,
                 ..
-            } => match guest {
-                Guest::Name(name) if name.as_str().contains('-') => {
-                    write!(f, "unix:{path}-[{name}]:{ports}")?;
+            } => {
+                match guest {
+                    Guest::Name(name) if name.as_str().contains('-') => {
+                        write!(f, "unix:{path}-[{name}]:{ports}")?;
+                    }
+                    _ => write!(f, "unix:{path}-{guest}:{ports}")?,
                 }
-                _ => write!(f, "unix:{path}-{guest}:{ports}")?,
-            },
+                if allow_guests.0 {
+                    f.write_str(",allow-guests")?;
+                }
+            }
             Direction::ToHost {
                 address,
                 port,

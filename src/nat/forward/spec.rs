@@ -55,8 +55,13 @@ pub enum HostEnd {
     /// Ports.
     Ports(HostPorts),
     /// A unix stream socket; its clients become TCP connections.
-    Unix(SocketPath),
+    Unix(SocketPath, AllowGuests),
 }
+
+/// Whether clients of a unix socket may be guests of `lanlet exec`, who have their user's files. Else a
+/// guest would reach what rules keep from it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Debug)]
+pub struct AllowGuests(pub bool);
 
 /// Who the guest sees as its client.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Debug)]
@@ -203,7 +208,7 @@ impl ForwardSpec {
                         let port = ours.overlap(theirs)?;
                         Some(("host port", format!("{port}/{}", ours.protocol)))
                     }
-                    (HostEnd::Unix(ours), HostEnd::Unix(theirs)) if ours == theirs => {
+                    (HostEnd::Unix(ours, _), HostEnd::Unix(theirs, _)) if ours == theirs => {
                         Some(("path", ours.to_string()))
                     }
                     _ => None,

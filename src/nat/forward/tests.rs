@@ -466,7 +466,8 @@ fn any_listen(guest_ports: PortRange) -> impl Strategy<Value = HostEnd> {
             ports,
         })
     });
-    let unix = any_path().prop_map(HostEnd::Unix);
+    let unix = (any_path(), any::<bool>())
+        .prop_map(|(path, allow)| HostEnd::Unix(path, AllowGuests(allow)));
     prop_oneof![3 => host, 1 => unix]
 }
 

@@ -14,6 +14,7 @@ use vhost::vhost_user::{BackendReqHandler, Error, VhostUserBackendReqHandlerMut}
 
 use super::device::Device;
 use super::front_end::FrontEnd;
+use crate::sys::peer;
 
 /// Pause after a failed accept (out of descriptors), so that the loop does not spin.
 const ACCEPT_RETRY: Timespec = Timespec {
@@ -32,16 +33,17 @@ pub struct Server {
 }
 
 impl Server {
-    /// Serves front-ends that connect to `listener`.
+    /// Serves front-ends that connect to `listener`. `allow_guests`: a front-end may be a guest of `lanlet exec`.
     ///
     /// # Errors
     /// The kernel gives no eventfd or thread.
-    pub fn start(listener: OwnedFd, device: Arc<Device>) -> io::Result<Self> {
+    pub fn start(listener: OwnedFd, allow_guests: bool, device: Arc<Device>) -> io::Result<Self> {
         let end = Arc::new(super::eventfd()?);
         let listener = Arc::new(listener);
         let connection = Arc::default();
         let seat = Seat {
             listener: Arc::clone(&listener),
+            allow_guests,
             device,
             end: Arc::clone(&end),
             connection: Arc::clone(&connection),
@@ -77,6 +79,7 @@ impl Drop for Server {
 /// A front-end's place.
 struct Seat {
     listener: Arc<OwnedFd>,
+    allow_guests: bool,
     device: Arc<Device>,
     end: Arc<OwnedFd>,
     connection: Arc<Mutex<Option<UnixStream>>>,
@@ -212,6 +215,11 @@ impl Seat {
             Err(error) => return Err(error.into()),
         };
         let name = self.device.name();
+        // Else a guest could be the port's: have its name, its address and its rules.
+        if let Err(refusal) = peer::check(stream.as_fd(), self.allow_guests) {
+            log::warn!("{name}: {refusal}");
+            return Ok(None);
+        }
         if taken {
             // Whoever connects again and again would fill the log.
             let level = match self.turned_away.swap(true, Relaxed) {

@@ -68,7 +68,7 @@ impl Lab {
             .add_forward((id, &spec), listeners, &mut self.up, |up, n, owner| {
                 let socket = match listeners[n] {
                     ListenerKind::Udp(at) => up.bind(at, owner),
-                    ListenerKind::Tcp(_) | ListenerKind::Unix => up.listen(owner),
+                    ListenerKind::Tcp(_) | ListenerKind::Unix(_) => up.listen(owner),
                 };
                 sockets.push(socket);
                 Ok(Some(socket))
@@ -361,7 +361,10 @@ fn the_guest_sees_the_client_where_it_can_answer_to_it() {
     }
     // Who has no address at all.
     let (_, listener) = {
-        let (id, sockets) = lab.add("unix:/x-192.168.122.2:80", &[ListenerKind::Unix]);
+        let (id, sockets) = lab.add(
+            "unix:/x-192.168.122.2:80",
+            &[ListenerKind::Unix(AllowGuests(false))],
+        );
         (id, sockets[0])
     };
     lab.up.knock(listener, None);

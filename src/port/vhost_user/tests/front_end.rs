@@ -41,7 +41,7 @@ impl Listening {
         let _ = std::fs::remove_file(&path);
         let listener = UnixListener::bind(&path).unwrap();
         listener.set_nonblocking(true).unwrap();
-        let port = open(listener.into(), "test".to_owned(), Arc::default()).unwrap();
+        let port = open(listener.into(), false, "test".to_owned(), Arc::default()).unwrap();
         Self {
             port: Some(port),
             path,
@@ -290,7 +290,7 @@ fn a_port_ends_although_its_socket_was_made_to_block() {
     let copy = listener.try_clone().unwrap();
     let waiting = std::thread::spawn(move || listener.accept().unwrap_err().raw_os_error());
     std::thread::sleep(Duration::from_millis(20));
-    drop(open(copy.into(), "test".to_owned(), Arc::default()).unwrap());
+    drop(open(copy.into(), false, "test".to_owned(), Arc::default()).unwrap());
     assert_eq!(waiting.join().unwrap(), Some(libc::EINVAL));
     std::fs::remove_file(path.as_pathname().unwrap()).unwrap();
 }

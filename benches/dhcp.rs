@@ -87,6 +87,10 @@ impl Lab {
         self.server
             .handle(&packet, Instant::ZERO, &mut self.out)
             .expect("answered");
+        // Nobody answers the probe.
+        if let Some(due) = self.server.poll_timeout() {
+            self.server.handle_timeout(due, &mut self.out);
+        }
         let yiaddr: [u8; 4] = self.out.buffer[UDP4_PAYLOAD_AT + 16..][..4]
             .try_into()
             .expect("4 bytes");

@@ -5,6 +5,7 @@
 //! range from the subnet) and refuses the whole where one key is wrong, naming it.
 
 mod host;
+mod host_entry;
 mod port;
 mod subnet6;
 mod workers;
@@ -25,6 +26,7 @@ pub use self::subnet6::{PREFIX6_LEN, Subnet6};
 pub use self::workers::{WORKERS_MAX, Workers};
 use crate::wire::ipv6;
 pub use host::{HostPorts, HostSettings};
+pub use host_entry::HostEntry;
 pub use port::{PortKind, PortSpec};
 
 /// Name of the network where none is given.
@@ -75,6 +77,8 @@ pub struct NetworkConfig {
     pub mtu: u16,
     /// First and last address that DHCP hands out.
     pub dhcp_range: (Ipv4Addr, Ipv4Addr),
+    /// Addresses kept for guests, in that range or not.
+    pub hosts: Vec<HostEntry>,
     /// Lease time.
     pub lease_time: Duration,
     /// Domain name for DHCP option 15.
@@ -122,6 +126,7 @@ impl Default for NetworkConfig {
                 Ipv4Addr::new(192, 168, 122, 2),
                 Ipv4Addr::new(192, 168, 122, 254),
             ),
+            hosts: Vec::new(),
             lease_time: Duration::from_secs(3600),
             domain: None,
             dns: Vec::new(),
@@ -173,6 +178,8 @@ pub struct Settings {
     pub mtu: Option<u16>,
     /// Addresses DHCP hands out; by default all of the larger side of the gateway.
     pub dhcp_range: Option<AddressRange>,
+    /// Addresses kept for guests.
+    pub hosts: Vec<HostEntry>,
     /// Lease time.
     pub lease_time: Option<Duration>,
     /// Search domain.
@@ -215,6 +222,7 @@ impl Settings {
             subnet6: self.subnet6.unwrap_or_default(),
             mtu: self.mtu.unwrap_or(default.mtu),
             dhcp_range: (range.first, range.last),
+            hosts: self.hosts.clone(),
             lease_time: self.lease_time.unwrap_or(default.lease_time),
             domain: self.domain.clone(),
             dns: self.dns.clone(),
@@ -311,6 +319,7 @@ impl NetworkConfig {
             return Err(ConfigError::new("subnet6", reason));
         }
         self.validate_dhcp(subnet)?;
+        host_entry::validate(self)?;
         host::validate(self)?;
         if self.dns.len() > DNS_SERVERS_MAX {
             return Err(ConfigError::new(

@@ -3,12 +3,14 @@
 //! # Path
 //! A datagram for port 67 is parsed and checked ([`options::Request`]), its sender's hardware address
 //! is compared with the frame's, the lease table ([`lease::LeaseTable`], shared by the workers)
-//! decides, and the answer goes out at once. The server itself keeps no state.
+//! decides, and the answer goes out at once, unless the address was not the client's before. Then the LAN is
+//! asked first who has it (RFC 2131 3.1, 4.3.1), and the answer waits for [`PROBE_WAIT`] ([`probing`]).
 //!
 //! # Answers
 //! | message | answered with |
 //! |---|---|
 //! | DISCOVER | OFFER; ACK if it asks for rapid commit (RFC 4039) |
+//! | any, of a MAC that is another port's | nothing but an address of its own, by DISCOVER |
 //! | REQUEST naming this server (SELECTING) | ACK, or NAK if the address is not the client's |
 //! | REQUEST naming another server | nothing; the offer is withdrawn |
 //! | REQUEST with option 50 (INIT-REBOOT) or `ciaddr` (RENEWING, REBINDING) | ACK or NAK |
@@ -22,18 +24,17 @@
 //! refused at once, so that a guest from another network doesn't wait for its time-outs.
 //!
 //! NAKs are broadcast. Offers and ACKs go to the client's MAC and address, or are broadcast if it
-//! asked so with the broadcast flag and has no address yet (RFC 2131 4.1). No address is probed by
-//! ping before it is offered: the LAN's addresses are handed out by this table alone, and DECLINE
-//! covers the guest that took one by hand.
+//! asked so with the broadcast flag and has no address yet (RFC 2131 4.1).
 //!
 //! # What a hostile guest can try
-//! Take other guests' leases: the hardware address must be the frame's own
-//! ([`DropReason::Spoofed`]), and a lease belongs to MAC and client identifier together. Exhaust the
-//! pool: see the limits in [`lease`]. Amplify: one answer per message, inside the LAN. Come through a
-//! relay: dropped.
+//! Take, end or move other guests' leases: the hardware address must be the frame's own
+//! ([`DropReason::Spoofed`]), and a lease belongs to its port ([`lease`]); a message in the name of another
+//! port's MAC is dropped and counted. Exhaust the pool, or answer every probe: see the limits in [`lease`].
+//! Amplify: one answer per message, inside the LAN. Come through a relay: dropped.
 
 pub mod lease;
 pub mod options;
+mod probing;
 
 use std::net::Ipv4Addr;
 use std::ops::RangeInclusive;
@@ -41,12 +42,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use dhcproto::v4::{CLIENT_PORT, DhcpOption, MessageType, SERVER_PORT};
 
-use crate::frame::{Instant, Mac};
-use crate::gateway::{Handled, LanConfig, Outbox, Service, datagrams, service_counters};
+use self::probing::Probing;
+pub use self::probing::{PENDING_MAX, PENDING_PER_PORT_MAX, PROBE_WAIT};
+use crate::frame::{Instant, Mac, PortId, Station};
+use crate::gateway::{Handled, LanConfig, Outbox, Service, arp, datagrams, service_counters};
 use crate::offload::Offload;
 use crate::stats::DropReason;
 use crate::wire::{Ipv4, Packet, UDP4_PAYLOAD_AT, Udp, write_udp4};
-use lease::{Client, LeaseTable, Refusal};
+use lease::{Client, Heard, LeaseTable, Probed, Refusal};
 use options::{ReplyHeader, ReplyOptions, Request, write_reply};
 
 /// Shortest lease that a client can ask for (option 51): shorter ones only make load. dnsmasq's
@@ -120,6 +123,14 @@ service_counters! {
         limited = "dhcp_limited",
         /// Clients left without an address because none is free.
         exhausted = "dhcp_exhausted",
+        /// Messages in the name of a MAC that is another port's.
+        foreign = "dhcp_foreign_port",
+        /// Addresses that the LAN was asked for before a client got them.
+        probes = "dhcp_probes",
+        /// Of those, what another station had.
+        in_use = "dhcp_in_use",
+        /// Claims of an address, of a port that claims or holds as many as it may.
+        claims_ignored = "dhcp_claims_ignored",
     }
 }
 
@@ -127,6 +138,7 @@ service_counters! {
 pub struct DhcpServer {
     config: DhcpConfig,
     leases: Arc<Mutex<LeaseTable>>,
+    probing: Probing,
     scratch: Vec<u8>,
     counters: DhcpCounters,
 }
@@ -137,6 +149,7 @@ impl DhcpServer {
         Self {
             config,
             leases,
+            probing: Probing::default(),
             scratch: Vec::new(),
             counters: DhcpCounters::default(),
         }
@@ -169,12 +182,14 @@ impl DhcpServer {
         if request.giaddr != Ipv4Addr::UNSPECIFIED {
             return Err(DropReason::Relayed);
         }
-        let client = Client {
-            mac: request.mac,
-            id: request.client_id.as_deref(),
-            port: packet.ingress,
-            hostname: request.hostname.as_ref(),
-        };
+        let client = client_of(&request, packet.ingress);
+        if self.probing.renew(&request, packet.ingress) {
+            match request.kind {
+                MessageType::Discover => self.counters.discovers += 1,
+                _ => self.counters.requests += 1,
+            }
+            return Ok(());
+        }
         match request.kind {
             MessageType::Discover => self.discover(&request, &client, now, out),
             MessageType::Request => self.request(&request, &client, now, out),
@@ -195,19 +210,39 @@ impl DhcpServer {
         out: &mut dyn Outbox,
     ) -> Handled {
         self.counters.discovers += 1;
+        let (address, is_unprobed) = self.choose(request, client, now)?;
+        if is_unprobed {
+            return self.probe(request, client.port, address, now, out);
+        }
+        self.offer(request, client, address, now, out)
+    }
+
+    /// An address for a client, and whether the LAN has to be asked for it first.
+    fn choose(
+        &mut self,
+        request: &Request,
+        client: &Client<'_>,
+        now: Instant,
+    ) -> Result<(Ipv4Addr, bool), DropReason> {
+        let mut leases = self.leases();
+        let chosen = leases.offer(client, request.requested, now);
+        let chosen = chosen.map(|address| (address, leases.is_unprobed(address)));
+        drop(leases);
+        chosen.map_err(|refusal| self.refuse(refusal, client))
+    }
+
+    fn offer(
+        &mut self,
+        request: &Request,
+        client: &Client<'_>,
+        address: Ipv4Addr,
+        now: Instant,
+        out: &mut dyn Outbox,
+    ) -> Handled {
         let secs = self.lease_secs(request);
-        let chosen = {
-            let mut leases = self.leases();
-            let chosen = leases.offer(client, request.requested, now);
-            match chosen {
-                Ok(address) if request.rapid_commit => {
-                    leases.commit(client, address, secs, now).map(|()| address)
-                }
-                chosen => chosen,
-            }
-        };
-        let address = chosen.map_err(|refusal| self.refuse(refusal, client))?;
         if request.rapid_commit {
+            let committed = self.leases().commit(client, address, secs, now);
+            committed.map_err(|refusal| self.refuse(refusal, client))?;
             self.counters.rapid_commits += 1;
             self.acknowledge(request, address, secs, out);
         } else {
@@ -231,7 +266,7 @@ impl DhcpServer {
             .is_some_and(|server| server != self.config.lan.address)
         {
             self.counters.other_server += 1;
-            self.leases().withdraw(client);
+            self.leases().withdraw(client, now);
             return Ok(());
         }
         let ciaddr = Some(request.ciaddr).filter(|address| !address.is_unspecified());
@@ -239,23 +274,59 @@ impl DhcpServer {
             self.counters.malformed += 1;
             return Err(DropReason::Malformed);
         };
+        let (held, is_unprobed) = {
+            let mut leases = self.leases();
+            let held = match leases.knows(client, address, now) {
+                true => Ok(()),
+                false => leases.hold(client, address, now),
+            };
+            (held, leases.is_unprobed(address))
+        };
+        match held {
+            Ok(()) if is_unprobed => self.probe(request, client.port, address, now, out),
+            Ok(()) => self.grant(request, client, address, now, out),
+            Err(refusal) => self.reject(request, client, refusal, out),
+        }
+    }
+
+    fn grant(
+        &mut self,
+        request: &Request,
+        client: &Client<'_>,
+        address: Ipv4Addr,
+        now: Instant,
+        out: &mut dyn Outbox,
+    ) -> Handled {
         let secs = self.lease_secs(request);
         let committed = self.leases().commit(client, address, secs, now);
         match committed {
             Ok(()) => self.acknowledge(request, address, secs, out),
-            Err(refusal) => {
-                self.refuse(refusal, client);
-                self.counters.naks += 1;
-                self.negative(request, refusal, out);
-            }
+            Err(refusal) => return self.reject(request, client, refusal, out),
         }
+        Ok(())
+    }
+
+    /// Tells a client that it can't have its address: the broadcast would reach whose MAC it has taken.
+    fn reject(
+        &mut self,
+        request: &Request,
+        client: &Client<'_>,
+        refusal: Refusal,
+        out: &mut dyn Outbox,
+    ) -> Handled {
+        let reason = self.refuse(refusal, client);
+        if refusal == Refusal::Foreign {
+            return Err(reason);
+        }
+        self.counters.naks += 1;
+        self.negative(request, refusal, out);
         Ok(())
     }
 
     fn decline(&mut self, request: &Request, client: &Client<'_>, now: Instant) -> Handled {
         let address = request.requested.ok_or(DropReason::Malformed)?;
         if !self.is_for_us(request) || !self.leases().decline(client, address, now) {
-            return Err(DropReason::NoLease);
+            return Err(self.no_lease(client, now));
         }
         self.counters.declines += 1;
         // Someone set this address by hand, or plays: a guest must not fill the log.
@@ -273,11 +344,19 @@ impl DhcpServer {
 
     fn release(&mut self, request: &Request, client: &Client<'_>, now: Instant) -> Handled {
         if !self.is_for_us(request) || !self.leases().release(client, request.ciaddr, now) {
-            return Err(DropReason::NoLease);
+            return Err(self.no_lease(client, now));
         }
         self.counters.releases += 1;
         log::debug!("{} released {}", client.mac, request.ciaddr);
         Ok(())
+    }
+
+    fn no_lease(&mut self, client: &Client<'_>, now: Instant) -> DropReason {
+        if !self.leases().is_foreign(client, now) {
+            return DropReason::NoLease;
+        }
+        self.counters.foreign += 1;
+        DropReason::Spoofed
     }
 
     /// RFC 2131 4.3.5: parameters for a client that has its address from elsewhere. No lease time, no
@@ -328,7 +407,16 @@ impl DhcpServer {
         match refusal {
             Refusal::Limit => self.counters.limited += 1,
             Refusal::Exhausted => self.counters.exhausted += 1,
-            Refusal::OutOfPool | Refusal::Taken | Refusal::Mismatch => {}
+            Refusal::Foreign => {
+                self.counters.foreign += 1;
+                return DropReason::Spoofed;
+            }
+            Refusal::OutOfPool
+            | Refusal::NoGuest
+            | Refusal::Taken
+            | Refusal::Reserved
+            | Refusal::MacTaken
+            | Refusal::Mismatch => {}
         }
         DropReason::Limit
     }
@@ -453,6 +541,16 @@ impl DhcpServer {
             self.scratch.len(),
         );
         out.send(len, Offload::default());
+    }
+}
+
+/// Who sent a message.
+fn client_of(request: &Request, port: PortId) -> Client<'_> {
+    Client {
+        mac: request.mac,
+        id: request.client_id.as_deref(),
+        port,
+        hostname: request.hostname.as_ref(),
     }
 }
 

@@ -80,6 +80,20 @@ impl FromStr for Mac {
     }
 }
 
+/// Reads a MAC that a guest may have: an individual address, not zero.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn guest_mac(text: &str) -> Result<Mac, String> {
+    let mac: Mac = text.parse()?;
+    if mac.is_group() || mac == Mac::default() {
+        return Err(format!(
+            "{mac} is a group address or zero: a guest's is like 52:54:00:12:34:56"
+        ));
+    }
+    Ok(mac)
+}
+
 /// Where a guest is reached, or was last seen.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct Station {

@@ -267,7 +267,10 @@ impl Gateway {
         let concerned = match &packet.body {
             Body::Ipv4(ip) => is_for_gateway(&self.lan, ip.destination),
             Body::Ipv6(ip) => is_for_gateway6(&self.lan, ip.destination),
-            Body::Arp(_) => true,
+            Body::Arp(_) => {
+                self.dhcp.observe(packet, now);
+                true
+            }
             Body::Other(_) => false,
         };
         if concerned {

@@ -65,6 +65,8 @@ pub struct PortOptions {
     pub group: Option<GroupName>,
     /// The guest's MAC where lanlet knows it (it made it up for `{mac}`).
     pub mac: Option<Mac>,
+    /// The guest's address, kept for it as long as the port lives; needs a MAC for a namespace guest.
+    pub ip: Option<Ipv4Addr>,
     /// No virtio-net header and no offloads (a plain tap).
     pub no_offload: bool,
     /// Queues of the tap, 0 (which is 1) to [`QUEUES_MAX`]: as many workers as there are serve them.
@@ -168,6 +170,7 @@ impl Network {
             name: options.name,
             group: options.group,
             mac: Some(mac),
+            ip: options.ip,
             leased: false,
         };
         let (id, _) = self.shared.add_port(opened, guest)?;
@@ -228,6 +231,7 @@ impl Network {
             name: options.name,
             group: options.group,
             mac: options.mac,
+            ip: options.ip,
             leased: options.mac.is_some(),
         };
         let (id, address) = self.shared.add_port(opened, guest)?;

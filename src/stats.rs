@@ -88,7 +88,8 @@ drop_reasons! {
     AddressConflict = "address_conflict",
     /// A router advertisement or redirect of a guest. It concerns the gateway alone: other guests got it.
     RogueRouter = "rogue_router",
-    /// A hardware address inside a message (DHCP chaddr) that is not its sender's.
+    /// A hardware address inside a message (DHCP chaddr) that is not its sender's, or is that of a guest on
+    /// another port.
     Spoofed = "spoofed",
     /// A DHCP message that came through a relay agent; this server has one link.
     Relayed = "relayed",

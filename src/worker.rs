@@ -215,6 +215,7 @@ impl Worker {
             path.gateway.dns.poll_at(),
             path.fragments.poll_timeout(),
             path.gateway.ndp.poll_timeout(),
+            path.gateway.dhcp.poll_timeout(),
         ];
         let due = due.into_iter().flatten().min();
         let until = due.map(|due| due.max(path.now) - path.now);

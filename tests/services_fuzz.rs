@@ -153,7 +153,10 @@ impl Lab {
     fn new(seed: u64) -> Self {
         let mut config = DhcpConfig::new(lan());
         config.domain = Some("lan.example".to_owned());
-        let leases = LeaseTable::new(config.range(), &config.lan).unwrap();
+        let mut leases = LeaseTable::new(config.range(), &config.lan).unwrap();
+        for port in 1..=4 {
+            leases.open_port(PortId(port), None);
+        }
         let leases = Arc::new(Mutex::new(leases));
         Self {
             gateway: Gateway::new(config, Arc::clone(&leases)),
@@ -186,6 +189,7 @@ impl Lab {
         ) else {
             return;
         };
+        self.gateway.dhcp.handle_timeout(self.now, &mut self.out);
         let before = self.out.sent;
         let handled = self.gateway.handle(&packet, self.now, &mut self.out);
         let sent = self.out.sent - before;

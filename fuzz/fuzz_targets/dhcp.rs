@@ -45,7 +45,9 @@ fn lab() -> Lab {
         v6: None,
     };
     let config = DhcpConfig::new(lan);
-    let leases = LeaseTable::new(config.range(), &config.lan).unwrap();
+    let mut leases = LeaseTable::new(config.range(), &config.lan).unwrap();
+    leases.open_port(PortId(1), None);
+    leases.open_port(PortId(2), None);
     Lab {
         server: DhcpServer::new(config, Arc::new(Mutex::new(leases))),
         out: Checked(vec![0; FRAME_BUFFER_LEN]),
@@ -85,5 +87,10 @@ fuzz_target!(|data: &[u8]| {
     LAB.with_borrow_mut(|Lab { server, out, now }| {
         *now += Duration::from_secs(u64::from(who));
         let _ = server.handle(&packet, *now, out);
+        if who & 4 != 0
+            && let Some(due) = server.poll_timeout()
+        {
+            server.handle_timeout(due, out);
+        }
     });
 });

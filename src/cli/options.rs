@@ -8,8 +8,8 @@ use clap::Args;
 
 use super::{Failure, policy};
 use crate::config::{
-    self, AddressRange, BUSY_POLL_MAX, HostPorts, HostSettings, NAME_DEFAULT, NetworkConfig,
-    Settings, Subnet, Subnet6, Workers,
+    self, AddressRange, BUSY_POLL_MAX, HostEntry, HostPorts, HostSettings, NAME_DEFAULT,
+    NetworkConfig, Settings, Subnet, Subnet6, Workers,
 };
 use crate::control::RuntimeDir;
 use crate::control::api::guest_mac;
@@ -88,6 +88,11 @@ pub(super) struct NetworkOptions {
     /// Addresses that DHCP hands out [default: the larger side of the gateway]
     #[arg(long, value_name = "FIRST-LAST")]
     dhcp_range: Option<AddressRange>,
+
+    /// Keeps an address for the guest with this MAC, of the subnet, in the DHCP range or not; forwards
+    /// know the guest by NAME; may be repeated
+    #[arg(long, value_name = "MAC=ADDR[,NAME]")]
+    host: Vec<HostEntry>,
 
     /// How long a lease lasts, like 90s, 15m, 12h, 7d [default: 1h]
     #[arg(long, value_name = "TIME", value_parser = config::parse_duration)]
@@ -184,6 +189,7 @@ impl NetworkOptions {
             subnet6: self.subnet6,
             mtu: self.mtu,
             dhcp_range: self.dhcp_range,
+            hosts: self.host.clone(),
             lease_time: self.lease_time,
             domain: self.domain.clone(),
             dns: self.dns.clone(),
@@ -226,6 +232,7 @@ impl NetworkOptions {
             ("--subnet6", self.subnet6.is_some()),
             ("--mtu", self.mtu.is_some()),
             ("--dhcp-range", self.dhcp_range.is_some()),
+            ("--host", !self.host.is_empty()),
             ("--lease-time", self.lease_time.is_some()),
             ("--dns", !self.dns.is_empty()),
             ("--domain", self.domain.is_some()),
@@ -254,6 +261,11 @@ pub(super) struct PortFlags {
     /// MAC address of the guest [default: a random one, 52:54:00:…]
     #[arg(long, value_name = "MAC", value_parser = guest_mac)]
     pub(super) mac: Option<Mac>,
+
+    /// IPv4 address of the guest, kept for it while it runs; of the subnet, in the DHCP range or not
+    /// [default: one of the DHCP range]
+    #[arg(long, value_name = "ADDR")]
+    ip: Option<Ipv4Addr>,
 
     /// What the guest is called, in 'status', for forwards and in rules of a policy (port=NAME): up to 63 of
     /// A-Z a-z 0-9 _ . - in any case; no two guests of a network have one name [default: made from the port]
@@ -326,6 +338,7 @@ impl PortFlags {
             name: self.guest_name.clone(),
             group: self.group.clone(),
             mac,
+            ip: self.ip,
             no_offload: self.no_offload,
             queues: self.queues(),
         }

@@ -9,9 +9,11 @@
 //! made it; a port of [`Request::AttachVmm`] as long as the VMM keeps its descriptor open. A forward lives until it is
 //! removed, or as long as the connection that made it where the request says so.
 
+use std::net::Ipv4Addr;
+
 use serde::{Deserialize, Serialize};
 
-use crate::frame::Mac;
+pub use crate::frame::guest_mac;
 use crate::names::{GroupName, GuestName, NameError};
 use crate::nat::policy::parse::TEXT_LEN_MAX;
 use crate::network::{ForwardStatus, GuestAddress, PortOptions, Status};
@@ -52,6 +54,9 @@ pub struct PortRequest {
     /// The guest's MAC.
     #[serde(default)]
     pub mac: Option<String>,
+    /// The guest's address, kept for it as long as the port lives.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ip: Option<Ipv4Addr>,
     /// No virtio-net header and no offloads.
     #[serde(default)]
     pub no_offload: bool,
@@ -74,6 +79,7 @@ impl From<&PortOptions> for PortRequest {
                 .unwrap_or_default(),
             group: options.group.as_ref().map(GroupName::to_string),
             mac: options.mac.map(|mac| mac.to_string()),
+            ip: options.ip,
             no_offload: options.no_offload,
             queues: options.queues,
         }
@@ -97,24 +103,11 @@ impl PortRequest {
             name,
             group,
             mac,
+            ip: self.ip,
             no_offload: self.no_offload,
             queues: self.queues,
         })
     }
-}
-
-/// Reads a MAC that a guest may have: an individual address, not zero.
-///
-/// # Errors
-/// What is wrong with it.
-pub fn guest_mac(text: &str) -> Result<Mac, String> {
-    let mac: Mac = text.parse()?;
-    if mac.is_group() || mac == Mac::default() {
-        return Err(format!(
-            "{mac} is a group address or zero: a guest's is like 52:54:00:12:34:56"
-        ));
-    }
-    Ok(mac)
 }
 
 /// What a client can ask for.

@@ -1,16 +1,19 @@
 //! The lease table: which guest has which address until when. Pure: time is passed in.
 //!
 //! # Who is a client
-//! A lease belongs to a MAC *and* a client identifier (RFC 2131 4.2 lets the server use either).
-//! The identifier alone would give clones of one disk image, which share their DUID, one address;
-//! the MAC alone would give all ipvlan children of a guest one address. The commonest identifier,
-//! hardware type 1 followed by the MAC, counts as none, so that a boot ROM, an initramfs and the
-//! system after it keep one address.
+//! A lease belongs to the port that it was made on, for as long as that port lives ([`ports`]), and there
+//! to a MAC and a client identifier (RFC 2131 4.2 lets the server use either). The identifier alone would
+//! give clones of one disk image, which share their DUID, one address; the MAC alone would give all ipvlan
+//! children of a guest one address. Where one of two clients of a MAC has no identifier they share a lease,
+//! as dnsmasq has it (`lease_find_by_client`): a boot ROM, an initramfs and the system after it keep one
+//! address. The commonest identifier, hardware type 1 followed by the MAC, counts as none.
+//!
+//! Who uses a MAC that another port has leases for is another client: it gets an address of its own, on
+//! its own port's account, and changes nothing of theirs.
 //!
 //! # Which address
-//! The one it has; else the one it had; else the one it asks for, if free; else a hash of its
-//! identity, so that a guest meets the same address again even where no lease was kept; else the
-//! address whose lease ended longest ago.
+//! That of its port or the one reserved for it ([`reservation`]); the one it has; else the one it had; else
+//! as [`choose`] says.
 //!
 //! # State of an address
 //! ```text
@@ -20,41 +23,54 @@
 //!                      v                  v                                   v
 //!                   (absent)         Quarantined(until) ----------------> (absent)
 //!
-//!   Attached: as long as a port lives; no message of the guest changes it.
+//!   Attached: as long as its port lives; a guest's messages only ever end it for itself, by DECLINE.
 //! ```
-//! One address has one entry, and one client has one address: `entries` is keyed by the address, and
-//! `by_client` points into it (`check_invariants` in the tests).
+//! An address that is offered to a newcomer remembers whose it was ([`Entry::former`]) until the offer is
+//! taken: an offer alone costs nobody a lease. One that was not the client's before is offered only once
+//! nobody has answered for it ([`LeaseTable::settle_probe`]).
+//!
+//! One address has one entry: `entries` is keyed by the address, and `by_mac` points into it
+//! (`check_invariants` in the tests).
 //!
 //! # Limits
-//! [`LEASES_MAX`] entries; [`LEASES_PER_MAC_MAX`] live ones of a MAC, and a share of the pool per
-//! port ([`PORT_SHARE_DIVISOR`]), offers and quarantined addresses included: a guest that invents
-//! MACs or client identifiers, or declines all it is given, takes no more than its share.
+//! [`LEASES_MAX`] entries; [`LEASES_PER_MAC_MAX`] live ones of a MAC on a port, and a share of the pool per
+//! port ([`PORT_SHARE_DIVISOR`]), offers, quarantined addresses and claims included: a guest that invents
+//! MACs or client identifiers, declines all it is given or answers for every address takes no more than
+//! its share.
 
+mod choose;
 mod client;
+mod ports;
 mod record;
+mod reservation;
 mod view;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::Ipv4Addr;
 use std::ops::RangeInclusive;
 
+use self::ports::{Attachment, Claim};
+use self::reservation::Reservations;
 use crate::frame::{Duration, Instant, Mac, PortId};
 use crate::gateway::LanConfig;
 use crate::names::GuestName;
 use client::ClientKey;
 pub use client::{CLIENT_ID_LEN_MAX, Client};
+pub use ports::{CLAIMS_PER_PORT_MAX, Heard};
 pub use record::LeaseRecord;
+pub use reservation::{RESERVATIONS_MAX, Reservation, ReserveError};
 pub use view::{Held, LeaseKind, LeaseView};
 
 /// Entries at most, ended leases included: 16 times the pool of a /24; a megabyte, or three if every
 /// client identifier is as long as it may be.
 pub const LEASES_MAX: usize = 4_096;
-/// Live leases of one MAC: ipvlan children and a second operating system, not a pool's worth.
+/// Live leases of one MAC on one port: ipvlan children and a second operating system, not a pool's worth.
 pub const LEASES_PER_MAC_MAX: usize = 8;
 /// One port may hold this part of the pool: four hostile guests have to join to exhaust it.
 pub const PORT_SHARE_DIVISOR: u32 = 4;
-/// The least share, for small pools: a guest with a few nested ones still works.
-pub const PORT_SHARE_MIN: usize = 8;
+/// The least share, for small pools: a guest with a few nested ones still works. Of a pool smaller than
+/// twice that, half.
+pub const PORT_SHARE_MIN: u32 = 8;
 /// How long an offer holds its address. Clients take an offer within their first retransmission
 /// (4 s, RFC 2131 4.1) or not at all.
 pub const OFFER_TIME: Duration = Duration::from_secs(30);
@@ -67,12 +83,24 @@ pub enum Refusal {
     /// Not an address of the pool.
     #[error("the address is outside the DHCP range")]
     OutOfPool,
-    /// Another client holds the address.
+    /// The gateway's, the network's or the broadcast address, or not of the LAN.
+    #[error("it is no address for a guest of this LAN")]
+    NoGuest,
+    /// Another client holds the address, or uses it.
     #[error("the address is in use")]
     Taken,
+    /// The address is reserved for another client.
+    #[error("the address is reserved for another guest")]
+    Reserved,
+    /// The MAC is attached already.
+    #[error("the MAC has an address already")]
+    MacTaken,
     /// The client has a lease for a different address.
     #[error("the client has another address")]
     Mismatch,
+    /// The client's MAC is that of another port.
+    #[error("the MAC is that of a guest on another port")]
+    Foreign,
     /// The client's MAC or port holds as many leases as it may.
     #[error("too many leases for this MAC or port")]
     Limit,
@@ -97,18 +125,38 @@ pub enum PoolError {
     OnlyGateway,
 }
 
+/// Whether anybody answered for an address that a client is to get.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Probed {
+    /// Nobody: the client may have it.
+    Free,
+    /// Another station has it. The client's offer is gone.
+    InUse,
+    /// The offer is gone: its time is over, or the client took back what it asked.
+    Gone,
+}
+
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum State {
-    Offered { until: Instant },
-    Bound { until: Instant, secs: u32 },
+    /// `probed`: nobody uses the address, or it was the client's before.
+    Offered {
+        until: Instant,
+        probed: bool,
+    },
+    Bound {
+        until: Instant,
+        secs: u32,
+    },
     Attached,
-    Quarantined { until: Instant },
+    Quarantined {
+        until: Instant,
+    },
 }
 
 impl State {
     fn is_live(self, now: Instant) -> bool {
         match self {
-            State::Offered { until }
+            State::Offered { until, .. }
             | State::Bound { until, .. }
             | State::Quarantined { until } => now < until,
             State::Attached => true,
@@ -119,10 +167,14 @@ impl State {
 #[derive(Clone, Debug)]
 struct Entry {
     key: ClientKey,
-    /// Unknown for leases read from a file.
+    /// Unknown for leases read from a file, and where the port is gone.
     port: Option<PortId>,
     hostname: Option<GuestName>,
     state: State,
+    /// When its client was heard last, or its port went.
+    seen: Instant,
+    /// Whose the address was before it was offered.
+    former: Option<Box<Entry>>,
 }
 
 /// The lease table.
@@ -130,15 +182,23 @@ struct Entry {
 pub struct LeaseTable {
     first: u32,
     last: u32,
-    gateway: Ipv4Addr,
+    lan: LanConfig,
     entries: BTreeMap<Ipv4Addr, Entry>,
-    by_client: HashMap<ClientKey, Ipv4Addr>,
-    attached: HashMap<Mac, Ipv4Addr>,
+    /// The addresses of a MAC's clients, quarantined ones excepted, oldest first.
+    by_mac: HashMap<Mac, Vec<Ipv4Addr>>,
+    attached: HashMap<Mac, Attachment>,
+    reservations: Reservations,
+    /// The ports there are, and the MAC of each one's guest where that is known.
+    ports: HashMap<PortId, Option<Mac>>,
+    /// Addresses that stations use without a lease.
+    claims: BTreeMap<Ipv4Addr, Claim>,
     /// Bound entries by end: the front is what to reuse first.
     ends: BTreeSet<(Instant, Ipv4Addr)>,
     /// Offers and quarantined addresses by end: swept when an address is chosen.
     transient: BTreeSet<(Instant, Ipv4Addr)>,
     generation: u64,
+    /// It was warned of a full pool.
+    warned: bool,
 }
 
 impl LeaseTable {
@@ -161,20 +221,24 @@ impl LeaseTable {
         Ok(Self {
             first: first.to_bits(),
             last: last.to_bits(),
-            gateway: lan.address,
+            lan: lan.clone(),
             entries: BTreeMap::new(),
-            by_client: HashMap::new(),
+            by_mac: HashMap::new(),
             attached: HashMap::new(),
+            reservations: Reservations::default(),
+            ports: HashMap::new(),
+            claims: BTreeMap::new(),
             ends: BTreeSet::new(),
             transient: BTreeSet::new(),
             generation: 0,
+            warned: false,
         })
     }
 
     /// Number of addresses that can be leased.
     pub fn pool_size(&self) -> u32 {
         let whole = self.last - self.first + 1;
-        let gateway = self.gateway.to_bits();
+        let gateway = self.lan.address.to_bits();
         whole - u32::from((self.first..=self.last).contains(&gateway))
     }
 
@@ -184,7 +248,8 @@ impl LeaseTable {
     }
 
     /// Finds an address for a client and holds it for [`OFFER_TIME`]. `wanted` is the address that the
-    /// client asked for.
+    /// client asked for. Where [`LeaseTable::is_unprobed`] says so the client must not hear of it before
+    /// the LAN was asked for it and [`LeaseTable::settle_probe`] finds it free.
     ///
     /// # Errors
     /// [`Refusal::Limit`] or [`Refusal::Exhausted`].
@@ -194,26 +259,99 @@ impl LeaseTable {
         wanted: Option<Ipv4Addr>,
         now: Instant,
     ) -> Result<Ipv4Addr, Refusal> {
+        self.sweep(now);
         let until = now + OFFER_TIME;
-        if let Some(address) = self.find(client) {
+        if let Some(address) = self.find(client, now) {
             self.check_revival(client, address, now)?;
-            let held = self.entries.get(&address).map(|entry| entry.state);
-            match held {
-                Some(State::Offered { .. }) => {
-                    self.put(client, address, State::Offered { until });
+            match self.entries.get(&address).map(|entry| entry.state) {
+                // A reservation that was not used yet, or not lately.
+                None => self.put(
+                    client,
+                    address,
+                    (
+                        State::Offered {
+                            until,
+                            probed: true,
+                        },
+                        now,
+                    ),
+                ),
+                Some(State::Offered { probed, .. }) => {
+                    self.put(client, address, (State::Offered { until, probed }, now));
                 }
                 // An ended lease stays remembered if the offer is not taken.
                 Some(State::Bound { until: end, secs }) if end < until => {
-                    self.put(client, address, State::Bound { until, secs });
+                    self.put(client, address, (State::Bound { until, secs }, now));
                 }
                 _ => {}
             }
             return Ok(address);
         }
         self.check_limits(client, now)?;
-        let address = self.choose(&ClientKey::new(client.mac, client.id), wanted, now)?;
-        self.put(client, address, State::Offered { until });
+        let key = ClientKey::new(client.mac, client.id);
+        let address = self.choose(&key, wanted, now)?;
+        let state = State::Offered {
+            until,
+            probed: false,
+        };
+        self.put(client, address, (state, now));
         Ok(address)
+    }
+
+    /// Whether `address` is on offer and was not probed yet.
+    pub fn is_unprobed(&self, address: Ipv4Addr) -> bool {
+        let state = self.entries.get(&address).map(|entry| entry.state);
+        matches!(state, Some(State::Offered { probed: false, .. }))
+    }
+
+    /// Whether a client has a lease of `address`, or had it, or was offered it.
+    pub fn knows(&self, client: &Client<'_>, address: Ipv4Addr, now: Instant) -> bool {
+        self.find(client, now) == Some(address)
+    }
+
+    /// Whether the client's MAC is that of another port: known to be, or by a lease that lives there.
+    pub fn is_foreign(&self, client: &Client<'_>, now: Instant) -> bool {
+        if self.is_declared_at(client.mac, client.port) {
+            return false;
+        }
+        let addresses = self.by_mac.get(&client.mac).into_iter().flatten();
+        let mut entries = addresses.filter_map(|address| self.entries.get(address));
+        self.is_declared_elsewhere(client.mac, client.port)
+            || entries.any(|entry| {
+                let owner = self.owner(entry);
+                entry.state.is_live(now) && owner.is_some_and(|owner| owner != client.port)
+            })
+    }
+
+    /// Ends the wait for answers to the probe of an address that was offered to a client.
+    pub fn settle_probe(&mut self, client: &Client<'_>, address: Ipv4Addr, now: Instant) -> Probed {
+        if self.find(client, now) != Some(address) {
+            return Probed::Gone;
+        }
+        let Some(&Entry {
+            state: State::Offered { until, .. },
+            ..
+        }) = self.entries.get(&address)
+        else {
+            return Probed::Gone;
+        };
+        let Some(claim) = self.claim_against(address, client.mac) else {
+            let state = State::Offered {
+                until,
+                probed: true,
+            };
+            self.put(client, address, (state, now));
+            return Probed::Free;
+        };
+        let former = self.remove(address).and_then(|entry| entry.former);
+        if let Some(mut former) = former.filter(|former| former.key.mac == claim.station.mac) {
+            // Whose lease it was is still there.
+            self.claims.remove(&address);
+            former.port = Some(claim.station.port);
+            former.seen = now;
+            self.insert(address, *former);
+        }
+        Probed::InUse
     }
 
     /// Leases `address` to a client for `secs` seconds: its own, or a free one of the pool (a client
@@ -228,115 +366,114 @@ impl LeaseTable {
         secs: u32,
         now: Instant,
     ) -> Result<(), Refusal> {
-        match self.find(client) {
-            Some(own) if own != address => return Err(Refusal::Mismatch),
-            Some(_) => self.check_revival(client, address, now)?,
+        self.check_commit(client, address, now)?;
+        let until = now + Duration::from_secs(u64::from(secs));
+        self.put(client, address, (State::Bound { until, secs }, now));
+        Ok(())
+    }
+
+    /// Holds for a client the address that it says it had, until it was probed.
+    ///
+    /// # Errors
+    /// As [`LeaseTable::commit`].
+    pub fn hold(
+        &mut self,
+        client: &Client<'_>,
+        address: Ipv4Addr,
+        now: Instant,
+    ) -> Result<(), Refusal> {
+        self.check_commit(client, address, now)?;
+        let state = State::Offered {
+            until: now + OFFER_TIME,
+            probed: false,
+        };
+        self.put(client, address, (state, now));
+        Ok(())
+    }
+
+    fn check_commit(
+        &mut self,
+        client: &Client<'_>,
+        address: Ipv4Addr,
+        now: Instant,
+    ) -> Result<(), Refusal> {
+        self.sweep(now);
+        match self.find(client, now) {
+            Some(own) if own == address => self.check_revival(client, address, now),
+            _ if self.is_foreign(client, now) => Err(Refusal::Foreign),
+            Some(_) => Err(Refusal::Mismatch),
             None => {
                 if !self.in_pool(address) {
                     return Err(Refusal::OutOfPool);
                 }
-                if !self.is_free(address, now) {
+                if self.reservations.is_reserved(address) {
+                    return Err(Refusal::Reserved);
+                }
+                let is_used = self.claim_against(address, client.mac).is_some();
+                if is_used || !self.is_free(address, now) {
                     return Err(Refusal::Taken);
                 }
                 self.check_limits(client, now)?;
-                self.make_room(address, now)?;
+                self.make_room(address, now)
             }
         }
-        let until = now + Duration::from_secs(u64::from(secs));
-        self.put(client, address, State::Bound { until, secs });
-        Ok(())
     }
 
     /// Forgets the offer to a client that took another server's.
-    pub fn withdraw(&mut self, client: &Client<'_>) {
-        if let Some(address) = self.find(client)
+    pub fn withdraw(&mut self, client: &Client<'_>, now: Instant) {
+        if let Some(address) = self.find(client, now)
             && let Some(Entry {
                 state: State::Offered { .. },
                 ..
             }) = self.entries.get(&address)
         {
-            self.remove(address);
+            self.end_offer(address);
         }
     }
 
     /// Ends a client's lease of `address`; the address stays remembered. False if it has no such lease.
     pub fn release(&mut self, client: &Client<'_>, address: Ipv4Addr, now: Instant) -> bool {
-        if self.find(client) != Some(address) {
+        if self.find(client, now) != Some(address) {
             return false;
         }
         match self.entries.get(&address).map(|entry| entry.state) {
             Some(State::Bound { secs, until }) => {
-                self.put(
-                    client,
-                    address,
-                    State::Bound {
-                        until: until.min(now),
-                        secs,
-                    },
-                );
+                let until = until.min(now);
+                self.put(client, address, (State::Bound { until, secs }, now));
             }
-            Some(State::Offered { .. }) => {
-                self.remove(address);
-            }
+            Some(State::Offered { .. }) => self.end_offer(address),
             // The port's own lease outlives a DHCP client that runs behind it.
-            _ => {}
+            Some(State::Attached) => {}
+            Some(State::Quarantined { .. }) | None => return false,
         }
         true
     }
 
     /// Keeps back an address that a client found in use, for [`QUARANTINE_TIME`]. False if it was
-    /// not offered or leased to this client.
+    /// not offered or leased to this client. An attached guest's own address is kept back as well: its
+    /// DHCP client gets another one.
     pub fn decline(&mut self, client: &Client<'_>, address: Ipv4Addr, now: Instant) -> bool {
-        if self.find(client) != Some(address) {
+        if self.find(client, now) != Some(address) {
             return false;
         }
-        if self.attached.get(&client.mac) != Some(&address) {
-            self.put(
-                client,
-                address,
-                State::Quarantined {
-                    until: now + QUARANTINE_TIME,
-                },
-            );
+        let Some(entry) = self.remove(address) else {
+            return false;
+        };
+        if let Some(attachment) = self.attached.get_mut(&client.mac)
+            && attachment.address == Some(address)
+        {
+            attachment.address = None;
         }
+        let until = now + QUARANTINE_TIME;
+        let state = State::Quarantined { until };
+        let entry = Entry {
+            port: Some(client.port),
+            state,
+            former: None,
+            ..entry
+        };
+        self.insert(address, entry);
         true
-    }
-
-    /// Leases an address to a MAC until [`LeaseTable::detach`]. Every DHCP client with this MAC is
-    /// given the same address meanwhile.
-    ///
-    /// # Errors
-    /// [`Refusal::Taken`] if the MAC is attached already, [`Refusal::Exhausted`].
-    pub fn attach(&mut self, mac: Mac, port: PortId, now: Instant) -> Result<Ipv4Addr, Refusal> {
-        if self.attached.contains_key(&mac) {
-            return Err(Refusal::Taken);
-        }
-        let client = Client {
-            mac,
-            id: None,
-            port,
-            hostname: None,
-        };
-        let address = match self.find(&client) {
-            Some(address) => address,
-            None => self.choose(&ClientKey::new(mac, None), None, now)?,
-        };
-        self.put(&client, address, State::Attached);
-        Ok(address)
-    }
-
-    /// Ends the lease that [`LeaseTable::attach`] made; the address stays remembered.
-    pub fn detach(&mut self, mac: Mac, now: Instant) {
-        let Some(&address) = self.attached.get(&mac) else {
-            return;
-        };
-        if let Some(mut entry) = self.remove(address) {
-            entry.state = State::Bound {
-                until: now,
-                secs: 0,
-            };
-            self.insert(address, entry);
-        }
     }
 
     /// Who holds `address` by a lease that has not ended.
@@ -346,15 +483,60 @@ impl LeaseTable {
         (holds && entry.state.is_live(now)).then_some((entry.key.mac, entry.port))
     }
 
-    fn find(&self, client: &Client<'_>) -> Option<Ipv4Addr> {
+    /// The address that is the client's, by whatever right.
+    fn find(&self, client: &Client<'_>, now: Instant) -> Option<Ipv4Addr> {
         let attached = self.attached.get(&client.mac);
-        attached
-            .or_else(|| self.by_client.get(&ClientKey::new(client.mac, client.id)))
-            .copied()
+        let attached = attached.filter(|attached| attached.port == client.port);
+        if let Some(address) = attached.and_then(|attached| attached.address) {
+            return Some(address);
+        }
+        if let Some(address) = self.reserved_for(client, now) {
+            return Some(address);
+        }
+        let key = ClientKey::new(client.mac, client.id);
+        let own = self.by_mac.get(&client.mac)?.iter();
+        own.enumerate()
+            .filter_map(|(age, &address)| {
+                let entry = self.entries.get(&address)?;
+                let is_exact = entry.key == key;
+                let is_shared = entry.key.id.is_none() || key.id.is_none();
+                let is_reserved = self.reservations.is_reserved(address);
+                if !(is_exact || is_shared)
+                    || is_reserved
+                    || !self.is_open_to(address, entry, client, now)
+                {
+                    return None;
+                }
+                let is_own = self.owner(entry) == Some(client.port);
+                // Of several leases that could be shared the newest: its system ran last.
+                let heard = if is_exact { Instant::ZERO } else { entry.seen };
+                let rank = (!is_exact, !is_own, std::cmp::Reverse(heard), age);
+                Some((rank, address))
+            })
+            .min()
+            .map(|(_, address)| address)
+    }
+
+    /// Whether a client may take up an entry of its MAC.
+    fn is_open_to(
+        &self,
+        address: Ipv4Addr,
+        entry: &Entry,
+        client: &Client<'_>,
+        now: Instant,
+    ) -> bool {
+        let is_its = match self.owner(entry) {
+            Some(owner) => owner == client.port,
+            None => !self.is_declared_elsewhere(client.mac, client.port),
+        };
+        // Who came back late finds another station there.
+        let is_lost =
+            !entry.state.is_live(now) && self.claim_against(address, client.mac).is_some();
+        is_its && !is_lost
     }
 
     fn in_pool(&self, address: Ipv4Addr) -> bool {
-        (self.first..=self.last).contains(&address.to_bits()) && address != self.gateway
+        (self.first..=self.last).contains(&address.to_bits()) && address != self.lan.address
     }
 
     /// In no live entry.
@@ -364,137 +546,88 @@ impl LeaseTable {
             .is_none_or(|entry| !entry.state.is_live(now))
     }
 
-    /// An ended lease counts against the limits again when its client comes back for it.
-    fn check_revival(
-        &self,
-        client: &Client<'_>,
-        address: Ipv4Addr,
-        now: Instant,
-    ) -> Result<(), Refusal> {
-        if self.is_free(address, now) {
-            self.check_limits(client, now)
-        } else {
-            Ok(())
-        }
-    }
-
-    /// A pass over all entries: only clients without a live lease come here.
-    fn check_limits(&self, client: &Client<'_>, now: Instant) -> Result<(), Refusal> {
-        let share = usize::try_from(self.pool_size() / PORT_SHARE_DIVISOR).unwrap_or(usize::MAX);
-        let (mut of_mac, mut of_port) = (0, 0);
-        for entry in self.entries.values() {
-            if entry.state != State::Attached && entry.state.is_live(now) {
-                of_mac += usize::from(entry.key.mac == client.mac);
-                of_port += usize::from(entry.port == Some(client.port));
-            }
-        }
-        if of_mac >= LEASES_PER_MAC_MAX || of_port >= share.max(PORT_SHARE_MIN) {
-            return Err(Refusal::Limit);
-        }
-        Ok(())
-    }
-
-    /// A free address for a client that has none.
-    fn choose(
-        &mut self,
-        key: &ClientKey,
-        wanted: Option<Ipv4Addr>,
-        now: Instant,
-    ) -> Result<Ipv4Addr, Refusal> {
-        self.sweep(now);
-        let wanted = wanted.filter(|&wanted| self.in_pool(wanted) && self.is_free(wanted, now));
-        let untouched = wanted.or_else(|| self.untouched(key));
-        if let Some(address) = untouched {
-            self.make_room(address, now)?;
-            return Ok(address);
-        }
-        match self.ends.first() {
-            Some(&(until, address)) if until <= now => Ok(address),
-            _ => Err(Refusal::Exhausted),
-        }
-    }
-
-    /// The first address from the client's hash on that is in no entry.
-    fn untouched(&self, key: &ClientKey) -> Option<Ipv4Addr> {
-        let size = u64::from(self.last - self.first) + 1;
-        // Among one more address than there are entries and gateways, one is untouched.
-        let tries = size.min(self.entries.len() as u64 + 2);
-        (0..tries)
-            .map(|step| {
-                let offset = (key.hash() % size + step) % size;
-                // Below `size`, which fits.
-                Ipv4Addr::from_bits(self.first + offset as u32)
-            })
-            .find(|address| *address != self.gateway && !self.entries.contains_key(address))
-    }
-
-    /// Makes room for one more entry, at the expense of the lease that ended longest ago.
-    fn make_room(&mut self, address: Ipv4Addr, now: Instant) -> Result<(), Refusal> {
-        if self.entries.len() < LEASES_MAX || self.entries.contains_key(&address) {
-            return Ok(());
-        }
-        match self.ends.first() {
-            Some(&(until, oldest)) if until <= now => {
-                self.remove(oldest);
-                Ok(())
-            }
-            _ => Err(Refusal::Exhausted),
-        }
-    }
-
-    /// Forgets offers that were not taken and quarantines that are over.
-    fn sweep(&mut self, now: Instant) {
-        while let Some(&(until, address)) = self.transient.first()
-            && until <= now
-        {
-            self.remove(address);
-        }
-    }
-
-    /// Makes `address` the client's, in `state`; who had it before has it no more.
-    fn put(&mut self, client: &Client<'_>, address: Ipv4Addr, state: State) {
-        let before = self.remove(address);
-        let entry = match before {
+    /// Makes `address` the client's, in a state; who had it before has it no more.
+    fn put(&mut self, client: &Client<'_>, address: Ipv4Addr, (state, now): (State, Instant)) {
+        let place = self.place_of(client.mac, address);
+        let hostname = client.hostname.cloned();
+        let hostname = hostname.filter(|name| !self.reservations.is_named_for_other(name, address));
+        let entry = match self.remove(address) {
             // An attached port's entry keeps its key and its state whichever client renews it.
             Some(entry) if entry.state == State::Attached && state != State::Attached => Entry {
-                hostname: client.hostname.cloned().or(entry.hostname),
+                hostname: hostname.or(entry.hostname),
+                seen: now,
                 ..entry
             },
             before => {
-                let key = ClientKey::new(client.mac, client.id);
-                let known = before.filter(|entry| entry.key == key);
-                let known_name = known.and_then(|entry| entry.hostname);
+                let is_its = |entry: &Entry| entry.key.mac == client.mac;
+                let (own, other) = match before {
+                    Some(entry) if is_its(&entry) => (Some(entry), None),
+                    other => (None, other),
+                };
+                let former = match state {
+                    State::Offered { .. } => {
+                        let other =
+                            other.filter(|entry| matches!(entry.state, State::Bound { .. }));
+                        let before = own.as_ref().and_then(|entry| entry.former.clone());
+                        other.map(Box::new).or(before)
+                    }
+                    _ => None,
+                };
                 Entry {
-                    key,
+                    key: ClientKey::new(client.mac, client.id),
                     port: Some(client.port),
-                    hostname: client.hostname.cloned().or(known_name),
+                    hostname: hostname.or(own.and_then(|entry| entry.hostname)),
                     state,
+                    seen: now,
+                    former,
                 }
             }
         };
+        if !matches!(state, State::Offered { .. }) {
+            self.claims.remove(&address);
+            self.reservations.bind(address, client);
+        }
         self.insert(address, entry);
+        self.put_in_place(client.mac, address, place);
+    }
+
+    fn place_of(&self, mac: Mac, address: Ipv4Addr) -> Option<usize> {
+        let own = self.by_mac.get(&mac)?;
+        own.iter().position(|&other| other == address)
+    }
+
+    /// An address that is written anew keeps its age among those of its MAC.
+    fn put_in_place(&mut self, mac: Mac, address: Ipv4Addr, place: Option<usize>) {
+        if let (Some(to), Some(from)) = (place, self.place_of(mac, address))
+            && let Some(own) = self.by_mac.get_mut(&mac)
+        {
+            let address = own.remove(from);
+            own.insert(to, address);
+        }
+    }
+
+    /// An offer that is not taken: who had the address before still has it.
+    fn end_offer(&mut self, address: Ipv4Addr) {
+        let former = self.remove(address).and_then(|entry| entry.former);
+        if let Some(former) = former {
+            self.insert(address, *former);
+        }
     }
 
     fn insert(&mut self, address: Ipv4Addr, entry: Entry) {
         match entry.state {
-            State::Offered { until } => {
-                self.transient.insert((until, address));
-                self.by_client.insert(entry.key.clone(), address);
-            }
-            // No client's any more.
-            State::Quarantined { until } => {
+            State::Offered { until, .. } | State::Quarantined { until } => {
                 self.transient.insert((until, address));
             }
             State::Bound { until, .. } => {
                 self.ends.insert((until, address));
-                self.by_client.insert(entry.key.clone(), address);
                 self.generation += 1;
             }
-            State::Attached => {
-                self.attached.insert(entry.key.mac, address);
-                self.by_client.insert(entry.key.clone(), address);
-                self.generation += 1;
-            }
+            State::Attached => self.generation += 1,
+        }
+        // A quarantined address is no client's any more.
+        if !matches!(entry.state, State::Quarantined { .. }) {
+            self.by_mac.entry(entry.key.mac).or_default().push(address);
         }
         self.entries.insert(address, entry);
     }
@@ -502,20 +635,20 @@ impl LeaseTable {
     fn remove(&mut self, address: Ipv4Addr) -> Option<Entry> {
         let entry = self.entries.remove(&address)?;
         match entry.state {
-            State::Offered { until } | State::Quarantined { until } => {
+            State::Offered { until, .. } | State::Quarantined { until } => {
                 self.transient.remove(&(until, address));
             }
             State::Bound { until, .. } => {
                 self.ends.remove(&(until, address));
                 self.generation += 1;
             }
-            State::Attached => {
-                self.attached.remove(&entry.key.mac);
-                self.generation += 1;
-            }
+            State::Attached => self.generation += 1,
         }
-        if self.by_client.get(&entry.key) == Some(&address) {
-            self.by_client.remove(&entry.key);
+        if let Some(own) = self.by_mac.get_mut(&entry.key.mac) {
+            own.retain(|&other| other != address);
+            if own.is_empty() {
+                self.by_mac.remove(&entry.key.mac);
+            }
         }
         Some(entry)
     }

@@ -151,13 +151,62 @@ impl Lab {
     }
 
     fn handle(&mut self, frame: &[u8]) -> Handled {
-        let packet = parse(frame);
+        self.handle_from(PORT, frame)
+    }
+
+    fn handle_from(&mut self, port: PortId, frame: &[u8]) -> Handled {
+        let mut packet = parse(frame);
+        packet.ingress = port;
         assert!(self.server.claims(&packet));
         self.server.handle(&packet, self.now, &mut self.out)
     }
 
+    /// Lets the wait for answers to a probe pass, if there is one.
+    fn settle(&mut self) {
+        if let Some(due) = self.server.poll_timeout() {
+            self.now = due;
+            self.server.handle_timeout(due, &mut self.out);
+        }
+    }
+
+    /// A station on a port says by ARP that it has an address.
+    fn arp(&mut self, (port, mac): (PortId, Mac), address: Ipv4Addr) {
+        let mut frame = vec![0; 60];
+        frame[..6].fill(0xff);
+        frame[6..12].copy_from_slice(&mac.0);
+        frame[12..22].copy_from_slice(&[8, 6, 0, 1, 8, 0, 6, 4, 0, 2]);
+        frame[22..28].copy_from_slice(&mac.0);
+        frame[28..32].copy_from_slice(&address.octets());
+        let mut packet = parse(&frame);
+        packet.ingress = port;
+        self.server.observe(&packet, self.now);
+    }
+
+    /// What the probe asks for that was just sent.
+    fn probed(&mut self) -> Ipv4Addr {
+        let probe = self.out.take();
+        assert_eq!(Mac::at(&probe, 0), Mac::BROADCAST);
+        assert_eq!(
+            (Mac::at(&probe, 6), Mac::at(&probe, 22)),
+            (lan().mac, lan().mac)
+        );
+        assert_eq!(
+            probe[12..22],
+            [8, 6, 0, 1, 8, 0, 6, 4, 0, 1],
+            "an ARP request"
+        );
+        assert_eq!(probe[28..38], [0; 10], "of nobody");
+        assert_eq!(self.server.poll_timeout(), Some(self.now + PROBE_WAIT));
+        Ipv4Addr::from(<[u8; 4]>::try_from(&probe[38..42]).unwrap())
+    }
+
+    /// The answer, after the probe where there has to be one, which nobody answers.
     fn ask(&mut self, sent: &Sent) -> Got {
         assert_eq!(self.handle(&sent.frame()), Ok(()));
+        if self.server.poll_timeout().is_some() {
+            self.probed();
+            self.settle();
+        }
         let frame = self.out.take();
         let packet = parse(&frame);
         let Body::Ipv4(ip) = packet.body else {
@@ -537,9 +586,12 @@ fn exhaustion_is_silence_for_discover_and_nak_for_request() {
     config.first = Ipv4Addr::new(192, 168, 122, 50);
     config.last = config.first;
     let mut lab = Lab::with(config);
+    lab.server.leases().open_port(PORT, None);
     let own = lab.lease();
     let second = Mac([0x52, 0x54, 0, 0, 0, 8]);
-    assert_eq!(lab.silent(&sent(1).mac(second)), Err(DropReason::Limit));
+    let refused = lab.handle_from(THIEF, &sent(1).mac(second).frame());
+    assert_eq!(refused, Err(DropReason::Limit));
+    assert!(lab.out.frames.is_empty());
     assert_eq!(lab.server.counters.exhausted, 1);
     assert_eq!(
         lab.ask(&sent(3).wants(own).mac(second)).kind(),
@@ -567,6 +619,8 @@ fn big_requests_and_long_answers() {
         .option(61, &id);
     let frame = ipxe.frame();
     assert_eq!(lab.handle(&frame), Ok(()));
+    lab.probed();
+    lab.settle();
     let reply = lab.out.take();
     assert!(
         reply.len() > 548 && reply.len() <= 14 + 1472,
@@ -755,6 +809,7 @@ fn claims_the_server_port_alone() {
 #[test]
 fn a_train_of_datagrams_is_taken_apart() {
     let mut lab = Lab::new();
+    lab.lease();
     let mut payload = sent(1).payload();
     payload.resize(300, 0);
     let train = payload.repeat(3);
@@ -768,4 +823,176 @@ fn a_train_of_datagrams_is_taken_apart() {
     assert_eq!(lab.server.handle(&packet, lab.now, &mut lab.out), Ok(()));
     assert_eq!(lab.out.frames.len(), 3);
     assert_eq!(packet.ingress, PORT);
+}
+
+const THIEF: PortId = PortId(66);
+
+/// A guest with a lease, whose port lives, and a hostile one.
+fn besieged() -> (Lab, Ipv4Addr) {
+    let mut lab = Lab::new();
+    lab.server.leases().open_port(PORT, None);
+    lab.server.leases().open_port(THIEF, None);
+    let own = lab.lease();
+    (lab, own)
+}
+
+#[test]
+fn messages_in_another_ports_name_change_nothing_of_its_guests() {
+    let server = lan().address;
+    let other = Ipv4Addr::new(192, 168, 122, 200);
+    for id in [None, Some(&b"another"[..])] {
+        let forged: Vec<(&str, fn(Ipv4Addr, Ipv4Addr) -> Sent)> = vec![
+            ("release", |own, server| {
+                sent(7).ciaddr(own).server(server).unicast()
+            }),
+            ("decline", |own, server| sent(4).wants(own).server(server)),
+            ("selecting", |own, server| sent(3).wants(own).server(server)),
+            ("init-reboot", |own, _| sent(3).wants(own)),
+            ("renewing", |own, _| sent(3).ciaddr(own).unicast()),
+            ("rebinding", |own, _| sent(3).ciaddr(own)),
+        ];
+        for (name, make) in forged {
+            let (mut lab, own) = besieged();
+            // A NAK would be broadcast, and heard by the guest.
+            for address in [own, other] {
+                let mut message = make(address, server);
+                message.flags = BROADCAST;
+                if let Some(id) = id {
+                    message = message.option(61, id);
+                }
+                let handled = lab.handle_from(THIEF, &message.frame());
+                assert_eq!(handled, Err(DropReason::Spoofed), "{name}");
+            }
+            assert!(lab.out.frames.is_empty(), "{name}");
+            assert_eq!(lab.server.counters.foreign, 2, "{name}");
+            assert_eq!(lab.holder(own), Some(GUEST), "{name}");
+            assert_eq!(lab.ask(&sent(1)).message.yiaddr(), own, "{name}");
+            let renewed = lab.ask(&sent(3).ciaddr(own).unicast());
+            assert_eq!(renewed.kind(), MessageType::Ack, "{name}");
+        }
+        // Another server's offer, and a question for parameters.
+        let (mut lab, _) = besieged();
+        let offered = lab.ask(&sent(1)).message.yiaddr();
+        let select = sent(3).wants(elsewhere()).server(elsewhere());
+        assert_eq!(lab.handle_from(THIEF, &select.frame()), Ok(()));
+        let inform = sent(8).ciaddr(offered);
+        assert_eq!(lab.handle_from(THIEF, &inform.frame()), Ok(()));
+        lab.out.take();
+        assert_eq!(lab.ask(&sent(1)).message.yiaddr(), offered);
+        // A host name leads forwards.
+        let named = sent(1).option(12, b"bank");
+        assert_eq!(lab.handle_from(THIEF, &named.frame()), Ok(()));
+        assert_ne!(lab.probed(), offered, "it gets an address of its own");
+        lab.settle();
+        lab.out.take();
+        let views = lab.server.leases().snapshot(lab.now);
+        let guest = views.iter().find(|view| view.address == offered).unwrap();
+        assert_eq!((&guest.hostname, guest.port), (&None, Some(PORT)));
+    }
+}
+
+#[test]
+fn nobody_has_an_address_before_it_is_offered() {
+    let mut lab = Lab::new();
+    let squatter = (THIEF, Mac([0x52, 0x54, 0, 0, 0, 9]));
+    assert_eq!(lab.handle(&sent(1).frame()), Ok(()));
+    let first = lab.probed();
+    // Asked again meanwhile: it waits once, and the later question is answered.
+    let again = sent(1).flags(BROADCAST);
+    assert_eq!(lab.handle(&again.frame()), Ok(()));
+    assert!(lab.out.frames.is_empty());
+    lab.now += Duration::from_millis(100);
+    lab.arp(squatter, first);
+    lab.now += Duration::from_millis(199);
+    lab.server.handle_timeout(lab.now, &mut lab.out);
+    assert!(lab.out.frames.is_empty(), "before its time");
+    lab.settle();
+    let second = lab.probed();
+    assert_ne!(second, first);
+    lab.settle();
+    let offer = lab.out.take();
+    assert_eq!(Mac::at(&offer, 0), Mac::BROADCAST);
+    let yiaddr = &offer[UDP4_PAYLOAD_AT + 16..][..4];
+    assert_eq!(yiaddr, second.octets());
+    let counters = &lab.server.counters;
+    assert_eq!((counters.discovers, counters.offers), (2, 1));
+    assert_eq!((counters.probes, counters.in_use), (2, 1));
+    // Its own from here on: no probe, whether it takes it or asks anew.
+    assert_eq!(lab.ask(&sent(1)).message.yiaddr(), second);
+    assert_eq!(lab.lease(), second);
+    lab.now += Duration::from_secs(10_000);
+    assert_eq!(lab.lease(), second);
+    assert_eq!(lab.server.counters.probes, 2);
+    // What was heard in use is passed over at once.
+    let other = Mac([0x52, 0x54, 0, 0, 0, 8]);
+    assert_eq!(lab.handle(&sent(1).wants(first).mac(other).frame()), Ok(()));
+    assert_ne!(lab.probed(), first);
+}
+
+#[test]
+fn an_address_that_a_client_remembers_alone_is_probed_too() {
+    let mut lab = Lab::new();
+    let remembered = Ipv4Addr::new(192, 168, 122, 200);
+    for (request, expected) in [
+        (sent(3).wants(remembered), MessageType::Nak),
+        (sent(3).ciaddr(remembered).unicast(), MessageType::Ack),
+    ] {
+        assert_eq!(lab.handle(&request.frame()), Ok(()));
+        assert_eq!(lab.probed(), remembered);
+        let who = match expected {
+            MessageType::Nak => Mac([0x52, 0x54, 0, 0, 0, 9]),
+            _ => GUEST,
+        };
+        lab.arp((THIEF, who), remembered);
+        lab.settle();
+        let answer = lab.out.take();
+        let packet = parse(&answer);
+        let message = Message::from_bytes(packet.udp4().unwrap().1.payload).unwrap();
+        assert_eq!(message.opts().msg_type(), Some(expected));
+        lab.server.leases().close_port(THIEF, lab.now);
+    }
+}
+
+#[test]
+fn what_waits_is_bounded_and_goes_with_its_port() {
+    let mut lab = Lab::new();
+    let nth = |n: usize| sent(1).mac(Mac([0x52, 0x54, 0, 7, (n >> 8) as u8, n as u8]));
+    for n in 0..PENDING_PER_PORT_MAX {
+        assert_eq!(lab.handle_from(THIEF, &nth(n).frame()), Ok(()));
+    }
+    let more = lab.handle_from(THIEF, &nth(999).frame());
+    assert_eq!(more, Err(DropReason::Limit));
+    assert_eq!(lab.server.counters.limited, 1);
+    lab.out.frames.clear();
+    assert_eq!(lab.handle(&sent(1).frame()), Ok(()), "another port's waits");
+    lab.probed();
+    lab.server.forget_port(THIEF);
+    lab.settle();
+    assert_eq!(lab.out.frames.len(), 1, "to the port that is there");
+    assert_eq!(lab.server.poll_timeout(), None);
+}
+
+#[test]
+fn a_guest_that_answers_every_probe_keeps_nobody_without_an_address() {
+    let mut config = DhcpConfig::new(lan());
+    config.first = Ipv4Addr::new(192, 168, 122, 10);
+    config.last = Ipv4Addr::new(192, 168, 122, 15);
+    let mut lab = Lab::with(config);
+    lab.server.leases().open_port(THIEF, None);
+    for n in 1..=3 {
+        lab.server.leases().open_port(PortId(n), None);
+        let guest = sent(1).mac(Mac([0x52, 0x54, 0, 1, 1, n as u8]));
+        assert_eq!(lab.handle_from(PortId(n), &guest.frame()), Ok(()));
+        let mut probes = 0;
+        while lab.server.poll_timeout().is_some() {
+            let asked = lab.probed();
+            lab.arp((THIEF, Mac([0x52, 0x54, 0, 0, 0, probes])), asked);
+            probes += 1;
+            assert!(probes <= 4);
+            lab.settle();
+        }
+        let offer = lab.out.take();
+        assert_eq!(offer[UDP4_PAYLOAD_AT + 240..][..3], [53, 1, 2]);
+    }
+    assert!(lab.server.counters.claims_ignored > 0);
 }

@@ -47,15 +47,15 @@ pub struct Arp {
 }
 
 /// The fields of an Ethernet/IPv4 ARP packet.
-pub(super) struct Message {
+struct Message {
     operation: u16,
-    pub(super) sender_mac: Mac,
-    pub(super) sender: [u8; 4],
+    sender_mac: Mac,
+    sender: [u8; 4],
     target: [u8; 4],
 }
 
 impl Message {
-    pub(super) fn parse(bytes: &[u8]) -> Result<Self, DropReason> {
+    fn parse(bytes: &[u8]) -> Result<Self, DropReason> {
         let bytes = bytes.get(..ARP_LEN).ok_or(DropReason::Truncated)?;
         let fixed = (be16(bytes, 0), be16(bytes, 2), bytes[4], bytes[5]);
         if fixed != (HARDWARE_ETHERNET, ETHERTYPE_IPV4, 6, 4) {
@@ -106,17 +106,37 @@ pub(super) fn request<O: Outbox + ?Sized>(
     target: Ipv4Addr,
     out: &mut O,
 ) {
+    let asked = (Mac::default(), target.octets());
     send(
         lan,
         (REQUEST, destination),
-        (Mac::default(), target.octets()),
+        lan.address.octets(),
+        asked,
         out,
     );
+}
+
+/// Asks all stations whether one has `target`, for somebody who may get it: with no address as the sender's,
+/// so that nobody learns anything from the question (RFC 5227 2.1.1).
+pub fn probe(lan: &LanConfig, target: Ipv4Addr, out: &mut dyn Outbox) {
+    let asked = (Mac::default(), target.octets());
+    send(lan, (REQUEST, Mac::BROADCAST), [0; 4], asked, out);
+}
+
+/// The address that a packet's sender says by ARP is its own. Who speaks for another says nothing.
+pub fn spoken_for(packet: &Packet<'_>) -> Option<Ipv4Addr> {
+    let Body::Arp(bytes) = &packet.body else {
+        return None;
+    };
+    let message = Message::parse(bytes).ok()?;
+    let sender = Ipv4Addr::from(message.sender);
+    (message.sender_mac == packet.source && !sender.is_unspecified()).then_some(sender)
 }
 
 fn send<O: Outbox + ?Sized>(
     lan: &LanConfig,
     (operation, destination): (u16, Mac),
+    sender: [u8; 4],
     (target_mac, target): (Mac, [u8; 4]),
     out: &mut O,
 ) {
@@ -128,7 +148,7 @@ fn send<O: Outbox + ?Sized>(
     arp[4..6].copy_from_slice(&[6, 4]);
     arp[6..8].copy_from_slice(&operation.to_be_bytes());
     arp[8..14].copy_from_slice(&lan.mac.0);
-    arp[14..18].copy_from_slice(&lan.address.octets());
+    arp[14..18].copy_from_slice(&sender);
     arp[18..24].copy_from_slice(&target_mac.0);
     arp[24..28].copy_from_slice(&target);
     out.send(ETH_HEADER_LEN + ARP_LEN, Offload::default());
@@ -159,7 +179,7 @@ impl Service for Arp {
             REQUEST if message.target == gateway => {
                 self.counters.replies += 1;
                 let asker = (message.sender_mac, message.sender);
-                send(&self.lan, (REPLY, packet.source), asker, out);
+                send(&self.lan, (REPLY, packet.source), gateway, asker, out);
                 Ok(())
             }
             // Between guests, or a reply, which is for [`super::neighbor`].

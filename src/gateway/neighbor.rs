@@ -132,10 +132,7 @@ impl Neighbors {
     /// Learns from a packet that reached the gateway.
     pub fn observe(&mut self, packet: &Packet<'_>, now: Instant) {
         let address = match &packet.body {
-            Body::Arp(bytes) => arp::Message::parse(bytes)
-                .ok()
-                .filter(|message| message.sender_mac == packet.source)
-                .map(|message| IpAddr::from(message.sender)),
+            Body::Arp(_) => arp::spoken_for(packet).map(IpAddr::V4),
             Body::Ipv6(ip) => match ip.transport {
                 Transport::Icmp(message) => spoken_for(ip, message).map(IpAddr::V6),
                 _ => None,

@@ -1,5 +1,7 @@
 //! Why a network could not be set up.
 
+use std::net::Ipv4Addr;
+
 use super::forwards::ForwardRefusal;
 use crate::config::ConfigError;
 use crate::dhcp::lease::{PoolError, Refusal};
@@ -40,6 +42,14 @@ pub enum NetworkError {
     NoAddress {
         /// The guest.
         mac: Mac,
+        /// Why.
+        cause: Refusal,
+    },
+    /// A guest can't have the address that was asked for.
+    #[error("{ip} can't be the guest's address: {cause}; choose another --ip, or none")]
+    NotThisAddress {
+        /// The address.
+        ip: Ipv4Addr,
         /// Why.
         cause: Refusal,
     },

@@ -177,7 +177,9 @@ mod tests {
         let mut table = LeaseTable::new(range, &lan).unwrap();
         let mut keeper = LeaseKeeper::restore(LeaseFile::new(path.clone()), &mut table);
         let table = Mutex::new(table);
-        lock(&table).attach(Mac([4; 6]), PortId(1), now).unwrap();
+        lock(&table)
+            .attach(Mac([4; 6]), PortId(1), None, now)
+            .unwrap();
         keeper.follow(&table, now);
         assert!(keeper.warned.as_ref().unwrap().contains("No such file"));
 

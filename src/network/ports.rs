@@ -33,6 +33,8 @@ pub(super) struct Port {
     pub(super) group: Option<GroupName>,
     pub(super) kind: &'static str,
     pub(super) mac: Option<Mac>,
+    /// The address that was asked for it.
+    pub(super) ip: Option<Ipv4Addr>,
     /// The lease of `mac` ends with the port.
     pub(super) leased: bool,
     pub(super) counters: Arc<PortCounters>,
@@ -51,6 +53,8 @@ pub(super) struct PortGuest {
     pub(super) name: Option<GuestName>,
     pub(super) group: Option<GroupName>,
     pub(super) mac: Option<Mac>,
+    /// The address that it, or where it is not leased a client behind it, is to have.
+    pub(super) ip: Option<Ipv4Addr>,
     /// It gets an address for its MAC, which ends with the port.
     pub(super) leased: bool,
 }
@@ -93,11 +97,13 @@ impl Ports {
         ports.find_map(|(&id, port)| (port.name == *name).then_some(id))
     }
 
-    /// Whether a port stands in the way of `guest`: it has the name, or the address of the MAC.
+    /// Whether a port stands in the way of `guest`: it has the name, the address of the MAC or the one wanted.
     fn hinders(&self, guest: &PortGuest) -> bool {
         let leases = |port: &Port| port.leased && guest.leased && port.mac == guest.mac;
         let named = |port: &Port| guest.name.as_ref() == Some(&port.name);
-        self.by_id.values().any(|port| named(port) || leases(port))
+        let has_ip = |port: &Port| guest.ip.is_some() && port.ip == guest.ip;
+        let mut ports = self.by_id.values();
+        ports.any(|port| named(port) || leases(port) || has_ip(port))
     }
 
     /// A name for a port that nobody named. Rules and forwards can say it, so it is no other port's.
@@ -147,6 +153,7 @@ impl Shared {
             name,
             group,
             mac,
+            ip,
             leased,
         } = guest;
         if let Some(name) = &name
@@ -158,11 +165,9 @@ impl Shared {
             });
         }
         let id = ports.free_id().ok_or(NetworkError::PortsFull)?;
-        // Before the port is there: where it fails, the lease that stands in its way is not touched.
-        let address = match mac.filter(|_| leased) {
-            Some(mac) => Some(self.lease_for(mac, id)?),
-            None => None,
-        };
+        // Before any frame of the port, and before the port is there: where it fails, the lease that stands
+        // in its way is not touched.
+        let address = self.open_leases(id, (mac, ip), leased)?;
         let name = name.unwrap_or_else(|| ports.make_name(kind, id));
         let home = ports.least_used(&self.crew);
         log::debug!("port {id} ({name}) attached");
@@ -171,6 +176,7 @@ impl Shared {
             group: group.clone(),
             kind,
             mac,
+            ip,
             leased: address.is_some(),
             counters: Arc::clone(&counters),
             drops,
@@ -233,13 +239,30 @@ impl Shared {
         waited.unwrap_or_else(PoisonError::into_inner).0
     }
 
-    fn lease_for(&self, mac: Mac, id: PortId) -> Result<Ipv4Addr, NetworkError> {
-        lock(&self.leases)
-            .attach(mac, id, self.now())
-            .map_err(|cause| match cause {
-                Refusal::Taken => NetworkError::MacTaken { mac },
-                cause => NetworkError::NoAddress { mac, cause },
-            })
+    /// Tells the lease table of a port, and gets its guest's address or has it kept.
+    fn open_leases(
+        &self,
+        id: PortId,
+        (mac, ip): (Option<Mac>, Option<Ipv4Addr>),
+        leased: bool,
+    ) -> Result<Option<Ipv4Addr>, NetworkError> {
+        let now = self.now();
+        let mut leases = lock(&self.leases);
+        leases.open_port(id, mac);
+        let given = match (mac, ip) {
+            (Some(mac), ip) if leased => leases.attach(mac, id, ip, now).map(Some),
+            (Some(mac), Some(ip)) => leases.reserve_for_port(id, mac, ip, now).map(|()| None),
+            _ => Ok(None),
+        };
+        given.map_err(|cause| {
+            leases.close_port(id, now);
+            let mac = mac.unwrap_or_default();
+            match (cause, ip) {
+                (Refusal::MacTaken, _) => NetworkError::MacTaken { mac },
+                (cause, Some(ip)) => NetworkError::NotThisAddress { ip, cause },
+                (cause, None) => NetworkError::NoAddress { mac, cause },
+            }
+        })
     }
 
     /// Removes a port and what lives with it.
@@ -258,9 +281,7 @@ impl Shared {
         // Before the number can be another port's.
         self.crew.tell_all(|_| Command::RemovePort(id));
         // Before a successor asks for the address.
-        if let (true, Some(mac)) = (port.leased, port.mac) {
-            lock(&self.leases).detach(mac, self.now());
-        }
+        lock(&self.leases).close_port(id, self.now());
         drop(ports);
         self.port_removed.notify_all();
         port.wire
@@ -295,6 +316,7 @@ mod tests {
             group: None,
             kind: "test",
             mac: None,
+            ip: None,
             leased: false,
             counters: Arc::default(),
             drops: Vec::new(),
@@ -352,6 +374,7 @@ mod tests {
             name: name.map(|name| name.parse().unwrap()),
             group: None,
             mac,
+            ip: None,
             leased,
         };
         assert!(ports.hinders(&guest(Some("P"), None, false)));

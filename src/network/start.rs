@@ -18,7 +18,7 @@ use crate::config::{ConfigError, NetworkConfig, PREFIX6_LEN, PortKind, PortSpec,
 use crate::control::lease_file::LeaseFile;
 use crate::control::resolver::{AnswerSink, Resolver, ResolverConfig};
 use crate::dhcp::DhcpConfig;
-use crate::dhcp::lease::LeaseTable;
+use crate::dhcp::lease::{LeaseTable, Reservation};
 use crate::frame::{self, Mac, PortId, WorkerId};
 use crate::gateway::{Lan6, LanConfig};
 use crate::names::GuestName;
@@ -102,7 +102,7 @@ impl Network {
         };
         let dhcp = dhcp_config(&config, &lan);
         let epoch = Instant::now();
-        let mut leases = LeaseTable::new(dhcp.range(), &lan)?;
+        let mut leases = lease_table(&config, &dhcp)?;
         let keeper = config.lease_file.clone().map(|path| {
             let keeper = LeaseKeeper::restore(LeaseFile::new(path), &mut leases);
             Arc::new(Mutex::new(keeper))
@@ -166,6 +166,7 @@ impl Network {
             group: None,
             kind: "gateway",
             mac: Some(lan.mac),
+            ip: None,
             leased: false,
             counters: gateway_counters,
             drops: Vec::new(),
@@ -287,6 +288,21 @@ fn take_events(events: &crossbeam_channel::Receiver<Event>, shared: &Arc<Shared>
             Event::PortGone(id) => shared.detach(id),
         }
     }
+}
+
+/// The table, with the addresses kept for guests.
+fn lease_table(config: &NetworkConfig, dhcp: &DhcpConfig) -> Result<LeaseTable, NetworkError> {
+    let mut leases = LeaseTable::new(dhcp.range(), &dhcp.lan)?;
+    for host in &config.hosts {
+        let reservation = Reservation {
+            mac: host.mac,
+            address: host.address,
+            name: host.name.clone(),
+        };
+        let reserved = leases.reserve(&reservation);
+        reserved.map_err(|error| ConfigError::new("host", error.to_string()))?;
+    }
+    Ok(leases)
 }
 
 fn dhcp_config(config: &NetworkConfig, lan: &LanConfig) -> DhcpConfig {

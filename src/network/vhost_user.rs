@@ -95,6 +95,7 @@ impl Network {
             name: options.name,
             group: options.group,
             mac: Some(mac),
+            ip: options.ip,
             leased: false,
         };
         let (id, _) = self.shared.add_port(opened, guest)?;

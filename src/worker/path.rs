@@ -84,6 +84,7 @@ impl Path {
         }
         self.nat.forget_port(id, &mut self.uplink);
         self.fragments.forget_port(id);
+        self.gateway.dhcp.forget_port(id);
         self.uplink.spare_files(self.lan.files_to_come());
         if self.lan.is_empty() {
             self.gateway.ndp.ports_gone();
@@ -316,6 +317,14 @@ impl Path {
             .is_some_and(|due| due <= self.now)
         {
             self.gateway.ndp.handle_timeout(self.now, &mut out);
+        }
+        if self
+            .gateway
+            .dhcp
+            .poll_timeout()
+            .is_some_and(|due| due <= self.now)
+        {
+            self.gateway.dhcp.handle_timeout(self.now, &mut out);
         }
         self.settle_forwards();
         self.lan.flush();

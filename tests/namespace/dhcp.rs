@@ -192,6 +192,229 @@ END
     assert_eq!(addresses[0], addresses[1], "a renewal keeps the address");
 }
 
+/// What a hostile guest sends in another's name, or a DECLINE alone: `forge.py MAC ADDRESS [DECLINE]`.
+const FORGE: &str = r#"
+cat >forge.py <<'END'
+import socket, struct, sys
+mac, address = bytes.fromhex(sys.argv[1].replace(":", "")), socket.inet_aton(sys.argv[2])
+gateway, none, everyone = socket.inet_aton("192.168.122.1"), bytes(4), b"\xff" * 4
+out = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+out.bind(("eth0", 0))
+def sum16(data):
+    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    return 0xffff - (total % 0xffff or 0xffff if total else 0)
+def send(options, ciaddr=none):
+    message = struct.pack("!BBBBIHH", 1, 1, 6, 0, 0x66666666, 0, 0x8000) + ciaddr + bytes(12) + mac + bytes(10 + 192)
+    message += bytes([99, 130, 83, 99]) + options + b"\xff"
+    udp = struct.pack("!HHHH", 68, 67, 8 + len(message), 0) + message
+    head = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(udp), 0, 0, 64, 17, 0) + none + everyone
+    head = head[:10] + struct.pack("!H", sum16(head)) + head[12:]
+    out.send(b"\xff" * 6 + mac + b"\x08\x00" + head + udp)
+server = b"\x36\x04" + gateway
+wants = b"\x32\x04" + address
+if sys.argv[3:] == ["DECLINE"]:
+    sys.exit(send(b"\x35\x01\x04" + server + wants))
+send(b"\x35\x01\x07" + server, address)          # RELEASE
+send(b"\x35\x01\x04" + server + wants)           # DECLINE
+send(b"\x35\x01\x03" + server + wants)           # REQUEST, selecting
+send(b"\x35\x01\x03" + wants)                    # ... after a reboot
+send(b"\x35\x01\x03", address)                   # ... to renew
+send(b"\x35\x01\x03\x32\x04\xc0\xa8\x7a\xc8")  # ... another address: a NAK would reach the victim
+send(b"\x35\x01\x01\x0c\x04bank")               # DISCOVER, with a name
+END
+"#;
+
+#[test]
+fn a_guest_can_not_move_anothers_address() {
+    let world = World::new();
+    let Some(outcome) = scenario(
+        &world,
+        &format!(
+            "{CLIENTS}{FORGE}{}",
+            r#"
+            network --lease-file none
+            cat >victim.sh <<'END'
+            . ./clients.sh
+            attached=$(address)
+            ip address flush dev eth0
+            mac 52:54:00:00:00:71; udhcpc victim
+            echo "$attached $(address)" >addresses.new && mv addresses.new addresses
+            until [ -e forged ]; do sleep 0.02; done
+            mac 52:54:00:00:00:71; udhcpc victim_after
+            mac 52:54:00:00:00:70; udhcpc attached_after
+            # What its own client finds in use it does not get again.
+            python3 forge.py 52:54:00:00:00:70 "$attached" DECLINE
+            udhcpc declined
+END
+            "$LAB/as-user" "$LANLET" exec --name default --mac 52:54:00:00:00:70 -- bash victim.sh &
+            VICTIM=$!
+            until_true 20 test -e addresses
+            read -r attached leased <addresses
+            say attached=$attached leased=$leased
+            lanlet exec --name default -- sh -c "
+                python3 forge.py 52:54:00:00:00:71 $leased; python3 forge.py 52:54:00:00:00:70 $attached
+                ping -c 1 -W 2 192.168.122.1 >/dev/null"
+            say foreign="$(status_of "s['totals']['dhcp_foreign_port']")"                 releases="$(status_of "s['totals']['dhcp_release']")" declines="$(status_of "s['totals']['dhcp_decline']")"                 naks="$(status_of "s['totals']['dhcp_nak']")"                 bank="$(status_of "[l['mac'] for l in s['leases'] if l['hostname'] == 'bank']")"
+            touch forged
+            wait $VICTIM
+            cat events
+            "#
+        ),
+    ) else {
+        return;
+    };
+    let outcome = outcome.passed();
+    let markers = outcome.markers();
+    let text = text_of(&outcome, &world);
+    assert_said(
+        &outcome,
+        &[
+            ("foreign", "12"),
+            ("releases", "0"),
+            ("declines", "0"),
+            ("naks", "0"),
+            ("bank", "[]"),
+        ],
+    );
+    for (before, after) in [("leased", "victim_after"), ("attached", "attached_after")] {
+        let before = markers.get(before);
+        assert!(
+            before.is_some() && markers.get(after) == before,
+            "{after}: {text}"
+        );
+    }
+    let declined = markers.get("declined");
+    assert!(
+        declined.is_some() && declined != markers.get("attached"),
+        "{text}"
+    );
+}
+
+/// Who has an address by hand is asked before it is given away; and who lies gets nowhere.
+#[test]
+fn an_address_in_use_is_not_offered() {
+    let world = World::new();
+    let Some(outcome) = scenario(
+        &world,
+        &format!(
+            "{CLIENTS}{}",
+            r#"
+            start() { network --lease-file none --dhcp-range 192.168.122.10-192.168.122.49; }
+            client() { lanlet exec --name default --ip 192.168.122.200 -- bash -c ". ./clients.sh; mac 52:54:00:00:00:71; udhcpc $1"; }
+            start
+            client free
+            first=$(sed -n 's/.* free=\([0-9.]*\) .*/\1/p' events)
+            say first=$first
+            kill -TERM $NETWORK; wait $NETWORK
+            start
+            "$LAB/as-user" "$LANLET" exec --name default --ip 192.168.122.201 -- sh -c "
+                ip address add $first/24 dev eth0; touch squats; until [ -e over ]; do sleep 0.05; done" &
+            until_true 20 test -e squats
+            client squatted
+            say probes="$(status_of "s['totals']['dhcp_probes']")" in_use="$(status_of "s['totals']['dhcp_in_use']")"
+            # One that was heard of needs no question, and a command no wait.
+            lanlet exec --name default --mac 52:54:00:00:00:71 -- bash -c '. ./clients.sh; say command=$(address)'
+            touch over
+            cat events
+            "#
+        ),
+    ) else {
+        return;
+    };
+    let outcome = outcome.passed();
+    let markers = outcome.markers();
+    let text = text_of(&outcome, &world);
+    let (free, squatted) = (markers.get("free"), markers.get("squatted"));
+    assert!(
+        free.is_some() && squatted.is_some() && free != squatted,
+        "{text}"
+    );
+    assert_eq!(markers.get("command"), squatted, "{text}");
+    assert_said(&outcome, &[("probes", "2"), ("in_use", "1")]);
+}
+
+/// Guests that end take an hour of lease with them, and the pool is small.
+#[test]
+fn guests_one_after_the_other_share_a_small_pool() {
+    let world = World::new();
+    let Some(outcome) = scenario(
+        &world,
+        &format!(
+            "{CLIENTS}{}",
+            r#"
+            network --lease-file none --dhcp-range 192.168.122.10-192.168.122.15
+            for n in $(seq 10 24); do
+                lanlet exec --name default -- bash -c "[ $((n % 2)) = 0 ] || exit 0; . ./clients.sh; mac 52:54:00:00:00:$n; udhcpc client" || say failed=$n
+            done
+            cat events
+            say warnings="$(grep -c 'DHCP range are leased' up.log)"
+            "#
+        ),
+    ) else {
+        return;
+    };
+    let outcome = outcome.passed();
+    let markers = outcome.markers();
+    assert_eq!(markers.get("failed"), None, "{}", text_of(&outcome, &world));
+    assert_eq!(
+        markers.all("client").len(),
+        8,
+        "{}",
+        text_of(&outcome, &world)
+    );
+    assert_said(&outcome, &[("warnings", "1")]);
+}
+
+#[test]
+fn addresses_are_fixed_by_port_and_by_mac() {
+    let world = World::new();
+    let Some(outcome) = scenario(
+        &world,
+        &format!(
+            "{CLIENTS}{}",
+            r#"
+            network --lease-file none --dhcp-range 192.168.122.10-192.168.122.30 -p 127.0.0.1:18080:web:80                 --host 52:54:00:00:00:71=192.168.122.71,web --host 52:54:00:00:00:72=192.168.122.12
+            on() { lanlet exec --name default "$@"; }
+            address='. ./clients.sh; say $NAME=$(address)'
+            NAME=by_port on --ip 192.168.122.99 -- bash -c "$address"
+            NAME=by_mac on --mac 52:54:00:00:00:72 -- bash -c "$address"
+            on -- bash -c '. ./clients.sh; mac 52:54:00:00:00:71; udhcpc by_dhcp
+                busybox httpd -p 80; touch serves; until [ -e over ]; do sleep 0.05; done' &
+            until_true 20 test -e serves
+            say code=$(curl -s -m 5 -o /dev/null -w '%{http_code}' http://127.0.0.1:18080/)
+            refused() { on "${@:2}" -- true 2>&1 | grep -q "$1"; say refused=$?; }
+            refused 'is reserved' --ip 192.168.122.12
+            refused 'is reserved' --ip 192.168.122.71
+            refused 'is no address' --ip 192.168.122.1
+            refused 'is no address' --ip 10.0.0.1
+            touch over
+            lanlet up --name other --host 52:54:00:00:00:71=10.0.0.7 2>&1 | grep -q 'error: --host: 10.0.0.7'; say refused=$?
+            lanlet exec --ip 192.168.122.7 --host 52:54:00:00:00:71=192.168.122.8 --name none -- bash -c '. ./clients.sh; say private=$(address)'
+            cat events
+            "#
+        ),
+    ) else {
+        return;
+    };
+    let outcome = outcome.passed();
+    assert_said(
+        &outcome,
+        &[
+            ("by_port", "192.168.122.99"),
+            ("by_mac", "192.168.122.12"),
+            ("by_dhcp", "192.168.122.71"),
+            ("code", "404"),
+            ("private", "192.168.122.7"),
+        ],
+    );
+    assert_eq!(
+        outcome.markers().all("refused"),
+        ["0"; 5],
+        "{}",
+        outcome.text()
+    );
+}
+
 /// What a client was given stays its own across the server's end, orderly or not.
 #[test]
 fn leases_outlive_the_server() {

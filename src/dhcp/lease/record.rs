@@ -1,5 +1,6 @@
 //! Leases across restarts: in and out of the table, between its clock and the wall's.
 
+use std::collections::HashSet;
 use std::net::Ipv4Addr;
 
 use serde::{Deserialize, Serialize};
@@ -36,6 +37,12 @@ impl LeaseTable {
     /// attached ones as ended. `unix_now` is the wall clock at `now`, in seconds.
     pub fn records(&self, now: Instant, unix_now: u64) -> Vec<LeaseRecord> {
         let record = |(&address, entry): (&Ipv4Addr, &Entry)| {
+            // An offer ends with the server; who had the address before has it again.
+            let entry = match (&entry.state, &entry.former) {
+                (State::Offered { .. }, Some(former)) if !self.has_entry(&former.key) => former,
+                _ if self.is_second(entry, address) => return None,
+                _ => entry,
+            };
             let (until, lease_secs) = match entry.state {
                 State::Bound { until, secs } => (until, secs),
                 State::Attached => (now, 0),
@@ -56,7 +63,11 @@ impl LeaseTable {
                 lease_secs,
             })
         };
-        self.entries.iter().filter_map(record).collect()
+        let mut known = HashSet::new();
+        let is_first =
+            |record: &LeaseRecord| known.insert((record.mac.clone(), record.client_id.clone()));
+        let records = self.entries.iter().filter_map(record);
+        records.filter(is_first).collect()
     }
 
     /// Takes up the leases of an earlier run. Records that don't fit (outside the range, malformed, a
@@ -71,15 +82,29 @@ impl LeaseTable {
                 continue;
             };
             if self.entries.len() < LEASES_MAX
-                && self.in_pool(address)
+                && self.may_restore(address, entry.key.mac)
                 && !self.entries.contains_key(&address)
-                && !self.by_client.contains_key(&entry.key)
+                && !self.has_entry(&entry.key)
             {
                 self.insert(address, entry);
                 taken += 1;
             }
         }
         taken
+    }
+
+    /// An address outside the pool only for whom it is reserved.
+    fn may_restore(&self, address: Ipv4Addr, mac: Mac) -> bool {
+        match self.reservations.mac_of(address) {
+            Some(reserved) => reserved == mac,
+            None => self.in_pool(address),
+        }
+    }
+
+    fn has_entry(&self, key: &ClientKey) -> bool {
+        let own = self.by_mac.get(&key.mac).into_iter().flatten();
+        own.filter_map(|address| self.entries.get(address))
+            .any(|entry| entry.key == *key)
     }
 
     fn revive(
@@ -108,6 +133,8 @@ impl LeaseTable {
                 until,
                 secs: record.lease_secs,
             },
+            seen: until - Duration::from_secs(u64::from(record.lease_secs)),
+            former: None,
         };
         Some((record.address, entry))
     }

@@ -3,7 +3,7 @@
 use std::net::Ipv4Addr;
 
 use super::{Entry, LeaseTable, State};
-use crate::frame::{Duration, Instant, Mac};
+use crate::frame::{Duration, Instant, Mac, PortId};
 use crate::names::GuestName;
 
 /// What `status` shows of an entry.
@@ -13,9 +13,11 @@ pub struct LeaseView {
     pub address: Ipv4Addr,
     /// The client's MAC.
     pub mac: Mac,
+    /// The port that the lease was made on, while it lives.
+    pub port: Option<PortId>,
     /// The client's identifier, unless it is its MAC.
     pub client_id: Option<Box<[u8]>>,
-    /// The client's name.
+    /// The client's name: that of its reservation, else its own.
     pub hostname: Option<GuestName>,
     /// What the address is doing.
     pub kind: LeaseKind,
@@ -45,7 +47,7 @@ pub struct Held<'a> {
     pub address: Ipv4Addr,
     /// The client's MAC.
     pub mac: Mac,
-    /// The name the client gave itself.
+    /// The name of its reservation, else the one the client gave itself.
     pub hostname: Option<&'a GuestName>,
     /// It is the port's own, whatever DHCP clients run behind it.
     pub attached: bool,
@@ -61,7 +63,8 @@ impl LeaseTable {
         };
         self.entries.iter().filter_map(move |pair| {
             let (address, mac, attached) = held(pair)?;
-            let hostname = pair.1.hostname.as_ref();
+            let own_name = pair.1.hostname.as_ref();
+            let hostname = self.reservations.name_of(address).or(own_name);
             Some(Held {
                 address,
                 mac,
@@ -75,7 +78,7 @@ impl LeaseTable {
     pub fn snapshot(&self, now: Instant) -> Vec<LeaseView> {
         let view = |(&address, entry): (&Ipv4Addr, &Entry)| {
             let (kind, until) = match entry.state {
-                State::Offered { until } => (LeaseKind::Offered, Some(until)),
+                State::Offered { until, .. } => (LeaseKind::Offered, Some(until)),
                 State::Bound { until, .. } if now < until => (LeaseKind::Bound, Some(until)),
                 State::Bound { until, .. } => (LeaseKind::Ended, Some(until)),
                 State::Attached => (LeaseKind::Attached, None),
@@ -84,8 +87,13 @@ impl LeaseTable {
             LeaseView {
                 address,
                 mac: entry.key.mac,
+                port: self.owner(entry),
                 client_id: entry.key.id.clone(),
-                hostname: entry.hostname.clone(),
+                hostname: self
+                    .reservations
+                    .name_of(address)
+                    .cloned()
+                    .or_else(|| entry.hostname.clone()),
                 kind,
                 remaining: until.map(|until| {
                     if now < until {

@@ -6,7 +6,7 @@
 //! # Names
 //! A name is the host name that a DHCP client gave itself, whole or up to its first dot, or a port's.
 //! Guests choose theirs, so two may claim one: the MAC that had it keeps it as long as its lease lives,
-//! and the conflict is logged once. Where that is not enough, name the guest by MAC.
+//! and the conflict is logged once. A name that an address is reserved under is that guest's alone. Where that is not enough, name the guest by MAC.
 
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -120,6 +120,17 @@ impl Directory {
             }
             &Guest::Mac(mac) => of_mac(leases, mac, family, neighbors, now),
             Guest::Name(name) => {
+                // Kept for it, whether it asks for the address or has it by hand.
+                let reserved = leases.and_then(|leases| leases.reserved_by_name(name));
+                if let Some((mac, address)) = reserved {
+                    return match family {
+                        Family::V4 => Some(Found {
+                            address: address.into(),
+                            mac: Some(mac),
+                        }),
+                        Family::V6 => of_mac(leases, mac, family, neighbors, now),
+                    };
+                }
                 let mac = self.holder_of(leases, name, memory, now)?;
                 let named = |held: &Held<'_>| held.mac == mac && is_called(held.hostname, name);
                 let own = leases.and_then(|leases| leases.held(now).find(named));
@@ -313,7 +324,7 @@ mod tests {
             .leases
             .lock()
             .unwrap()
-            .attach(GUEST_MAC, PortId(4), lab.now);
+            .attach(GUEST_MAC, PortId(4), None, lab.now);
         assert_eq!(lab.find(&name), found(address.unwrap(), GUEST_MAC));
         lab.directory.forget_port(PortId(4));
         lab.now += REMEMBERED;
@@ -341,7 +352,7 @@ mod tests {
             .leases
             .lock()
             .unwrap()
-            .attach(GUEST_MAC, PortId(1), lab.now);
+            .attach(GUEST_MAC, PortId(1), None, lab.now);
         assert_eq!(
             lab.find(&Guest::Mac(GUEST_MAC)),
             found(attached.unwrap(), GUEST_MAC)

@@ -315,7 +315,7 @@ fn only_the_holder_of_the_lease_is_found() {
     let address = leases
         .lock()
         .unwrap()
-        .attach(GUEST_MAC, PortId(1), lab.now)
+        .attach(GUEST_MAC, PortId(1), None, lab.now)
         .unwrap();
     let (_, listener) = lab.add_tcp("8080:[52:54:00:00:00:02]:80", "0.0.0.0:8080");
     lab.up.knock(listener, Some(at(CLIENT)));

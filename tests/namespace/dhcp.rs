@@ -373,6 +373,7 @@ fn addresses_are_fixed_by_port_and_by_mac() {
         &format!(
             "{CLIENTS}{}",
             r#"
+            lanlet exec --ip 192.168.122.7 --host 52:54:00:00:00:71=192.168.122.8 -- bash -c '. ./clients.sh; say private=$(address)'
             network --lease-file none --dhcp-range 192.168.122.10-192.168.122.30 -p 127.0.0.1:18080:web:80                 --host 52:54:00:00:00:71=192.168.122.71,web --host 52:54:00:00:00:72=192.168.122.12
             on() { lanlet exec --name default "$@"; }
             address='. ./clients.sh; say $NAME=$(address)'
@@ -389,7 +390,6 @@ fn addresses_are_fixed_by_port_and_by_mac() {
             refused 'is no address' --ip 10.0.0.1
             touch over
             lanlet up --name other --host 52:54:00:00:00:71=10.0.0.7 2>&1 | grep -q 'error: --host: 10.0.0.7'; say refused=$?
-            lanlet exec --ip 192.168.122.7 --host 52:54:00:00:00:71=192.168.122.8 --name none -- bash -c '. ./clients.sh; say private=$(address)'
             cat events
             "#
         ),

@@ -65,6 +65,11 @@ impl Probing {
         true
     }
 
+    fn pop_due(&mut self, now: Instant) -> Option<Pending> {
+        let is_due = self.0.front().is_some_and(|pending| pending.due <= now);
+        is_due.then(|| self.0.pop_front()).flatten()
+    }
+
     fn of_port(&self, port: PortId) -> usize {
         self.0.iter().filter(|pending| pending.port == port).count()
     }
@@ -78,7 +83,7 @@ impl DhcpServer {
 
     /// Gives the answers whose wait is over.
     pub fn handle_timeout(&mut self, now: Instant, out: &mut dyn Outbox) {
-        while let Some(pending) = self.probing.0.pop_front_if(|pending| pending.due <= now) {
+        while let Some(pending) = self.probing.pop_due(now) {
             let client = client_of(&pending.request, pending.port);
             let probed = self.leases().settle_probe(&client, pending.address, now);
             let Pending {

@@ -841,7 +841,8 @@ fn messages_in_another_ports_name_change_nothing_of_its_guests() {
     let server = lan().address;
     let other = Ipv4Addr::new(192, 168, 122, 200);
     for id in [None, Some(&b"another"[..])] {
-        let forged: Vec<(&str, fn(Ipv4Addr, Ipv4Addr) -> Sent)> = vec![
+        type Make = fn(Ipv4Addr, Ipv4Addr) -> Sent;
+        let forged: [(&str, Make); 6] = [
             ("release", |own, server| {
                 sent(7).ciaddr(own).server(server).unicast()
             }),

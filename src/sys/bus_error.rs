@@ -227,7 +227,13 @@ mod tests {
         let page_of = |address| page_of(address).map(|place| (place.page, place.page_len));
         let allowance = Arc::new(Allowance::new(0, None));
         assert_eq!(page_of(AT), None);
-        let guarded = guard(AT, 0x5000, 0x1000, Charge::new(allowance, Arc::default())).unwrap();
+        let guarded = guard(
+            AT,
+            0x5000,
+            0x1000,
+            Charge::new((AT, 5), allowance, Arc::default()),
+        )
+        .unwrap();
         assert_eq!(page_of(AT), Some((AT, 0x1000)));
         assert_eq!(page_of(AT + 0x4fff), Some((AT + 0x4000, 0x1000)));
         assert_eq!(page_of(AT + 0x5000), None);

@@ -156,23 +156,34 @@ impl Allowance {
 #[derive(Debug)]
 pub struct Charge {
     allowance: Arc<Allowance>,
-    /// Bytes allocated.
+    /// Bytes of the pages that were ever filled.
     filled: AtomicU64,
+    /// First address of the mapping.
+    start: usize,
+    /// Which pages were ever filled. One that is filled again had been taken out, and counts as before: a guest
+    /// that gives pages back (a balloon) and takes others does not use its allowance up.
+    pages: Box<[AtomicU64]>,
     /// A page could not be had. Shared by all mappings of one owner.
     lost: Arc<AtomicBool>,
 }
 
 impl Charge {
-    /// Nothing has been allocated.
-    pub fn new(allowance: Arc<Allowance>, lost: Arc<AtomicBool>) -> Self {
+    /// Nothing has been allocated in the mapping of `pages` pages at `start`.
+    pub fn new(
+        (start, pages): (usize, usize),
+        allowance: Arc<Allowance>,
+        lost: Arc<AtomicBool>,
+    ) -> Self {
         Self {
             allowance,
             filled: AtomicU64::new(0),
+            start,
+            pages: (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
             lost,
         }
     }
 
-    /// Bytes allocated in the mapping.
+    /// Bytes allocated in the mapping at most.
     pub fn filled(&self) -> u64 {
         self.filled.load(Relaxed)
     }
@@ -185,10 +196,14 @@ impl Charge {
     /// Allocates a page of a mapping that is watched; whether it is there. For signal handlers: atomics and
     /// one system call.
     pub fn fill(&self, page: usize, page_len: usize) -> bool {
-        let (Some(Ok(userfault)), bytes) = (USERFAULT.get(), page_len as u64) else {
+        let number = (page - self.start) / page_len;
+        let (Some(Ok(userfault)), Some(word)) = (USERFAULT.get(), self.pages.get(number / 64))
+        else {
             return false;
         };
-        if !self.allowance.take(bytes) {
+        let (bit, bytes) = (1 << (number % 64), page_len as u64);
+        let counts = word.load(Relaxed) & bit == 0;
+        if counts && !self.allowance.take(bytes) {
             return false;
         }
         let mut range = Range {
@@ -205,11 +220,17 @@ impl Charge {
                 _ => *libc::__errno_location(),
             }
         };
-        if code == 0 {
+        // What two threads found to be new counts once.
+        let is_first = code == 0 && word.fetch_or(bit, Relaxed) & bit == 0;
+        if is_first {
             self.filled.fetch_add(bytes, Relaxed);
+        }
+        if counts && !is_first {
+            self.allowance.give_back(bytes);
+        }
+        if code == 0 {
             return true;
         }
-        self.allowance.give_back(bytes);
         // Another thread was quicker, or the mappings of the process are changing: the touch is tried again.
         code == libc::EEXIST || code == libc::EAGAIN
     }

@@ -131,7 +131,38 @@ struct Region {
     guard: bus_error::Guard,
     mapping: MmapRegion,
     allowance: Arc<Allowance>,
-    tables_bytes: u64,
+    /// Gone after the mapping.
+    _tables: Tables,
+}
+
+/// What it takes to map a region, as part of an allowance.
+#[derive(Debug)]
+struct Tables {
+    allowance: Arc<Allowance>,
+    bytes: u64,
+}
+
+impl Tables {
+    fn take(allowance: &Arc<Allowance>, pages: u64) -> Result<Self, MemoryError> {
+        let bytes = tables_bytes(pages);
+        if !allowance.take(bytes) {
+            return Err(MemoryError::Tables {
+                tables_bytes: bytes,
+                max_bytes: allowance.max(),
+                used_bytes: allowance.used(),
+            });
+        }
+        Ok(Self {
+            allowance: Arc::clone(allowance),
+            bytes,
+        })
+    }
+}
+
+impl Drop for Tables {
+    fn drop(&mut self) {
+        self.allowance.give_back(self.bytes);
+    }
 }
 
 impl Memory {
@@ -153,10 +184,8 @@ impl Memory {
         let mut memory = Self::default();
         for (info, file) in regions {
             memory.check_apart(info)?;
-            let charge = Charge::new(Arc::clone(allowance), Arc::clone(&memory.lost));
-            memory
-                .regions
-                .push(Region::map(info, file, charge, allowance)?);
+            let region = Region::map(info, file, allowance, &memory.lost)?;
+            memory.regions.push(region);
         }
         Ok(memory)
     }
@@ -232,8 +261,8 @@ impl Region {
     fn map(
         info: RegionInfo,
         file: File,
-        charge: Charge,
         allowance: &Arc<Allowance>,
+        lost: &Arc<AtomicBool>,
     ) -> Result<Self, MemoryError> {
         let refused = |error: rustix::io::Errno| MemoryError::Refused(error.to_string());
         let stat = fstat(file.as_fd()).map_err(refused)?;
@@ -267,7 +296,8 @@ impl Region {
             .checked_next_multiple_of(page)
             .ok_or(bounds.clone())?;
         let size = usize::try_from(end - begin).map_err(|_| bounds)?;
-        let tables_bytes = tables_bytes((end - begin) / page);
+        let pages = (end - begin) / page;
+        let tables = Tables::take(allowance, pages)?;
         let mapping = MmapRegionBuilder::new(size)
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
             .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
@@ -279,30 +309,26 @@ impl Region {
             userfault::watch(start, size)
                 .map_err(|error| MemoryError::Unguarded(error.to_string()))?;
         }
+        let charge = Charge::new(
+            (start, pages as usize),
+            Arc::clone(allowance),
+            Arc::clone(lost),
+        );
         let guard = bus_error::guard(start, size, page as usize, charge)
             .map_err(|error| MemoryError::Refused(error.to_string()))?;
-        if !allowance.take(tables_bytes) {
-            return Err(MemoryError::Tables {
-                tables_bytes,
-                max_bytes: allowance.max(),
-                used_bytes: allowance.used(),
-            });
-        }
         Ok(Self {
             info,
             guard,
             skip: (info.file_offset - begin) as usize,
             mapping,
             allowance: Arc::clone(allowance),
-            tables_bytes,
+            _tables: tables,
         })
     }
 }
 
 impl Drop for Region {
     fn drop(&mut self) {
-        // Gone with the mapping, which is in a moment.
-        self.allowance.give_back(self.tables_bytes);
         let filled = self.guard.charge().filled();
         if let Some(file) = self.mapping.file_offset().filter(|_| filled != 0) {
             allowance::count_until_gone(file.file(), &self.allowance, filled);
@@ -310,10 +336,11 @@ impl Drop for Region {
     }
 }
 
-/// Bytes of the tables that map so many pages at most: a level, with those above it, and both its ends.
+/// Bytes of the tables that map so many pages at most: a level, with those above it, and both its ends. Our
+/// own table, a bit for each ([`Charge`]), is as long as eight of those above.
 fn tables_bytes(pages: u64) -> u64 {
     let level = pages.saturating_mul(TABLE_ENTRY_BYTES);
     level
-        .saturating_add(level / 256)
+        .saturating_add(level / 32)
         .saturating_add(4 * TABLE_BYTES)
 }

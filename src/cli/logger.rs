@@ -1,25 +1,33 @@
 //! Log records on stderr: `2026-11-28T21:34:19.123Z lanlet: warning: …`, without the time where stderr is
-//! the journal, which has its own.
+//! the journal, which has its own. Lines that come too often are only counted ([`limit`]).
+
+mod limit;
 
 use std::fmt;
 use std::io::Write;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::time::{Duration, SystemTime};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
 use rustix::event::{PollFd, PollFlags, Timespec};
+
+use self::limit::{Limit, Verdict};
 
 struct Stderr {
     /// Records carry no time.
     is_journal: AtomicBool,
     /// Records of other crates, which are of interest to developers only.
     has_others: AtomicBool,
+    /// How many lines of each kind there were.
+    limit: Mutex<Limit>,
 }
 
 static LOGGER: Stderr = Stderr {
     is_journal: AtomicBool::new(false),
     has_others: AtomicBool::new(false),
+    limit: Mutex::new(Limit::new()),
 };
 
 /// Sets what is logged: `LANLET_LOG`, else info, moved up by each -v and down by each -q.
@@ -84,22 +92,66 @@ impl Log for Stderr {
         if !self.enabled(record.metadata()) {
             return;
         }
-        let stamp = Stamp(self.is_journal.load(Relaxed));
-        let line = match record.level() {
-            Level::Error => format!("{stamp}lanlet: error: {}\n", record.args()),
-            Level::Warn => format!("{stamp}lanlet: warning: {}\n", record.args()),
-            Level::Info => format!("{stamp}lanlet: {}\n", record.args()),
-            Level::Debug | Level::Trace => {
-                let part = record.target().trim_start_matches("lanlet::");
-                format!("{stamp}lanlet: {}: {}\n", part, record.args())
+        // Who asks for more than the usual wants all of it.
+        if record.level() > Level::Info {
+            let part = record.target().trim_start_matches("lanlet::");
+            self.write(record.level(), &format_args!("{part}: {}", record.args()));
+            return;
+        }
+        self.flush();
+        let place = (
+            record.file_static().unwrap_or_default(),
+            record.line().unwrap_or_default(),
+        );
+        let text = || record.args().to_string();
+        let verdict = self
+            .limit()
+            .admit(place, record.level(), text, running_for());
+        match verdict {
+            Verdict::Write => self.write(record.level(), record.args()),
+            Verdict::WriteLast => {
+                let line = format_args!(
+                    "{} (more like it are only counted for a while)",
+                    record.args()
+                );
+                self.write(record.level(), &line);
             }
+            Verdict::LeaveOut => {}
+        }
+    }
+
+    /// Tells what was left out, where the time for that has come.
+    fn flush(&self) {
+        let told = self.limit().take_left_out(running_for());
+        for (level, line) in told {
+            self.write(level, &line);
+        }
+    }
+}
+
+impl Stderr {
+    fn limit(&self) -> MutexGuard<'_, Limit> {
+        self.limit.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self, level: Level, what: &dyn fmt::Display) {
+        let stamp = Stamp(self.is_journal.load(Relaxed));
+        let word = match level {
+            Level::Error => "error: ",
+            Level::Warn => "warning: ",
+            Level::Info | Level::Debug | Level::Trace => "",
         };
+        let line = format!("{stamp}lanlet: {word}{what}\n");
         // One write per line, so that threads and processes do not mix theirs; a closed stderr is
         // nobody's loss.
         let _ = std::io::stderr().write_all(line.as_bytes());
     }
+}
 
-    fn flush(&self) {}
+/// Time by a clock that nobody sets.
+fn running_for() -> Duration {
+    static BEGUN: OnceLock<Instant> = OnceLock::new();
+    BEGUN.get_or_init(Instant::now).elapsed()
 }
 
 /// Says something on the way out of a process whose other threads may hold stderr, and wait in it for a

@@ -175,6 +175,25 @@ fn guests_are_refused_at_vhost_user_ports_and_forwards_unless_allowed() {
     assert_said(&outcome, &[("warned", "2")]);
 }
 
+/// Whatever a guest does again and again, it does not fill its user's log.
+#[test]
+fn a_guest_that_is_refused_again_and_again_does_not_fill_the_log() {
+    let script = r#"
+        up --port vhost-user:$PWD/a.sock,name=a --port vhost-user:$PWD/b.sock,name=b,allow-guests
+        guest noise "$SOCK" "$PWD/a.sock" 2
+        guest noise "$SOCK" "$PWD/b.sock" 2
+        say warned="$(grep -c 'a guest was refused at the control socket' up.log)"
+        say few="$([ "$(wc -l <up.log)" -lt 400 ] && echo yes || wc -l <up.log)"
+        say said="$(grep -c 'more like it are only counted' up.log | sed 's/^[1-9].*/yes/')"
+        down"#;
+    let Some(outcome) = as_user(&World::new(), script) else {
+        return;
+    };
+    assert_eq!(outcome.markers().all("enough"), ["True"; 2]);
+    let expected = [("warned", "50"), ("few", "yes"), ("said", "yes")];
+    assert_said(&outcome, &expected);
+}
+
 /// Clients that ask for nothing wait in the kernel's queue or give their place back.
 #[test]
 fn silent_clients_do_not_keep_others_out() {

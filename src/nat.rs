@@ -25,6 +25,7 @@ pub mod icmp;
 pub mod mapping;
 pub mod path_mtu;
 pub mod policy;
+pub mod shares;
 pub mod tcp;
 #[doc(hidden)]
 pub mod testing;
@@ -41,7 +42,7 @@ use crate::gateway::{LanConfig, Outbox};
 use crate::stats::DropReason;
 use crate::wire;
 use crate::wire::ipv6::IPV6_HEADER_LEN;
-use crate::wire::{Family, Ip, Packet, Tcp, Transport};
+use crate::wire::{Family, Ip, Packet, Transport};
 
 pub use crate::frame::{Duration, Instant};
 use common::Common;
@@ -49,6 +50,7 @@ use egress::{Egress, HostAccess, Protocol};
 use forward::{ForwardCounters, ForwardId, ForwardSpec, ListenerKind, Moved};
 use path_mtu::{Quoted, TooBig};
 use policy::{Policy, PolicyState};
+use shares::Holder;
 use tcp::Target;
 
 /// A host socket of the NAT, as the [`Uplink`] numbers it. Never reused while its owner holds it.
@@ -502,14 +504,25 @@ impl Nat {
         // An answer to a forward's client is for the gateway where that is whom the guest sees.
         let last_hop = ip.ttl <= 1 && !self.lan.is_gateway(ip.destination);
         if !last_hop
-            && let Some(handled) = self.handle_forwarded(packet, ip, now, (&mut *up, &mut *out))
+            && let Some(mut handled) = self.handle_forwarded(packet, ip, now, (&mut *up, &mut *out))
         {
+            if handled == Err(DropReason::OutOfFiles)
+                && self.make_file(packet.ingress, now, (&mut *up, &mut *out))
+                && let Some(again) = self.handle_forwarded(packet, ip, now, (up, out))
+            {
+                handled = again;
+            }
             return handled;
         }
         if self.lan.is_gateway(ip.destination)
             && (is_dns(ip) || !self.egress.is_mapped(ip.destination))
         {
-            return self.handle_for_gateway(packet, ip, now, (up, out));
+            let handled = self.handle_for_gateway(packet, ip, now, (&mut *up, &mut *out));
+            let lacks_file = handled == Err(DropReason::OutOfFiles);
+            if lacks_file && self.make_file(packet.ingress, now, (&mut *up, &mut *out)) {
+                return self.handle_for_gateway(packet, ip, now, (up, out));
+            }
+            return handled;
         }
         if let Transport::Fragment = ip.transport {
             return Err(DropReason::Fragment);
@@ -523,31 +536,12 @@ impl Nat {
                 .send(&self.lan, icmp::ErrorKind::TimeExceeded, packet, now, out);
             return Err(DropReason::TtlExceeded);
         }
-        let handled = match &ip.transport {
-            Transport::Tcp(tcp) => {
-                let (segment, io) = ((ip, tcp), (&mut *up, &mut *out));
-                let target = Target::Outside(&mut self.egress);
-                let handled = self.tcp.handle_packet(packet, segment, target, now, io);
-                match handled {
-                    Err(DropReason::OutOfFiles) => self.make_file(packet, segment, now, (up, out)),
-                    handled => handled,
-                }
-            }
-            Transport::Udp(udp) => {
-                let answers = (&mut *out, &mut self.errors);
-                let egress = &mut self.egress;
-                self.udp
-                    .handle_packet(packet, (ip, udp), egress, now, up, answers)
-            }
-            Transport::Icmp(message) => {
-                let answers = (&mut *out, &mut self.errors);
-                let egress = &mut self.egress;
-                self.icmp
-                    .handle_packet(packet, (ip, message), egress, now, up, answers)
-            }
-            Transport::Fragment => Err(DropReason::Fragment),
-            Transport::Other(_) => Err(DropReason::Protocol),
-        };
+        let mut handled = self.carry(packet, ip, now, (&mut *up, &mut *out));
+        if handled == Err(DropReason::OutOfFiles)
+            && self.make_file(packet.ingress, now, (&mut *up, &mut *out))
+        {
+            handled = self.carry(packet, ip, now, (&mut *up, &mut *out));
+        }
         let datagram = !matches!(ip.transport, Transport::Tcp(_));
         let kind = match handled {
             Err(DropReason::ForbiddenDestination) => icmp::ErrorKind::Prohibited,
@@ -585,29 +579,72 @@ impl Nat {
         }
     }
 
-    /// A SYN that no file was left for: something idle goes for it, or it is refused.
-    fn make_file<U: Uplink + ?Sized, O: Outbox + ?Sized>(
+    /// Carries a packet to the outside.
+    fn carry<U: Uplink + ?Sized, O: Outbox + ?Sized>(
         &mut self,
         packet: &Packet<'_>,
-        (ip, tcp): (&Ip<'_>, &Tcp<'_>),
+        ip: &Ip<'_>,
         now: Instant,
         (up, out): (&mut U, &mut O),
     ) -> Result<(), DropReason> {
-        let made = self.icmp.give_up(now, up)
-            || self.udp.give_up(now, up)
-            || self.tcp.give_up_idle(now, up, out);
-        let handled = match made {
-            true => {
-                let target = Target::Outside(&mut self.egress);
-                let io = (&mut *up, &mut *out);
-                self.tcp.handle_packet(packet, (ip, tcp), target, now, io)
+        let egress = &mut self.egress;
+        match &ip.transport {
+            Transport::Tcp(tcp) => {
+                let target = Target::Outside(egress);
+                self.tcp
+                    .handle_packet(packet, (ip, tcp), target, now, (up, out))
             }
-            false => Err(DropReason::OutOfFiles),
-        };
-        if handled == Err(DropReason::OutOfFiles) {
-            self.tcp.refuse(packet, ip, tcp, now, out);
+            Transport::Udp(udp) => {
+                let answers = (out, &mut self.errors);
+                self.udp
+                    .handle_packet(packet, (ip, udp), egress, now, up, answers)
+            }
+            Transport::Icmp(message) => {
+                let answers = (out, &mut self.errors);
+                self.icmp
+                    .handle_packet(packet, (ip, message), egress, now, up, answers)
+            }
+            Transport::Fragment => Err(DropReason::Fragment),
+            Transport::Other(_) => Err(DropReason::Protocol),
         }
-        handled
+    }
+
+    /// No file is left for a flow of `port`: whoever has most of them loses one, if that is more than the
+    /// port has with the new one, else something of its own that is idle goes. Returns whether there is a
+    /// file.
+    fn make_file<U: Uplink + ?Sized, O: Outbox + ?Sized>(
+        &mut self,
+        port: PortId,
+        now: Instant,
+        (up, out): (&mut U, &mut O),
+    ) -> bool {
+        let files = |holder: Holder| {
+            let mappings = holder
+                .port()
+                .map_or((0, 0), |port| (self.udp.count(port), self.icmp.count(port)));
+            (self.tcp.held().of(holder), mappings.0, mappings.1)
+        };
+        let sum = |holder| {
+            let (tcp, udp, icmp) = files(holder);
+            tcp + udp + icmp
+        };
+        let mappings = [self.udp.largest(), self.icmp.largest()];
+        let mappings = mappings.into_iter().flatten();
+        let candidates = mappings.map(|(port, _)| Holder::from(port));
+        let candidates = candidates.chain([self.tcp.held().most().0]);
+        let largest = candidates.max_by_key(|&holder| sum(holder));
+        let own = sum(port.into());
+        let Some(largest) = largest.filter(|&largest| sum(largest) > own + 1) else {
+            return self.icmp.give_up(port, false, now, up)
+                || self.udp.give_up(port, false, now, up)
+                || self.tcp.give_up_idle(port.into(), now, (up, out));
+        };
+        let (tcp, udp, icmp) = files(largest);
+        match largest.port() {
+            Some(port) if icmp > tcp.max(udp) => self.icmp.give_up(port, true, now, up),
+            Some(port) if udp > tcp => self.udp.give_up(port, true, now, up),
+            _ => self.tcp.give_up_file(largest, now, (up, out)),
+        }
     }
 
     /// For the gateway's own address: DNS over TCP, else a closed port.
@@ -697,6 +734,21 @@ impl Nat {
         self.forwards
             .flush(&mut self.tcp, now, (&mut *up, &mut *out));
         self.tcp.flush(now, up, out);
+    }
+
+    /// What the other workers' NATs are to be asked, by [`Nat::handle_give_way`].
+    pub fn poll_give_way(&mut self) -> Option<tcp::GiveWay> {
+        self.tcp.poll_give_way()
+    }
+
+    /// Another worker's NAT needs room.
+    pub fn handle_give_way<U: Uplink + ?Sized, O: Outbox + ?Sized>(
+        &mut self,
+        request: tcp::GiveWay,
+        now: Instant,
+        io: (&mut U, &mut O),
+    ) {
+        self.tcp.handle_give_way(request, now, io);
     }
 
     /// Whether [`Nat::flush`] wants to be called again without waiting.

@@ -348,6 +348,7 @@ impl Worker {
                         let _ = done.send(());
                     }
                 },
+                Command::GiveWay(request) => self.path.give_way(request),
                 Command::Snapshot(reply) => {
                     let _ = reply.send(self.path.snapshot());
                 }

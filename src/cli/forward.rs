@@ -41,7 +41,8 @@ enum Action {
 /// GUEST is an address, a MAC or the name of a lease or port; it is looked up for each connection.
 /// IPv6 and MAC addresses stand in brackets. After a comma: name=NAME, interface=IFNAME (only what
 /// comes in by it, nothing of the host itself), client-address (the guest sees the client's address
-/// in place of the gateway's), allow-guests (guests of 'lanlet exec' may be clients of a unix socket).
+/// in place of the gateway's), max=N (connections or UDP sessions at a time; more clients wait),
+/// allow-guests (guests of 'lanlet exec' may be clients of a unix socket).
 #[derive(clap::Args, Debug)]
 #[command(
     verbatim_doc_comment,

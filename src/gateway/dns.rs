@@ -16,8 +16,9 @@
 //! header, question and OPT with TC set, so that the guest asks again over TCP (RFC 2181 9).
 //!
 //! # Limits
-//! Outstanding queries: [`QUERIES_MAX`] in total, [`QUERIES_PER_PORT_MAX`] of a port,
-//! [`QUERIES_PER_MAC_MAX`] of a MAC. A query unanswered for [`QUERY_LIFETIME`] is forgotten.
+//! Outstanding queries: [`QUERIES_MAX`] in total, [`QUERIES_PER_PORT_MAX`] of a port and no more than are
+//! free, [`QUERIES_PER_MAC_MAX`] of a MAC. So many busy guests leave one more its share, and who has more
+//! than that gets no new ones until it has not. A query unanswered for [`QUERY_LIFETIME`] is forgotten.
 //!
 //! # What a hostile guest can try
 //! Guess answers for another guest: answers come from the resolver alone, by a number that guests
@@ -44,7 +45,7 @@ use message::{Query, QueryError, Rcode};
 pub const DNS_PORT: u16 = 53;
 /// Queries under way at most: each holds a host socket, and DESIGN's test machines allow 20,000 files.
 pub const QUERIES_MAX: usize = 1_024;
-/// Of one port: four busy guests don't starve a fifth.
+/// Of one port, while as many are free.
 pub const QUERIES_PER_PORT_MAX: usize = 224;
 /// Of one MAC: more than any stub resolver has open, below a port's share so that one guest behind a
 /// port leaves room for the next.
@@ -296,10 +297,8 @@ impl DnsService {
         let of_mac = self.per_mac.get(&mac).copied().unwrap_or(0);
         let of_port = self.per_port.get(&port).copied().unwrap_or(0);
         // The queue outgrows what is outstanding only if nobody drains it.
-        if self.outstanding.len().max(self.queue.len()) >= QUERIES_MAX
-            || of_mac >= QUERIES_PER_MAC_MAX
-            || of_port >= QUERIES_PER_PORT_MAX
-        {
+        let free = QUERIES_MAX.saturating_sub(self.outstanding.len().max(self.queue.len()));
+        if of_mac >= QUERIES_PER_MAC_MAX || of_port >= QUERIES_PER_PORT_MAX.min(free) {
             self.counters.limited += 1;
             return Err(DropReason::Limit);
         }

@@ -4,12 +4,13 @@
 //! gateway go there whoever read them, and a forward goes where its guest is, so that no flow is
 //! looked for in two places and no flow table is shared.
 
-use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::frame::{PortId, WorkerId};
 use crate::gateway::LanConfig;
 use crate::gateway::neighbor::Neighbors;
+use crate::nat::shares::Held;
 use crate::switch::PORTS_MAX;
 
 /// The home of each port; of one that is not there, the first worker.
@@ -45,8 +46,8 @@ pub struct Common {
     pub worker: WorkerId,
     /// Where the ports' flows are.
     pub homes: Arc<Homes>,
-    /// TCP flows of all workers.
-    pub flows: Arc<AtomicUsize>,
+    /// Who has the TCP flows of all workers.
+    pub flows: Arc<Held>,
     /// Where guests are. Locked for ARP, Neighbor Discovery and by forwards, never for a guest's data nor
     /// while anything is sent.
     neighbors: Arc<Mutex<Neighbors>>,

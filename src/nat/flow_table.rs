@@ -3,9 +3,6 @@
 //! An id that outlived its flow finds nothing, so a late socket event or timer can't hit the flow
 //! that took its slot.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-
 use crate::frame::{Duration, Instant};
 use crate::nat::FlowId;
 
@@ -14,8 +11,6 @@ pub struct FlowTable<T> {
     slots: Vec<Slot<T>>,
     free: Vec<u32>,
     limit: usize,
-    /// Entries of all tables with this limit.
-    used: Arc<AtomicUsize>,
 }
 
 struct Slot<T> {
@@ -26,16 +21,10 @@ struct Slot<T> {
 impl<T> FlowTable<T> {
     /// A table for at most `limit` entries.
     pub fn new(limit: usize) -> Self {
-        Self::sharing(limit, Arc::default())
-    }
-
-    /// A table that has `limit` entries together with all others that count theirs in `used`.
-    pub fn sharing(limit: usize, used: Arc<AtomicUsize>) -> Self {
         Self {
             slots: Vec::new(),
             free: Vec::new(),
             limit,
-            used,
         }
     }
 
@@ -58,24 +47,31 @@ impl<T> FlowTable<T> {
         full: E,
         make: impl FnOnce(FlowId) -> Result<T, E>,
     ) -> Result<FlowId, E> {
-        if self.used.fetch_add(1, Relaxed) >= self.limit {
-            self.used.fetch_sub(1, Relaxed);
+        if self.len() >= self.limit {
             return Err(full);
         }
         let reused = self.free.last().copied();
         let slot = reused.unwrap_or(self.slots.len() as u32);
         let generation = reused.map_or(0, |slot| self.slots[slot as usize].generation);
         let id = FlowId { slot, generation };
-        let made = make(id);
-        if made.is_err() {
-            self.used.fetch_sub(1, Relaxed);
-        }
-        let entry = Some(made?);
+        let entry = Some(make(id)?);
         match self.free.pop() {
             Some(_) => self.slots[slot as usize].entry = entry,
             None => self.slots.push(Slot { generation, entry }),
         }
         Ok(id)
+    }
+
+    /// The id of the entry in a slot, if there is one.
+    pub fn id_at(&self, slot: u32) -> Option<FlowId> {
+        let Slot { generation, entry } = self.slots.get(slot as usize)?;
+        let generation = *generation;
+        entry.as_ref().map(|_| FlowId { slot, generation })
+    }
+
+    /// The entry in a slot, if there is one.
+    pub fn at(&self, slot: u32) -> Option<&T> {
+        self.slots.get(slot as usize)?.entry.as_ref()
     }
 
     /// The entry of `id`, if it still exists.
@@ -95,7 +91,6 @@ impl<T> FlowTable<T> {
         let entry = slot.entry.take()?;
         slot.generation = slot.generation.wrapping_add(1);
         self.free.push(id.slot);
-        self.used.fetch_sub(1, Relaxed);
         Some(entry)
     }
 

@@ -283,8 +283,24 @@ impl PingNat {
     }
 
     /// As [`MappingTable::give_up`].
-    pub fn give_up<U: Uplink + ?Sized>(&mut self, now: Instant, up: &mut U) -> bool {
-        self.table.give_up(now, up)
+    pub fn give_up<U: Uplink + ?Sized>(
+        &mut self,
+        port: PortId,
+        any: bool,
+        now: Instant,
+        up: &mut U,
+    ) -> bool {
+        self.table.give_up(port, any, now, up)
+    }
+
+    /// Mappings of a port.
+    pub fn count(&self, port: PortId) -> usize {
+        self.table.count(port)
+    }
+
+    /// As [`MappingTable::largest`].
+    pub fn largest(&self) -> Option<(PortId, usize)> {
+        self.table.largest()
     }
 
     /// Ends the mappings of the guests behind a port that is gone.

@@ -8,11 +8,9 @@
 //! indexed beside it, for guests that write to each other's.
 //!
 //! # Limits
-//! At its own limit a guest loses its least recently used mapping, at the total the least recently
-//! used of all goes, classes of low value first. A mapping in use ([`IN_USE`]) is never taken: then
-//! the newcomer is refused. So a guest that opens ports without end mostly hurts itself. A host that
-//! gives no more sockets is treated as if the total were reached, and warned of once; then the guest with
-//! the most mappings gives way first.
+//! At its own limit a guest address, or a port, loses its least recently used mapping, classes of low value
+//! first; one in use ([`IN_USE`]) is not taken, then the newcomer is refused. At the total, and where the
+//! host gives no more sockets, the port that has most gives way to those that have less, in use or not.
 //!
 //! # Hostile guests
 //! Every packet with a fresh source port makes a mapping and so a host socket: hence the limits.
@@ -50,8 +48,6 @@ pub struct Mapping<S> {
     pub socket: SockId,
     /// The port that is bound to; 0 where there is none.
     pub external: u16,
-    /// The port it counts against.
-    counted: PortId,
     /// Where datagrams go: the sender of the newest one from the guest.
     pub station: Station,
     /// Whom the guest wrote to.
@@ -87,9 +83,6 @@ pub struct MappingCounters {
 pub struct MappingTable<S, const N: usize> {
     table: Table<Mapping<S>, N>,
     externals: HashMap<(Family, u16), FlowId>,
-    /// Mappings by the port that their guest was behind when they were made, and how many one may have.
-    per_port: HashMap<PortId, usize>,
-    port_max: usize,
     counters: MappingCounters,
 }
 
@@ -99,15 +92,13 @@ impl<S, const N: usize> MappingTable<S, N> {
         Self {
             table: Table::new(classes, limits),
             externals: HashMap::new(),
-            per_port: HashMap::new(),
-            port_max: limits.per_port,
             counters: MappingCounters::default(),
         }
     }
 
     /// Whether guests behind `port` have mappings.
     pub fn serves(&self, port: PortId) -> bool {
-        self.per_port.contains_key(&port)
+        self.table.count(port) > 0
     }
 
     /// Mappings, each with a host socket.
@@ -156,8 +147,7 @@ impl<S, const N: usize> MappingTable<S, N> {
         self.table.touch(id, class, now);
     }
 
-    /// Makes the mapping of `key`, which has none. `open` gives it a socket with the port it is bound
-    /// to; it is called again after another mapping had to go because the host had no socket left.
+    /// Makes the mapping of `key`, which has none. `open` gives it a socket with the port it is bound to.
     ///
     /// # Errors
     /// [`DropReason::Limit`] at our own limit, [`DropReason::OutOfFiles`] at the host's, and
@@ -169,35 +159,24 @@ impl<S, const N: usize> MappingTable<S, N> {
         (class, state): (usize, S),
         now: Instant,
         up: &mut U,
-        mut open: impl FnMut(&mut U, FlowId) -> Result<(SockId, u16), HostError>,
+        open: impl FnOnce(&mut U, FlowId) -> Result<(SockId, u16), HostError>,
     ) -> Result<FlowId, DropReason> {
-        let of_port = self.per_port.get(&station.port).copied().unwrap_or(0);
-        if of_port >= self.port_max {
-            return Err(DropReason::Limit);
-        }
-        let room = self.table.room(key.guest.ip(), now);
+        let room = self.table.room(key.guest.ip(), station.port, now);
         self.make_room(room, up).ok_or(DropReason::Limit)?;
-        let mut opened = open(up, self.table.next_id());
-        if opened == Err(HostError::Exhausted) {
-            let room = self.table.spare(now);
-            self.make_room(room, up).ok_or(DropReason::OutOfFiles)?;
-            opened = open(up, self.table.next_id());
-        }
+        let opened = open(up, self.table.next_id());
         let (socket, external) = opened.map_err(|error| match error {
             HostError::Exhausted => DropReason::OutOfFiles,
             _ => DropReason::HostRefused,
         })?;
         self.counters.opened += 1;
-        *self.per_port.entry(station.port).or_default() += 1;
         let mapping = Mapping {
-            counted: station.port,
             socket,
             external,
             station,
             peers: Peers::default(),
             state,
         };
-        let id = self.table.insert(key, class, mapping, now);
+        let id = self.table.insert((key, station.port), class, mapping, now);
         if external != 0 {
             let family = Family::of(key.guest.ip());
             self.externals.insert((family, external), id);
@@ -205,10 +184,29 @@ impl<S, const N: usize> MappingTable<S, N> {
         Ok(id)
     }
 
-    /// Ends the mapping that is missed least, for when the host has no socket left. Whether there was one
-    /// that is not in use.
-    pub fn give_up<U: Uplink + ?Sized>(&mut self, now: Instant, up: &mut U) -> bool {
-        let room = self.table.spare(now);
+    /// Mappings of a port.
+    pub fn count(&self, port: PortId) -> usize {
+        self.table.count(port)
+    }
+
+    /// The port that has most, and how many.
+    pub fn largest(&self) -> Option<(PortId, usize)> {
+        self.table.largest()
+    }
+
+    /// Ends the mapping of a port that is missed least, for when the host has no socket left; one in use
+    /// only if `any` may go. Whether there was one.
+    pub fn give_up<U: Uplink + ?Sized>(
+        &mut self,
+        port: PortId,
+        any: bool,
+        now: Instant,
+        up: &mut U,
+    ) -> bool {
+        let room = match any {
+            true => self.table.oldest(port, now),
+            false => self.table.idle(port, now),
+        };
         self.make_room(room, up).is_some()
     }
 
@@ -228,12 +226,6 @@ impl<S, const N: usize> MappingTable<S, N> {
     pub fn close<U: Uplink + ?Sized>(&mut self, id: FlowId, up: &mut U) {
         let family = self.table.guest(id).map(|guest| Family::of(guest.ip()));
         if let (Some(mapping), Some(family)) = (self.table.remove(id), family) {
-            if let Some(count) = self.per_port.get_mut(&mapping.counted) {
-                *count -= 1;
-                if *count == 0 {
-                    self.per_port.remove(&mapping.counted);
-                }
-            }
             let key = (family, mapping.external);
             // The host may have given the port to another mapping on another address since.
             if self.externals.get(&key) == Some(&id) {

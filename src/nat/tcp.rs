@@ -33,64 +33,47 @@
 //! nothing to wait for, and a SYN that reuses the ports starts a fresh flow.
 //!
 //! # A hostile guest
-//! can open flows up to the limits, of which one port has a share only ([`TcpNat::new`],
-//! [`CONNECTING_MAX`], [`PORT_SHARE`]); more are refused with RST and counted. It can't exceed its rings, can't reach another guest's flow (the key has its address,
-//! the switch guards that) and, should it make the engine panic, loses that flow only.
+//! can open flows up to the limits; at those it takes nothing from who holds less, see [`limits`]. It
+//! can't exceed its rings, can't reach another guest's flow (the key has its address, the switch guards
+//! that) and, should it make the engine panic, loses that flow only.
 
 mod device;
 mod engine;
 mod flow;
+mod limits;
 mod probe;
 mod syn;
 
 pub use self::flow::{DOWN_BYTES_PER_FLUSH, ESTABLISHED_IDLE, TRANSITORY_IDLE};
+pub use self::limits::{
+    CONNECTING_MAX, EVICTABLE_IDLE, GUEST_SEGMENTS_IN_FLIGHT, GiveWay, OPENS_BURST, OPENS_PER_SEC,
+    OVERDRAFT, PORT_CONNECTING_MAX, SHARE, Shortage,
+};
 
 use std::net::{IpAddr, SocketAddr};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
 
 use hashbrown::HashMap;
 
 use self::engine::{Phase, SmolEngine, TcpEngine};
 use self::flow::{Flow, FlowKey, IDLE_RELEASE, Rest, State};
+use self::limits::PortLoad;
 use self::syn::{Peer, SavedSyn};
 use super::egress::{Egress, Protocol};
 use super::flow_table::{FlowTable, TimerWheel};
+use super::forward::ForwardId;
 use super::icmp::{ErrorKind, write_about};
 use super::path_mtu::TooBig;
+use super::shares::{Held, Shares};
 use super::{FlowId, HostError, Ready, Service, SockId, SockOwner, Uplink};
-use crate::frame::{Duration, Instant, Mac, PortId};
+use crate::frame::{Instant, Mac, PortId};
 use crate::gateway::{LanConfig, Outbox};
 use crate::offload::Offload;
 use crate::stats::DropReason;
 use crate::sys::arena::{Arena, RX_RING_BYTES};
 use crate::wire::{Family, Ip, Packet, Tcp};
-
-/// Flows whose host connect is under way, at most. Each costs a host socket and 200 bytes; Linux
-/// keeps as many half-open connections in a listener's queue (net.core.somaxconn).
-pub const CONNECTING_MAX: usize = 4_096;
-/// What one port may have of [`CONNECTING_MAX`]: half, so that a guest whose connects all hang leaves
-/// the others room. Of all flows it may have [`PORT_SHARE`].
-pub const PORT_CONNECTING_MAX: usize = CONNECTING_MAX / 2;
-/// Numerator and denominator of one port's share of all flows: 12,288 of the default 16,384.
-pub const PORT_SHARE: (usize, usize) = (3, 4);
-/// Idle time after which a flow may be ended to make room. RFC 5382 REQ-5's two hours are for a NAT that
-/// has room; a connection that says nothing for five minutes is the one missed least.
-pub const EVICTABLE_IDLE: Duration = Duration::from_secs(300);
-/// Between two walks in vain, each of which takes 100 microseconds with 10,000 flows.
-const EVICT_RETRY: Duration = Duration::from_millis(100);
-/// Handshakes per second that one port may begin and not complete. A connect costs the worker some 20
-/// microseconds: a guest that floods with SYNs takes a fifth of it at most. Beyond, SYNs are dropped
-/// like lost ones and come again after a second. Completed handshakes are not limited by rate: they
-/// cost the guest as much as the worker.
-pub const OPENS_PER_SEC: u64 = 10_000;
-/// The same at once: as many as may be connecting.
-pub const OPENS_BURST: u64 = CONNECTING_MAX as u64;
-/// Packets on their way to one port at most, over all its flows: half of the queue of 16,384 entries
-/// that its tap has, each of which holds one packet for a guest without TSO.
-pub const GUEST_SEGMENTS_IN_FLIGHT: usize = 8_192;
 
 /// Receive rings by the number of flows there are: a flow that the guest has sent a ring's worth on
 /// keeps all of it resident until it idles, and rings that fall out of the cache cost a page walk and
@@ -116,7 +99,7 @@ pub struct TcpCounters {
     pub accepted: u64,
     /// Connects that failed, whatever the cause.
     pub failed: u64,
-    /// Flows refused at a limit.
+    /// SYNs and connections of clients that were let wait at a limit.
     pub limited: u64,
     /// Flows whose segments were made smaller for a link behind the guest.
     pub narrowed: u64,
@@ -124,7 +107,7 @@ pub struct TcpCounters {
     pub reset: u64,
     /// Flows ended by an idle timer.
     pub idled_out: u64,
-    /// Flows ended because no file was left for new ones.
+    /// Flows ended to make room for new ones.
     pub evicted: u64,
     /// Flows ended because the host lost the address they came from.
     pub readdressed: u64,
@@ -174,39 +157,18 @@ pub struct TcpNat {
     keys: HashMap<FlowKey, FlowId>,
     arena: Arena,
     wheel: TimerWheel,
-    port_flows_max: usize,
-    /// When idle flows are next looked for.
-    evict_at: Instant,
+    flows_max: usize,
+    /// Who has the flows.
+    shares: Shares,
+    /// Who has those whose host connect is under way.
+    connecting: Shares,
+    /// What only another worker can make room for.
+    give_way: Vec<GiveWay>,
+    warned: bool,
     dirty: Vec<FlowId>,
     spare: Vec<FlowId>,
-    /// All ports together.
-    connecting: usize,
     ports: Vec<PortLoad>,
     counters: TcpCounters,
-}
-
-/// Flows of one port.
-#[derive(Clone, Copy)]
-struct PortLoad {
-    flows: usize,
-    connecting: usize,
-    /// Those with data on its way to the guest.
-    busy: usize,
-    /// Handshakes that the port may still begin, and when that was last brought up to date.
-    opens: u64,
-    filled_at: Instant,
-}
-
-impl Default for PortLoad {
-    fn default() -> Self {
-        Self {
-            flows: 0,
-            connecting: 0,
-            busy: 0,
-            opens: OPENS_BURST,
-            filled_at: Instant::ZERO,
-        }
-    }
 }
 
 /// Where the host socket of a new flow goes.
@@ -227,20 +189,22 @@ impl TcpNat {
         Self::sharing(lan, flows_max, Arc::default(), now)
     }
 
-    /// No flows yet, `flows_max` at most together with all others that count theirs in `used`.
-    pub fn sharing(lan: LanConfig, flows_max: usize, used: Arc<AtomicUsize>, now: Instant) -> Self {
+    /// No flows yet, `flows_max` at most together with all others that count theirs in `held`.
+    pub fn sharing(lan: LanConfig, flows_max: usize, held: Arc<Held>, now: Instant) -> Self {
         Self {
             lan,
-            flows: FlowTable::sharing(flows_max, used),
+            flows: FlowTable::new(flows_max + OVERDRAFT),
             keys: HashMap::new(),
             // Rounded up: the arena maps whole chunks, the table is what limits.
-            arena: Arena::new(flows_max),
+            arena: Arena::new(flows_max + OVERDRAFT),
             wheel: TimerWheel::new(now),
-            port_flows_max: (flows_max * PORT_SHARE.0 / PORT_SHARE.1).max(1),
-            evict_at: now,
+            flows_max,
+            shares: Shares::new(held),
+            connecting: Shares::new(Arc::default()),
+            give_way: Vec::new(),
+            warned: false,
             dirty: Vec::new(),
             spare: Vec::new(),
-            connecting: 0,
             ports: Vec::new(),
             counters: TcpCounters::default(),
         }
@@ -305,11 +269,15 @@ impl TcpNat {
         flow.peer.guest = packet.source;
         if flow.port != packet.ingress {
             let before = std::mem::replace(&mut flow.port, packet.ingress);
-            let (connecting, busy) = (flow.is_connecting(), std::mem::take(&mut flow.busy));
-            self.leave(before, connecting, busy);
-            let load = self.load(packet.ingress);
-            load.flows += 1;
-            load.connecting += usize::from(connecting);
+            let busy = std::mem::take(&mut flow.busy);
+            if !flow.from_outside {
+                self.shares.insert(id.slot, packet.ingress.into(), now);
+            }
+            if flow.is_connecting() {
+                self.connecting.insert(id.slot, packet.ingress.into(), now);
+            }
+            self.leave(before, busy);
+            self.load(packet.ingress).flows += 1;
         }
         let Some(flow) = self.flows.get_mut(id) else {
             return Err(DropReason::NoFlow);
@@ -384,13 +352,7 @@ impl TcpNat {
             }
             target => target,
         };
-        let load = *self.load(packet.ingress);
-        if self.connecting >= CONNECTING_MAX
-            || load.connecting >= PORT_CONNECTING_MAX
-            || load.flows >= self.port_flows_max
-        {
-            self.counters.limited += 1;
-            reset(syn.packet(), &peer, now, out);
+        if !self.make_room(packet.ingress, now, (&mut *up, &mut *out)) {
             return Err(DropReason::Limit);
         }
         let hops = probe::hops(ip.ttl);
@@ -416,22 +378,17 @@ impl TcpNat {
         match opened {
             Ok(id) => {
                 self.keys.insert(key, id);
-                self.connecting += 1;
-                let load = self.load(packet.ingress);
-                load.flows += 1;
-                load.connecting += 1;
+                self.shares.insert(id.slot, packet.ingress.into(), now);
+                self.connecting.insert(id.slot, packet.ingress.into(), now);
+                self.load(packet.ingress).flows += 1;
                 self.arm(id, now + TRANSITORY_IDLE);
                 Ok(())
             }
             Err(None) => {
                 self.counters.limited += 1;
-                reset(syn.packet(), &peer, now, out);
                 Err(DropReason::Limit)
             }
-            Err(Some(HostError::Exhausted)) => {
-                self.counters.limited += 1;
-                Err(DropReason::OutOfFiles)
-            }
+            Err(Some(HostError::Exhausted)) => Err(DropReason::OutOfFiles),
             Err(Some(error)) => {
                 self.counters.failed += 1;
                 answer_failure(&self.lan, &syn, &peer, error, now, out);
@@ -487,15 +444,16 @@ impl TcpNat {
         self.keys.contains_key(&FlowKey { guest, outside })
     }
 
-    /// Takes a connection of the host on to a guest: sends a SYN from `shown` and joins the two. If the
-    /// guest refuses, the host's connection is reset. On an error the socket stays the caller's.
+    /// Takes a connection of the host, which came by a forward, on to a guest: sends a SYN from `shown` and
+    /// joins the two. If the guest refuses, the host's connection is reset. On an error the socket stays
+    /// the caller's. Room was made by [`TcpNat::make_room_for_client`].
     ///
     /// # Errors
     /// [`DropReason::Limit`]: no flow left, or the guest's endpoint has a connection with `shown`;
     /// [`DropReason::Malformed`]: an address or port is zero, or the families differ.
     pub fn open_to_guest<U: Uplink + ?Sized>(
         &mut self,
-        host: SockId,
+        (host, forward): (SockId, ForwardId),
         (guest, mac, port): (SocketAddr, Mac, PortId),
         shown: SocketAddr,
         now: Instant,
@@ -505,7 +463,7 @@ impl TcpNat {
             guest,
             outside: shown,
         };
-        if self.keys.contains_key(&key) || self.load(port).flows >= self.port_flows_max {
+        if self.keys.contains_key(&key) {
             self.counters.limited += 1;
             return Err(DropReason::Limit);
         }
@@ -524,6 +482,7 @@ impl TcpNat {
         };
         up.hand_over(host, SockOwner::Tcp(id));
         self.keys.insert(key, id);
+        self.shares.insert(id.slot, forward.into(), now);
         self.load(port).flows += 1;
         self.counters.accepted += 1;
         self.arm(id, now + TRANSITORY_IDLE);
@@ -576,8 +535,8 @@ impl TcpNat {
                 Ok(false) => return,
                 Ok(true) => {
                     let Some(socket) = self.arena.socket(rx_ring_bytes(flows)) else {
+                        // No address space: the next SYN finds the way free.
                         self.counters.limited += 1;
-                        reset(syn.packet(), &flow.peer, now, out);
                         self.remove(id, up, true);
                         return;
                     };
@@ -589,14 +548,12 @@ impl TcpNat {
                         return;
                     };
                     flow.state = State::Open(Box::new(engine));
-                    let port = flow.port;
                     flow.active_at = now;
                     flow.host_writable = true;
                     if std::mem::take(&mut flow.is_probe) {
                         up.tcp_free_hops(flow.host);
                     }
-                    self.connecting -= 1;
-                    self.load(port).connecting -= 1;
+                    self.connecting.remove(id.slot);
                     self.counters.opened += 1;
                 }
                 Err(error) => {
@@ -662,6 +619,7 @@ impl TcpNat {
             let rest = flow.flush(share, now, up, out);
             (rest, flow.poll_timeout(now))
         });
+        self.shares.touch(id.slot, flow.active_at);
         match (was_busy, flow.busy) {
             (false, true) => load.busy += 1,
             (true, false) => load.busy -= 1,
@@ -713,37 +671,6 @@ impl TcpNat {
             self.flush_one(id, now, up, out);
         }
         self.spare = due;
-    }
-
-    /// Ends the flow that has idled longest, if it did for [`EVICTABLE_IDLE`]: for when no file is left.
-    /// Returns whether there was one. Walks all flows, so after a walk in vain there is none for
-    /// [`EVICT_RETRY`].
-    pub fn give_up_idle<U: Uplink + ?Sized, O: Outbox + ?Sized>(
-        &mut self,
-        now: Instant,
-        up: &mut U,
-        out: &mut O,
-    ) -> bool {
-        if now < self.evict_at {
-            return false;
-        }
-        let mut oldest = None;
-        let ids: Vec<_> = self.flows.ids().collect();
-        for id in ids {
-            if let Some(flow) = self.flows.get_mut(id)
-                && now >= flow.active_at + EVICTABLE_IDLE
-                && oldest.is_none_or(|(at, _)| flow.active_at < at)
-            {
-                oldest = Some((flow.active_at, id));
-            }
-        }
-        let Some((_, id)) = oldest else {
-            self.evict_at = now + EVICT_RETRY;
-            return false;
-        };
-        self.counters.evicted += 1;
-        self.abort(id, now, up, out);
-        true
     }
 
     /// Ends the connections from a local address that the host has lost; `None`: those from any that is
@@ -840,9 +767,11 @@ impl TcpNat {
             return;
         };
         self.keys.remove(&flow.key);
-        self.leave(flow.port, flow.is_connecting(), flow.busy);
+        self.shares.remove(id.slot);
+        self.connecting.remove(id.slot);
+        self.leave(flow.port, flow.busy);
         match flow.state {
-            State::Connecting(_) => self.connecting -= 1,
+            State::Connecting(_) => {}
             // Both FINs went through, or the guest's side was reset: then the host's is, too.
             State::Open(_) if !(flow.host_finished && flow.guest_finished) => {
                 self.counters.reset += 1;
@@ -852,38 +781,6 @@ impl TcpNat {
             State::Open(_) => {}
         }
         up.close(flow.host);
-    }
-
-    /// Takes a token of the port's rate of handshakes; who completes one gives it back.
-    fn may_open(&mut self, port: PortId, now: Instant) -> bool {
-        let load = self.load(port);
-        let passed = (now - load.filled_at)
-            .total_micros()
-            .saturating_mul(OPENS_PER_SEC)
-            / 1_000_000;
-        if passed > 0 && now > load.filled_at {
-            load.opens = (load.opens + passed).min(OPENS_BURST);
-            load.filled_at = now;
-        }
-        let may = load.opens > 0;
-        load.opens = load.opens.saturating_sub(1);
-        may
-    }
-
-    fn load(&mut self, port: PortId) -> &mut PortLoad {
-        let index = usize::from(port.0);
-        if self.ports.len() <= index {
-            self.ports.resize(index + 1, PortLoad::default());
-        }
-        &mut self.ports[index]
-    }
-
-    /// Takes a flow off its port's load.
-    fn leave(&mut self, port: PortId, connecting: bool, busy: bool) {
-        let load = self.load(port);
-        load.flows -= 1;
-        load.connecting -= usize::from(connecting);
-        load.busy -= usize::from(busy);
     }
 
     fn mark_dirty(&mut self, id: FlowId) {

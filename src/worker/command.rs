@@ -15,6 +15,7 @@ use crate::nat::forward::{ForwardCounters, ForwardId, ForwardSpec, ListenerKind,
 use crate::nat::policy::Policy;
 use crate::nat::policy::ledger::PolicyView;
 use crate::nat::policy::pins::GuestPins;
+use crate::nat::tcp::GiveWay;
 use crate::port::{PortRx, PortTx};
 use crate::stats::PortCounters;
 use crate::uplink::ServiceStream;
@@ -125,6 +126,8 @@ pub enum Command {
         /// Hears when it is done.
         done: oneshot::Sender<()>,
     },
+    /// Another worker needs room for its guests' flows.
+    GiveWay(GiveWay),
     /// Report the worker's own state.
     Snapshot(Sender<Snapshot>),
     /// End.

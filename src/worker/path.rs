@@ -19,6 +19,7 @@ use crate::gateway::{Gateway, ndp};
 use crate::nat::common::Common;
 use crate::nat::forward::{ForwardId, ForwardSpec, ListenerKind, Moved};
 use crate::nat::policy::Policy;
+use crate::nat::tcp::GiveWay;
 use crate::nat::{HostError, Nat, SockOwner};
 use crate::port::PortTx;
 use crate::stats::{DropReason, PortCounters};
@@ -258,12 +259,18 @@ impl Path {
         self.lan.flush();
     }
 
-    /// Forwards and the news of where guests are, between workers.
-    fn settle_forwards(&mut self) {
+    /// What the NATs of several workers tell each other: where guests are, forwards that move, who is to give
+    /// way.
+    fn settle_workers(&mut self) {
         let forwards = self.nat.forwards_mut();
         if forwards.take_announcement() {
             for other in self.crew.others(self.common.worker) {
                 other.wake();
+            }
+        }
+        while let Some(request) = self.nat.poll_give_way() {
+            for other in self.crew.others(self.common.worker) {
+                other.send(Command::GiveWay(request));
             }
         }
         while let Some((to, moved)) = self.nat.forwards_mut().poll_leaving() {
@@ -271,6 +278,16 @@ impl Path {
             let moved = moved.exchange(|socket| uplink.release(socket));
             self.crew.member(to).send(Command::TakeForward(moved));
         }
+    }
+
+    /// Makes room for flows of another worker.
+    pub(super) fn give_way(&mut self, request: GiveWay) {
+        let mut out = GatewayOut {
+            lan: &mut self.lan,
+            buffer: &mut self.buffer,
+        };
+        self.nat
+            .handle_give_way(request, self.now, (&mut self.uplink, &mut out));
     }
 
     /// Takes over a forward whose guest is this worker's.
@@ -326,7 +343,7 @@ impl Path {
         {
             self.gateway.dhcp.handle_timeout(self.now, &mut out);
         }
-        self.settle_forwards();
+        self.settle_workers();
         self.lan.flush();
     }
 

@@ -125,3 +125,60 @@ fn best(nanoseconds: &[String]) -> f64 {
     let numbers = nanoseconds.iter().map(|n| n.parse().expect("a number"));
     numbers.fold(f64::INFINITY, f64::min)
 }
+
+/// Two guests that hold every flow, all of them fresh: others get through at once, by the data path's own
+/// worker and by another one; a forward has as many connections as it may.
+#[test]
+fn guests_that_hold_every_flow_lock_nobody_out() {
+    let world = World::new().limit(std::time::Duration::from_secs(100));
+    let Some(outcome) = scenario(
+        &world,
+        r#"
+network --max-flows 200 --workers 2
+outside python3 peer.py serve_echo 7000 >server.log 2>&1 &
+listening tcp 7000 outside
+for hog in 1 2; do
+    mkfifo asked$hog
+    "$LAB/as-user" "$LANLET" exec --name default -- python3 peer.py many_flows 203.0.113.1 7000 <asked$hog >told$hog 2>&1 &
+done
+exec 5>asked1 6>asked2
+echo "open 150" >&5
+wait_for told1 open=150
+echo "open 50" >&6
+wait_for told2 open=50
+say full="$(status_of "s['flows']['tcp']")"
+for n in 1 2 3; do
+    lanlet exec --name default -- python3 peer.py many_flows 203.0.113.1 7000 <<<"open 10" >told
+    say newcomer=$(grep -o 'open=[0-9]*' told) slow=$(grep -o 'secs=[0-9]*' told)
+done
+say evicted="$(status_of "s['totals']['tcp_evicted'] >= 10")" second_kept="$(grep -c error told2)"
+"$LAB/as-user" "$LANLET" exec --name default --publish 8080:7000,max=5 -- sh -c 'ip -br address; exec python3 peer.py serve_echo 7000' >served 2>&1 &
+wait_for served eth0
+until_true 20 sh -c "'$LANLET' forward list | grep -q max=5"
+step port_8080 until_true 20 listening tcp 8080
+outside python3 peer.py many_flows 198.51.100.1 8080 <<<"open 8" >clients
+say clients=$(grep -o 'open=[0-9]*' clients) passed_on="$(status_of "s['forwards'][0]['opened']")"
+exec 5>&- 6>&-
+"#,
+    ) else {
+        return;
+    };
+    let outcome = outcome.passed();
+    let markers = outcome.markers();
+    assert_eq!(
+        markers.all("newcomer"),
+        ["open=10"; 3],
+        "{}",
+        outcome.text()
+    );
+    assert_eq!(markers.all("slow"), ["secs=0"; 3], "{}", outcome.text());
+    assert_said(
+        &outcome,
+        &[
+            ("full", "200"),
+            ("evicted", "True"),
+            ("clients", "open=8"),
+            ("passed_on", "5"),
+        ],
+    );
+}

@@ -48,7 +48,7 @@ use crate::gateway::dns::message::{self, HEADER_LEN, QUERY_LEN_MAX, Query, Query
 /// Connections at once: each holds two fds of the process, and 256 clients that keep one open are a
 /// large LAN.
 pub const STREAMS_MAX: usize = 256;
-/// Of one port: four busy guests don't starve a fifth.
+/// Of one port, while as many are free.
 pub const STREAMS_PER_PORT_MAX: usize = 56;
 /// Of one address: RFC 7766 6.2.2 asks clients for one; programs that each bring their own resolver
 /// open some. Below a port's share, so that one guest behind a port leaves room for the next.
@@ -168,10 +168,9 @@ impl Streams {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         let of_port = open.iter().filter(|other| other.port == guest.port).count();
         let of_address = open.iter().filter(|&&other| other == guest).count();
-        if open.len() >= STREAMS_MAX
-            || of_port >= STREAMS_PER_PORT_MAX
-            || of_address >= STREAMS_PER_ADDRESS_MAX
-        {
+        // So many busy guests leave one more its share.
+        let free = STREAMS_MAX.saturating_sub(open.len());
+        if of_port >= STREAMS_PER_PORT_MAX.min(free) || of_address >= STREAMS_PER_ADDRESS_MAX {
             return None;
         }
         open.push(guest);

@@ -18,8 +18,9 @@
 //!
 //! # Limits
 //! [`ACCEPTS_PER_EVENT`] connections are taken at a time, [`PARKED_MAX`] wait for their guest, of which
-//! one forward has [`FORWARD_PARKED_MAX`]. At those limits, and without a free file, a listening socket
-//! rests for [`REST`]: clients wait in the kernel's queue and nothing spins. Datagrams for a guest that
+//! one forward has [`FORWARD_PARKED_MAX`]. At those limits, at that of flows ([`crate::nat::tcp`]) and
+//! without a free file, a listening socket rests for [`REST`]: clients wait in the kernel's queue and
+//! nothing spins. Datagrams for a guest that
 //! is being looked for wait too, [`HELD_MAX`] at most (RFC 1122 2.3.2.2).
 //!
 //! # Hostile guests and clients
@@ -62,8 +63,8 @@ use crate::wire::{Family, Ip, Packet, Tcp, Udp};
 pub const ACCEPTS_PER_EVENT: usize = 64;
 /// Connections that wait for their guest. Each has an open file.
 pub const PARKED_MAX: usize = 1_024;
-/// Those of one forward: four forwards to guests that are gone have to come together to keep others'
-/// clients waiting.
+/// Those of one forward. Where all are taken, the forward that has most gives up its oldest for one that
+/// has less: guests that are gone don't keep others' clients waiting.
 pub const FORWARD_PARKED_MAX: usize = PARKED_MAX / 4;
 /// How long they wait: a guest that is there answers within milliseconds, one that renews its lease
 /// within a second or two.
@@ -111,6 +112,8 @@ impl ForwardCounters {
 struct Active {
     guest: Guest,
     shown: ShownSource,
+    /// Connections, or UDP sessions, at a time.
+    max: usize,
     memory: Memory,
     sockets: Vec<FlowId>,
     counters: ForwardCounters,
@@ -237,6 +240,7 @@ impl ActiveForwards {
         let mut active = Active {
             guest: Guest::Own,
             shown: ShownSource::Gateway,
+            max: spec.max.map_or(usize::MAX, |max| max.get() as usize),
             memory: Memory::default(),
             sockets: Vec::new(),
             counters: ForwardCounters::default(),

@@ -22,11 +22,12 @@
 //!
 //! # Options
 //! After a comma, in any form: `client-address` (the guest sees the client's own address),
-//! `interface=eth0` (or `ADDR%eth0`), `name=web`, and for a unix socket `allow-guests` (its clients may be
-//! guests of `lanlet exec`).
+//! `interface=eth0` (or `ADDR%eth0`), `name=web`, `max=100` (connections or UDP sessions at a time), and
+//! for a unix socket `allow-guests` (its clients may be guests of `lanlet exec`).
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::num::NonZeroU32;
 use std::str::FromStr;
 
 use super::spec::{
@@ -198,16 +199,17 @@ impl ForwardSpec {
         if options.allow_guests {
             return refuse("allow-guests", ONLY_UNIX);
         }
-        if options.client_address || options.interface.is_some() {
-            let key = if options.client_address {
-                "client-address"
-            } else {
-                "interface"
-            };
+        let for_guests = [
+            ("client-address", options.client_address),
+            ("interface", options.interface.is_some()),
+            ("max", options.max.is_some()),
+        ];
+        if let Some((key, _)) = for_guests.iter().find(|(_, given)| *given) {
             return refuse(key, "is for forwards to a guest");
         }
         let spec = ForwardSpec {
             name: options.name,
+            max: None,
             direction: Direction::ToHost {
                 address,
                 port: ports.first(),
@@ -245,6 +247,7 @@ fn from_hostfwd_unix(rest: &str, options: Options) -> Parsed<ForwardSpec> {
 struct Options {
     name: Option<ForwardName>,
     interface: Option<InterfaceName>,
+    max: Option<NonZeroU32>,
     client_address: bool,
     allow_guests: bool,
 }
@@ -275,11 +278,14 @@ impl Options {
                     once("interface", options.interface.replace(value.parse()?))?;
                 }
                 ("name", Some(value)) => once("name", options.name.replace(value.parse()?))?,
+                ("max", Some(value)) => once("max", options.max.replace(max(value)?))?,
+                ("max", None) => return refuse("max", "needs a value: max=100"),
                 ("interface", None) => return refuse("interface", "needs a value: interface=eth0"),
                 ("name", None) => return refuse("name", "needs a value: name=web"),
                 _ => {
                     let reason = format!(
-                        "{option:?} is not client-address, interface=NAME, name=NAME or allow-guests"
+                        "{option:?} is not client-address, interface=NAME, max=N, name=NAME or \
+                         allow-guests"
                     );
                     return refuse("option", reason);
                 }
@@ -312,6 +318,7 @@ impl Options {
         }
         let spec = ForwardSpec {
             name: self.name,
+            max: self.max,
             direction: Direction::ToGuest {
                 listen,
                 guest,
@@ -368,6 +375,11 @@ fn port(key: &'static str, text: &str) -> Parsed<u16> {
         _ if digits => refuse(key, format!("{text} is above 65535")),
         _ => refuse(key, format!("{text:?} is no port")),
     }
+}
+
+fn max(text: &str) -> Parsed<NonZeroU32> {
+    let reason = || format!("{text:?} is no number of connections above 0");
+    text.parse().map_err(|_| ForwardError::new("max", reason()))
 }
 
 fn range(key: &'static str, text: &str) -> Parsed<PortRange> {
@@ -496,6 +508,9 @@ impl fmt::Display for ForwardSpec {
                 }
                 write!(f, ":{port}-unix:{path}")?;
             }
+        }
+        if let Some(max) = self.max {
+            write!(f, ",max={max}")?;
         }
         match &self.name {
             Some(name) => write!(f, ",name={name}"),

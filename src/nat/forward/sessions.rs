@@ -15,11 +15,12 @@
 //! as REQ-5 a) has it for well-known ports. Never early, late by as much at most.
 //!
 //! # Limits
-//! [`SESSIONS_MAX`]: then the one that is unused longest gives way, those without an answer first.
+//! [`SESSIONS_MAX`]: then the forward that has most loses the one that is unused longest, those without an
+//! answer first. At its own limit (`max=N`) a forward loses such a one of its own.
 //!
 //! # Hostile clients
 //! can forge sources and make a session with every datagram. They push out each other and idle
-//! sessions; whoever talked to the guest a moment ago stays.
+//! sessions of the same forward; whoever talked to the guest a moment ago stays.
 
 use std::collections::VecDeque;
 use std::net::{IpAddr, SocketAddr};
@@ -32,6 +33,7 @@ use crate::gateway::{LanConfig, Outbox};
 use crate::nat::flow_table::FlowTable;
 use crate::nat::icmp::ttl_to_guest;
 use crate::nat::path_mtu::{PathMtu, TooBig};
+use crate::nat::shares::{Holder, Shares};
 use crate::nat::udp::train::Train;
 use crate::nat::{Datagram, FlowId, HostError, Io, SendOptions, SockId, Uplink};
 use crate::offload::Gso;
@@ -77,6 +79,8 @@ pub(super) fn ports_to_try(own: Option<u16>, mut seed: u64) -> impl Iterator<Ite
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Entrance {
     pub forward: ForwardId,
+    /// Sessions that it may have.
+    pub max: usize,
     pub socket: SockId,
 }
 
@@ -124,6 +128,10 @@ pub(super) struct Sessions {
     /// put in again or left out when it comes to the front. A session has one entry for each class it
     /// was in, two at most.
     queues: [VecDeque<(Instant, FlowId)>; TIMEOUTS.len()],
+    /// Which forwards have the sessions.
+    shares: Shares,
+    /// The same of those that the guest has not answered in, and of DNS.
+    expendable: Shares,
     /// Identification of the packet that was cut last; the first is random (RFC 7739).
     fragment_id: Option<u32>,
     pub counters: SessionCounters,
@@ -137,6 +145,8 @@ impl Sessions {
             by_client: HashMap::new(),
             by_guest: HashMap::new(),
             queues: Default::default(),
+            shares: Shares::new(Default::default()),
+            expendable: Shares::new(Default::default()),
             fragment_id: None,
             counters: SessionCounters::default(),
         }
@@ -177,6 +187,8 @@ impl Sessions {
         session.station = way.station;
         session.local = datagram.destination;
         session.used = now;
+        self.shares.touch(id.slot, now);
+        self.expendable.touch(id.slot, now);
         let train = Train {
             lan: &self.lan,
             mtu: session.path.get(self.lan.mtu, now),
@@ -216,8 +228,11 @@ impl Sessions {
             Some(way.shown).filter(|&at| free(at))
         };
         let shown = shown.ok_or(DropReason::Limit)?;
-        if self.table.len() >= SESSIONS_MAX && self.evict() {
-            self.counters.evicted += 1;
+        let own = Holder::from(entrance.forward);
+        if self.shares.count(own) >= entrance.max {
+            self.evict(own);
+        } else if self.table.len() >= SESSIONS_MAX {
+            self.evict(self.shares.held().most().0);
         }
         let class = match way.guest.port() {
             DNS_PORT => DNS,
@@ -239,6 +254,8 @@ impl Sessions {
         self.by_client.insert((entrance.socket, client), id);
         self.by_guest.insert((way.guest, shown), id);
         self.queues[class].push_back((now, id));
+        self.shares.insert(id.slot, own, now);
+        self.expendable.insert(id.slot, own, now);
         self.counters.opened += 1;
         Ok(id)
     }
@@ -262,12 +279,15 @@ impl Sessions {
     ) -> Result<(), DropReason> {
         let session = self.table.get_mut(id).ok_or(DropReason::NoFlow)?;
         session.used = now;
+        self.shares.touch(id.slot, now);
+        self.expendable.touch(id.slot, now);
         session.station = Station {
             mac: packet.source,
             port: packet.ingress,
         };
         if session.class == ONE_WAY {
             session.class = TWO_WAY;
+            self.expendable.remove(id.slot);
             self.queues[TWO_WAY].push_back((now, id));
         }
         let segment = match packet.offload.gso {
@@ -313,15 +333,13 @@ impl Sessions {
         Some(Ok(()))
     }
 
-    /// Ends the session that is unused longest, those of a low class first.
-    fn evict(&mut self) -> bool {
-        for class in 0..TIMEOUTS.len() {
-            if let Some(id) = self.oldest(class) {
-                self.remove(id);
-                return true;
-            }
+    /// Ends the session of a forward that is unused longest, those that are missed least first.
+    fn evict(&mut self, of: Holder) {
+        let oldest = self.expendable.oldest(of).or(self.shares.oldest(of));
+        if let Some(id) = oldest.and_then(|slot| self.table.id_at(slot)) {
+            self.counters.evicted += 1;
+            self.remove(id);
         }
-        false
     }
 
     /// The session of a class that is unused longest, brought to the front of its queue. An entry moves
@@ -347,6 +365,8 @@ impl Sessions {
 
     fn remove(&mut self, id: FlowId) {
         if let Some(session) = self.table.remove(id) {
+            self.shares.remove(id.slot);
+            self.expendable.remove(id.slot);
             self.by_client.remove(&(session.socket, session.client));
             self.by_guest.remove(&(session.guest, session.shown));
         }

@@ -6,6 +6,7 @@
 
 use std::fmt;
 use std::net::IpAddr;
+use std::num::NonZeroU32;
 
 pub use super::part::{ForwardError, ForwardName, InterfaceName, PortRange, Protocol, SocketPath};
 use crate::frame::Mac;
@@ -104,6 +105,8 @@ pub enum Direction {
 pub struct ForwardSpec {
     /// Its name, unique in its network.
     pub name: Option<ForwardName>,
+    /// Connections at a time, or UDP sessions, at most; `None`: a share of what the network has.
+    pub max: Option<NonZeroU32>,
     /// What it does.
     pub direction: Direction,
 }
@@ -133,6 +136,9 @@ impl ForwardSpec {
                     ShownSource::Gateway => Ok(()),
                     ShownSource::Client => check_client_address(listen, guest),
                 }
+            }
+            Direction::ToHost { .. } if self.max.is_some() => {
+                Err(ForwardError::new("max", "is for forwards to a guest"))
             }
             Direction::ToHost { address, port, .. } => {
                 let key = "guest address";

@@ -1,5 +1,7 @@
 //! Every form, every refusal, and the set.
 
+use std::num::NonZeroU32;
+
 use super::*;
 use crate::frame::Mac;
 use proptest::prelude::*;
@@ -501,8 +503,17 @@ fn any_spec() -> impl Strategy<Value = ForwardSpec> {
                 path,
             }
         });
-    (any_name(), prop_oneof![4 => to_guest, 1 => to_host])
-        .prop_map(|(name, direction)| ForwardSpec { name, direction })
+    let any_max = prop_oneof![Just(None), (1..9u32).prop_map(NonZeroU32::new)];
+    (
+        any_name(),
+        any_max,
+        prop_oneof![4 => to_guest, 1 => to_host],
+    )
+        .prop_map(|(name, max, direction)| ForwardSpec {
+            name,
+            max,
+            direction,
+        })
 }
 
 proptest! {

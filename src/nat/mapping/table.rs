@@ -1,9 +1,10 @@
 //! The order in which mappings expire and give way: by class, by guest, by last use.
 //!
 //! # State
-//! A slab of entries, an index by [`Endpoint`], and two doubly linked lists through every entry: one of
-//! all entries of its class, one of its guest's entries of that class, each in order of last use. A
-//! class has one timeout, so the head of a list is the next to expire and the first to give way.
+//! A slab of entries, an index by [`Endpoint`], and three doubly linked lists through every entry: one of
+//! all entries of its class, one of its guest's entries of that class, one of its port's, each in order of
+//! last use. A class has one timeout, so the head of a list is the next to expire and the first to give
+//! way.
 //!
 //! # Timers
 //! A use moves an entry to the tail of its lists at most once per [`GRANULARITY`], so a busy mapping
@@ -15,6 +16,7 @@ use std::net::{IpAddr, SocketAddr};
 use hashbrown::HashMap;
 
 use super::Endpoint;
+use crate::frame::PortId;
 use crate::nat::{Duration, FlowId, Instant};
 
 /// How exactly the order of last use is kept.
@@ -77,27 +79,41 @@ const EMPTY: List = List {
     tail: NIL,
 };
 
-/// Which of a mapping's two lists.
+/// Which of a mapping's lists.
 #[derive(Clone, Copy)]
 enum Axis {
     All = 0,
     Guest = 1,
+    Port = 2,
 }
 
-/// The mappings of one guest address.
+const AXES: [Axis; 3] = [Axis::All, Axis::Guest, Axis::Port];
+
+/// The mappings of one guest address, or of one port.
 #[derive(Debug)]
-struct Guest<const N: usize> {
+struct Owned<const N: usize> {
     count: usize,
     lists: [List; N],
+}
+
+impl<const N: usize> Default for Owned<N> {
+    fn default() -> Self {
+        Self {
+            count: 0,
+            lists: [EMPTY; N],
+        }
+    }
 }
 
 #[derive(Debug)]
 struct Entry<V> {
     key: Endpoint,
+    /// The port it counts for.
+    port: PortId,
     class: usize,
     /// When it last moved to the tail.
     used: Instant,
-    links: [Links; 2],
+    links: [Links; AXES.len()],
     value: V,
 }
 
@@ -115,7 +131,8 @@ pub struct Table<V, const N: usize> {
     slots: Vec<Slot<V>>,
     free: Vec<u32>,
     index: HashMap<Endpoint, u32>,
-    guests: HashMap<IpAddr, Guest<N>>,
+    guests: HashMap<IpAddr, Owned<N>>,
+    ports: HashMap<PortId, Owned<N>>,
     lists: [List; N],
 }
 
@@ -132,6 +149,7 @@ impl<V, const N: usize> Table<V, N> {
             free: Vec::new(),
             index: HashMap::new(),
             guests: HashMap::new(),
+            ports: HashMap::new(),
             lists: [EMPTY; N],
         }
     }
@@ -178,27 +196,55 @@ impl<V, const N: usize> Table<V, N> {
         }
     }
 
-    /// Whether a mapping of `guest` can be added.
-    pub fn room(&self, guest: IpAddr, now: Instant) -> Room {
+    /// Whether a mapping of `guest` behind `port` can be added. At the total limit the port that has most
+    /// gives way, whether or not its mappings are in use, unless that is the newcomer's. Walks the ports
+    /// then.
+    pub fn room(&self, guest: IpAddr, port: PortId, now: Instant) -> Room {
         if let Some(own) = self.guests.get(&guest)
             && own.count >= self.limits.per_guest
         {
             return self.victim(&own.lists, now);
         }
-        if self.len() >= self.limits.total {
-            return self.victim(&self.lists, now);
+        if self.count(port) >= self.limits.per_port {
+            return self.idle(port, now);
         }
-        Room::Free
+        if self.len() < self.limits.total {
+            return Room::Free;
+        }
+        match self.largest() {
+            Some((largest, count)) if count > self.count(port) + 1 => self.oldest(largest, now),
+            _ => self.idle(port, now),
+        }
     }
 
-    /// The mapping to give up when the host has no socket left: one of the guest that has the most, or any
-    /// if all of those are in use. Walks the guests.
-    pub fn spare(&self, now: Instant) -> Room {
-        let largest = self.guests.values().max_by_key(|guest| guest.count);
-        match largest.map(|guest| self.victim(&guest.lists, now)) {
-            Some(Room::Evict(id)) => Room::Evict(id),
-            _ => self.victim(&self.lists, now),
-        }
+    /// Mappings of a port.
+    pub fn count(&self, port: PortId) -> usize {
+        self.ports.get(&port).map_or(0, |own| own.count)
+    }
+
+    /// The port that has most, and how many.
+    pub fn largest(&self) -> Option<(PortId, usize)> {
+        let counts = self.ports.iter().map(|(&port, own)| (port, own.count));
+        counts.max_by_key(|&(port, count)| (count, port))
+    }
+
+    /// The mapping of a port to give up, unless all are in use.
+    pub fn idle(&self, port: PortId, now: Instant) -> Room {
+        let own = self.ports.get(&port);
+        own.map_or(Room::None, |own| self.victim(&own.lists, now))
+    }
+
+    /// The mapping of a port to give up: of those that are in use the one unused longest.
+    pub fn oldest(&self, port: PortId, now: Instant) -> Room {
+        let idle = self.idle(port, now);
+        let Some(own) = self.ports.get(&port).filter(|_| idle == Room::None) else {
+            return idle;
+        };
+        let heads = own.lists.iter().map(|list| list.head);
+        let oldest = heads
+            .filter(|&head| head != NIL)
+            .min_by_key(|&head| self.at(head).used);
+        oldest.map_or(Room::None, |head| Room::Evict(self.id(head)))
     }
 
     fn victim(&self, lists: &[List; N], now: Instant) -> Room {
@@ -218,16 +264,23 @@ impl<V, const N: usize> Table<V, N> {
     ///
     /// # Panics
     /// If the endpoint has one already.
-    pub fn insert(&mut self, key: Endpoint, class: usize, value: V, now: Instant) -> FlowId {
+    pub fn insert(
+        &mut self,
+        (key, port): (Endpoint, PortId),
+        class: usize,
+        value: V,
+        now: Instant,
+    ) -> FlowId {
         let id = self.next_id();
         let entry = Entry {
             key,
+            port,
             class,
             used: now,
             links: [Links {
                 previous: NIL,
                 next: NIL,
-            }; 2],
+            }; AXES.len()],
             value,
         };
         let slot = Slot {
@@ -240,11 +293,8 @@ impl<V, const N: usize> Table<V, N> {
         }
         let before = self.index.insert(key, id.slot);
         assert!(before.is_none(), "{key:?} is mapped already");
-        let guest = self.guests.entry(key.guest.ip()).or_insert(Guest {
-            count: 0,
-            lists: [EMPTY; N],
-        });
-        guest.count += 1;
+        self.guests.entry(key.guest.ip()).or_default().count += 1;
+        self.ports.entry(port).or_default().count += 1;
         self.link(id.slot);
         id
     }
@@ -275,6 +325,12 @@ impl<V, const N: usize> Table<V, N> {
             own.count -= 1;
             if own.count == 0 {
                 self.guests.remove(&guest);
+            }
+        }
+        if let Some(own) = self.ports.get_mut(&entry.port) {
+            own.count -= 1;
+            if own.count == 0 {
+                self.ports.remove(&entry.port);
             }
         }
         self.free.push(id.slot);
@@ -342,19 +398,24 @@ impl<V, const N: usize> Table<V, N> {
 
     /// The list of `axis` that `slot` belongs to.
     fn list_mut(&mut self, slot: u32, axis: Axis) -> &mut List {
-        let (class, guest) = (self.at(slot).class, self.at(slot).key.guest.ip());
+        let entry = self.at(slot);
+        let (class, guest, port) = (entry.class, entry.key.guest.ip(), entry.port);
         match axis {
             Axis::All => &mut self.lists[class],
             Axis::Guest => {
                 let guest = self.guests.get_mut(&guest);
                 &mut guest.expect("a mapping's guest is known").lists[class]
             }
+            Axis::Port => {
+                let port = self.ports.get_mut(&port);
+                &mut port.expect("a mapping's port is known").lists[class]
+            }
         }
     }
 
-    /// Appends a slot to both its lists.
+    /// Appends a slot to its lists.
     fn link(&mut self, slot: u32) {
-        for axis in [Axis::All, Axis::Guest] {
+        for axis in AXES {
             let list = self.list_mut(slot, axis);
             let previous = std::mem::replace(&mut list.tail, slot);
             if previous == NIL {
@@ -370,7 +431,7 @@ impl<V, const N: usize> Table<V, N> {
     }
 
     fn unlink(&mut self, slot: u32) {
-        for axis in [Axis::All, Axis::Guest] {
+        for axis in AXES {
             let Links { previous, next } = self.at(slot).links[axis as usize];
             match previous {
                 NIL => self.list_mut(slot, axis).head = next,
@@ -405,6 +466,8 @@ mod tests {
         SocketAddr::from(([192, 168, 122, host], port))
     }
 
+    const PORT: PortId = PortId(1);
+
     fn key(host: u8, port: u16) -> Endpoint {
         Endpoint {
             guest: guest(host, port),
@@ -431,12 +494,12 @@ mod tests {
     fn ids_go_stale() {
         let mut table = table(9, 9);
         assert_eq!(table.next_id().generation, 0);
-        let first = table.insert(key(2, 1), 0, 7, at(0));
+        let first = table.insert((key(2, 1), PORT), 0, 7, at(0));
         assert_eq!(table.find(key(2, 1)), Some(first));
         assert_eq!(table.remove(first), Some(7));
         assert_eq!(table.remove(first), None);
         let expected = table.next_id();
-        let second = table.insert(key(2, 2), 0, 8, at(0));
+        let second = table.insert((key(2, 2), PORT), 0, 8, at(0));
         assert_eq!(second, expected);
         assert_eq!((second.slot, second.generation), (first.slot, 1));
         assert_eq!(table.get_mut(first), None);
@@ -453,7 +516,7 @@ mod tests {
     #[test]
     fn expiry_is_at_most_a_granule_late_and_never_early() {
         let mut table = table(9, 9);
-        let id = table.insert(key(2, 1), 0, 0, at(0));
+        let id = table.insert((key(2, 1), PORT), 0, 0, at(0));
         table.touch(id, 0, Instant::from_millis(900));
         assert_eq!(table.expired(Instant::from_millis(10_999)), None);
         assert_eq!(table.expired(at(11)), Some(id));
@@ -466,30 +529,72 @@ mod tests {
     #[test]
     fn a_guest_at_its_limit_loses_its_own_oldest() {
         let mut table = table(9, 2);
-        let foreign = table.insert(key(3, 1), 0, 0, at(0));
-        let old = table.insert(key(2, 1), 1, 0, at(1));
-        let new = table.insert(key(2, 2), 1, 0, at(2));
-        assert_eq!(table.room(guest(2, 0).ip(), at(3)), Room::None, "in use");
-        assert_eq!(table.room(guest(3, 0).ip(), at(3)), Room::Free);
-        assert_eq!(table.room(guest(2, 0).ip(), at(7)), Room::Evict(old));
+        let foreign = table.insert((key(3, 1), PORT), 0, 0, at(0));
+        let old = table.insert((key(2, 1), PORT), 1, 0, at(1));
+        let new = table.insert((key(2, 2), PORT), 1, 0, at(2));
+        assert_eq!(
+            table.room(guest(2, 0).ip(), PORT, at(3)),
+            Room::None,
+            "in use"
+        );
+        assert_eq!(table.room(guest(3, 0).ip(), PORT, at(3)), Room::Free);
+        assert_eq!(table.room(guest(2, 0).ip(), PORT, at(7)), Room::Evict(old));
         table.touch(old, 1, at(7));
-        assert_eq!(table.room(guest(2, 0).ip(), at(8)), Room::Evict(new));
+        assert_eq!(table.room(guest(2, 0).ip(), PORT, at(8)), Room::Evict(new));
         table.touch(old, 0, at(9));
-        assert_eq!(table.room(guest(2, 0).ip(), at(9)), Room::Evict(old));
-        // The host has no socket left: who has most loses one, unless all of them are in use.
-        assert_eq!(table.spare(at(9)), Room::Evict(old));
-        table.touch(old, 1, at(11));
-        table.touch(new, 1, at(11));
-        assert_eq!(table.spare(at(12)), Room::Evict(foreign));
+        assert_eq!(table.room(guest(2, 0).ip(), PORT, at(9)), Room::Evict(old));
+        // The host has no socket left.
+        assert_eq!(table.idle(PORT, at(9)), Room::Evict(foreign));
+        for id in [foreign, old, new] {
+            table.touch(id, 1, at(11));
+        }
+        assert_eq!(table.idle(PORT, at(12)), Room::None);
+        assert_eq!(table.oldest(PORT, at(12)), Room::Evict(foreign));
+    }
+
+    /// However fresh it keeps them: what is in use is no reason to lock others out.
+    #[test]
+    fn at_the_total_limit_the_port_that_has_most_gives_way() {
+        let mut table = table(4, 9);
+        let [hog, other, third] = [PortId(1), PortId(2), PortId(3)];
+        let oldest = table.insert((key(2, 1), hog), 1, 0, at(0));
+        let second = table.insert((key(2, 2), hog), 1, 0, at(0));
+        table.insert((key(2, 3), hog), 1, 0, at(0));
+        let foreign = table.insert((key(3, 1), other), 1, 0, at(0));
+        assert_eq!(table.room(guest(2, 0).ip(), hog, at(1)), Room::None);
+        for newcomer in [other, third] {
+            assert_eq!(
+                table.room(guest(4, 0).ip(), newcomer, at(1)),
+                Room::Evict(oldest)
+            );
+        }
+        table.touch(oldest, 1, at(3));
+        assert_eq!(
+            table.room(guest(4, 0).ip(), other, at(3)),
+            Room::Evict(second)
+        );
+        // Who has most loses its own, though others' are idle as well.
+        assert_eq!(
+            table.room(guest(2, 0).ip(), hog, at(9)),
+            Room::Evict(second)
+        );
+        table.remove(second);
+        table.insert((key(3, 2), other), 1, 0, at(9));
+        // Two and two: a third port takes one, neither of the two does from the other.
+        assert_eq!(
+            table.room(guest(3, 0).ip(), other, at(9)),
+            Room::Evict(foreign)
+        );
+        assert_ne!(table.room(guest(4, 0).ip(), third, at(9)), Room::None);
     }
 
     #[test]
     fn the_total_limit_takes_the_oldest_of_all() {
         let mut table = table(2, 2);
-        let old = table.insert(key(2, 1), 1, 0, at(0));
-        table.insert(key(3, 1), 1, 0, at(1));
-        assert_eq!(table.room(guest(4, 0).ip(), at(4)), Room::None);
-        assert_eq!(table.room(guest(4, 0).ip(), at(5)), Room::Evict(old));
+        let old = table.insert((key(2, 1), PORT), 1, 0, at(0));
+        table.insert((key(3, 1), PORT), 1, 0, at(1));
+        assert_eq!(table.room(guest(4, 0).ip(), PORT, at(4)), Room::None);
+        assert_eq!(table.room(guest(4, 0).ip(), PORT, at(5)), Room::Evict(old));
     }
 
     /// The table against a map that is searched from end to end.
@@ -524,7 +629,7 @@ mod tests {
                             table.touch(id, class, now);
                             model.insert(at, (class, now));
                         } else {
-                            let room = table.room(at.ip(), now);
+                            let room = table.room(at.ip(), PORT, now);
                             if let Room::Evict(id) = room {
                                 let victim = table.guest(id).unwrap();
                                 let (class, used) = model.remove(&victim).unwrap();
@@ -532,7 +637,7 @@ mod tests {
                                 table.remove(id).unwrap();
                             }
                             if room != Room::None {
-                                table.insert(key(host, port), class, u32::from(port), now);
+                                table.insert((key(host, port), PORT), class, u32::from(port), now);
                                 model.insert(at, (class, now));
                             }
                         }

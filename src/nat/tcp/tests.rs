@@ -9,6 +9,7 @@ use smoltcp::socket::tcp;
 use smoltcp::wire::{HardwareAddress, IpCidr};
 
 use super::*;
+use crate::frame::Duration;
 use crate::nat::SockId;
 use crate::nat::testing::{self, Connect, FakeUplink, FrameLog, GUEST, GUEST_MAC, GUEST6};
 use crate::offload::{Csum, Gso};
@@ -569,12 +570,13 @@ fn one_port_can_not_take_all_flows() {
     lab.guest_sends(&reset[14..]).unwrap();
     assert_eq!(lab.guest_sends(&syn(13)[14..]), Ok(()));
     lab.nat.forget_port(PortId(1), &mut lab.up);
-    assert_eq!((lab.nat.len(), lab.nat.connecting), (0, 0));
+    assert_eq!((lab.nat.len(), lab.nat.connecting.held().total()), (0, 0));
+    assert_eq!(lab.nat.held().total(), 0);
     assert!(
         lab.nat
             .ports
             .iter()
-            .all(|load| (load.flows, load.connecting, load.busy) == (0, 0, 0))
+            .all(|load| (load.flows, load.busy) == (0, 0))
     );
 }
 
@@ -815,8 +817,9 @@ impl Lab {
         let (host, _) = self.up.accept(listener, owner).unwrap().unwrap();
         self.up.close(listener);
         let guest = (SocketAddr::new(self.address, port), GUEST_MAC, PortId(1));
+        let host_end = (host, ForwardId(1));
         self.nat
-            .open_to_guest(host, guest, shown, self.now, &mut self.up)?;
+            .open_to_guest(host_end, guest, shown, self.now, &mut self.up)?;
         Ok(host)
     }
 }
@@ -984,7 +987,10 @@ fn out_of_files_the_longest_idle_flow_gives_way() {
     let from = SocketAddr::new(GUEST.into(), 1002);
     let syn = testing::guest_tcp(from, SERVER, (7, 0), (Tcp::SYN, 1000), &[], b"");
     assert_eq!(lab.guest_sends(&syn[14..]), Err(DropReason::OutOfFiles));
-    let give_up = |lab: &mut Lab| lab.nat.give_up_idle(lab.now, &mut lab.up, &mut lab.log);
+    let give_up = |lab: &mut Lab| {
+        let io = (&mut lab.up, &mut lab.log);
+        lab.nat.give_up_idle(PortId(1).into(), lab.now, io)
+    };
     assert!(!give_up(&mut lab), "both are in use");
     lab.sleep(EVICTABLE_IDLE - Duration::from_secs(30));
     assert!(give_up(&mut lab));

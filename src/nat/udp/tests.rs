@@ -639,8 +639,14 @@ fn a_host_without_files_left_costs_an_idle_mapping() {
     bench.send(1001, PEER, b"x").unwrap();
     bench.send(1002, DNS, b"x").unwrap();
     assert_eq!(bench.send(1003, PEER, b"x"), Err(DropReason::OutOfFiles));
+    let give_up = |bench: &mut Bench| {
+        let port = PortId(1);
+        bench.nat.give_up(port, false, bench.now, &mut bench.up)
+    };
+    assert!(!give_up(&mut bench), "both are in use");
     bench.up.deliver(bench.socket(1), DNS, b"done", None);
     bench.run();
+    assert!(give_up(&mut bench));
     bench.send(1003, PEER, b"x").unwrap();
     assert_eq!(bench.up.open_count(), 2);
     bench.up.open_error = Some(HostError::Prohibited);

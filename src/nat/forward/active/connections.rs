@@ -25,7 +25,8 @@ impl ActiveForwards {
         (up, out): (&mut U, &mut O),
     ) {
         for _ in 0..ACCEPTS_PER_EVENT {
-            if self.is_full(listener.forward) {
+            let of = self.with_max(listener.forward);
+            if self.is_full(listener.forward) || !tcp.has_room_for_client(of, now) {
                 self.rest(id, listener.socket, now, up);
                 return;
             }
@@ -43,6 +44,8 @@ impl ActiveForwards {
             match accepted {
                 Ok(own) => self.move_on(own, tcp, now, (up, out)),
                 Err(None) => return,
+                Err(Some(HostError::Exhausted))
+                    if tcp.give_up_file_for_client(listener.forward, now, (up, out)) => {}
                 Err(Some(error)) => {
                     if !std::mem::replace(&mut self.warned, true) {
                         log::warn!(
@@ -57,11 +60,32 @@ impl ActiveForwards {
         }
     }
 
+    /// A forward, with what it may have of connections.
+    fn with_max(&self, forward: ForwardId) -> (ForwardId, usize) {
+        let max = self.forwards.get(&forward).map(|active| active.max);
+        (forward, max.unwrap_or(usize::MAX))
+    }
+
+    fn waiting(&self, forward: ForwardId) -> usize {
+        let active = self.forwards.get(&forward);
+        active.map_or(0, |active| active.counters.waiting)
+    }
+
     /// Whether no more connections may wait for the guest of a forward.
     pub(super) fn is_full(&self, forward: ForwardId) -> bool {
-        let waiting = self.forwards.get(&forward);
-        let waiting = waiting.map_or(0, |active| active.counters.waiting);
-        self.parked_count >= PARKED_MAX || waiting >= FORWARD_PARKED_MAX
+        let waiting = self.waiting(forward);
+        waiting >= FORWARD_PARKED_MAX
+            || (self.parked_count >= PARKED_MAX && self.fullest().1 <= waiting + 1)
+    }
+
+    /// The forward whose guest most connections wait for, and how many.
+    fn fullest(&self) -> (ForwardId, usize) {
+        let waiting = self
+            .forwards
+            .iter()
+            .map(|(&id, active)| (active.counters.waiting, id));
+        let (waiting, id) = waiting.max().unwrap_or((0, ForwardId(0)));
+        (id, waiting)
     }
 
     /// Stops to hear of a listening socket for a while.
@@ -85,7 +109,7 @@ impl ActiveForwards {
         let place = self.locate(parked.forward, family, now, out);
         let Some((address, Reach::Known(station))) = place else {
             if !parked.queued {
-                self.park(id, now + PARKED_TIME, now);
+                self.park(id, now + PARKED_TIME, now, up);
             }
             return;
         };
@@ -105,9 +129,17 @@ impl ActiveForwards {
                     .find(|&at| !tcp.has_flow(guest, at))
             }
         });
+        let of = self.with_max(parked.forward);
+        if at.is_some() && !tcp.make_room_for_client(of, now, (&mut *up, &mut *out)) {
+            if !parked.queued {
+                self.park(id, now + PARKED_TIME, now, up);
+            }
+            return;
+        }
         let opened = at.is_some_and(|at| {
             let Station { mac, port } = station;
-            tcp.open_to_guest(parked.socket, (guest, mac, port), at, now, up)
+            let host = (parked.socket, parked.forward);
+            tcp.open_to_guest(host, (guest, mac, port), at, now, up)
                 .is_ok()
         });
         if !opened {
@@ -132,8 +164,21 @@ impl ActiveForwards {
         Some(parked)
     }
 
-    /// Lets a connection wait for its guest.
-    pub(super) fn park(&mut self, id: FlowId, until: Instant, now: Instant) {
+    /// Lets a connection wait for its guest. Where as many wait as may, the forward with most of them gives up
+    /// the one that waits longest.
+    pub(super) fn park<U: Uplink + ?Sized>(
+        &mut self,
+        id: FlowId,
+        until: Instant,
+        now: Instant,
+        up: &mut U,
+    ) {
+        if self.parked_count >= PARKED_MAX {
+            let (fullest, _) = self.fullest();
+            if let Some(&oldest) = self.parked_of(fullest).first() {
+                self.give_up(oldest, up);
+            }
+        }
         let Some(Own::Parked(parked)) = self.own.get_mut(id) else {
             return;
         };

@@ -92,6 +92,7 @@ impl ActiveForwards {
         };
         let entrance = Entrance {
             forward: listener.forward,
+            max: active.max,
             socket,
         };
         let before = self.sessions.counters.opened;

@@ -183,7 +183,7 @@ impl ActiveForwards {
                 }))
             });
             if let Ok(own) = opened {
-                self.park(own, parked.until, now);
+                self.park(own, parked.until, now, &mut *up);
                 self.move_on(own, tcp, now, (&mut *up, &mut *out));
             }
         }

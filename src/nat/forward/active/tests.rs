@@ -578,6 +578,102 @@ fn forged_clients_push_out_each_other_and_not_who_talks() {
     assert_eq!(lab.up.sent.pop_front().unwrap().to, at(CLIENT));
 }
 
+/// A published port that is flooded costs other forwards nothing, and no forward passes its own limit.
+#[test]
+fn a_flood_of_one_forward_costs_the_sessions_of_no_other() {
+    let mut lab = Lab::new();
+    lab.answer_arp(GUEST_MAC, GUEST);
+    let (_, quiet) = lab.add_udp("5000:192.168.122.2:5000/udp", "127.0.0.1:5000");
+    let (_, flooded) = lab.add_udp("6000:192.168.122.2:6000/udp", "127.0.0.1:6000");
+    lab.up.deliver(quiet, at(CLIENT), b"hello", None);
+    lab.settle();
+    let (from, to, ..) = lab.next().unwrap();
+    lab.log.keep = false;
+    let client = |n| SocketAddr::new(Ipv4Addr::from_bits(0x0b00_0000 + n).into(), 1_000);
+    for n in 0..super::super::sessions::SESSIONS_MAX as u32 + 500 {
+        lab.up.deliver(flooded, client(n), b"flood", None);
+        if n % 512 == 0 {
+            lab.settle();
+        }
+    }
+    lab.settle();
+    lab.up.sent.clear();
+    // It has not been answered before: the class that gives way first.
+    let frame = guest_udp(to, from, 64, b"answer");
+    lab.guest_sends(&frame, Offload::default()).unwrap();
+    assert_eq!(lab.up.sent.pop_front().unwrap().to, at(CLIENT));
+    let before = lab.nat.flows().1;
+    let (_, small) = lab.add_udp("7000:192.168.122.2:7000/udp,max=3", "127.0.0.1:7000");
+    for n in 0..10 {
+        lab.up.deliver(small, client(n), b"hello", None);
+    }
+    lab.settle();
+    assert_eq!(
+        lab.nat.flows().1,
+        before,
+        "three of them, in place of others"
+    );
+}
+
+/// Clients beyond `max=N` wait in the kernel's queue, and the flows that idle longest go for them.
+#[test]
+fn a_forward_has_as_many_connections_as_it_may() {
+    let mut lab = Lab::new();
+    lab.answer_arp(GUEST_MAC, GUEST);
+    let (id, listener) = lab.add_tcp("8080:192.168.122.2:80,max=2", "0.0.0.0:8080");
+    let client = |n: u16| SocketAddr::new(at(CLIENT).ip(), 20_000 + n);
+    (0..3).for_each(|n| lab.up.knock(listener, Some(client(n))));
+    lab.settle();
+    let counters = lab.counters(id);
+    assert_eq!((counters.opened, counters.refused), (2, 0));
+    assert!(lab.up.poll_event().is_none(), "it does not spin");
+    // A place that gets free is taken.
+    let first = FlowId {
+        slot: 0,
+        generation: 0,
+    };
+    let gone = lab.up.socket_of(SockOwner::Tcp(first)).unwrap();
+    lab.up.peer_break(gone, HostError::Reset);
+    lab.settle();
+    lab.wait(Duration::from_secs(3));
+    assert_eq!((lab.counters(id).opened, lab.nat.flows().0), (3, 2));
+    assert_eq!(lab.counters(id).refused, 0);
+}
+
+/// Clients from outside leave guests a quarter of the flows, whatever the number of forwards.
+#[test]
+fn clients_from_outside_leave_guests_their_reserve() {
+    let mut lab = Lab::new();
+    lab.answer_arp(GUEST_MAC, GUEST);
+    let most = 4_096 * 3 / 4;
+    for number in 0..8u16 {
+        let port = 8_000 + number;
+        let text = format!("{port}:192.168.122.2:{port}");
+        let (_, listener) = lab.add_tcp(&text, &format!("0.0.0.0:{port}"));
+        for n in 0..500 {
+            lab.up
+                .knock(listener, Some(SocketAddr::new(at(CLIENT).ip(), 20_000 + n)));
+        }
+        lab.log.keep = false;
+        // Accepted some at a time.
+        (0..20).for_each(|_| lab.settle());
+    }
+    assert_eq!(lab.nat.flows().0, most);
+    for n in 0..1_000 {
+        let from = SocketAddr::new(GUEST.into(), 1_000 + n);
+        let syn = guest_tcp(
+            from,
+            at("203.0.113.9:80"),
+            (1, 0),
+            (Tcp::SYN, 1_000),
+            &[],
+            b"",
+        );
+        assert_eq!(lab.guest_sends(&syn, Offload::default()), Ok(()));
+    }
+    assert_eq!(lab.nat.flows().0, most + 1_000);
+}
+
 #[test]
 fn datagrams_that_wait_are_bounded() {
     let mut lab = Lab::new();

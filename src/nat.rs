@@ -115,6 +115,8 @@ pub enum HostError {
     TooBig,
     /// EMFILE, ENFILE, ENOMEM, ENOBUFS.
     Exhausted,
+    /// No port of the host is free, toward that destination or at all.
+    NoPort,
     /// Anything else; the errno.
     Other(i32),
 }
@@ -265,7 +267,8 @@ pub trait Uplink {
         owner: SockOwner,
     ) -> Result<SockId, HostError>;
 
-    /// Opens a UDP socket, on `port` if that is free, else on any. Gives the port it is bound to.
+    /// Opens a UDP socket, on `port` if that is free and none of the host's services', else on any. Gives the
+    /// port it is bound to.
     ///
     /// # Errors
     /// No socket.
@@ -546,7 +549,9 @@ impl Nat {
         let kind = match handled {
             Err(DropReason::ForbiddenDestination) => icmp::ErrorKind::Prohibited,
             // RFC 5508 REQ-8. TCP has answered by itself, or lets the guest try again.
-            Err(DropReason::Limit | DropReason::OutOfFiles) if datagram => {
+            Err(DropReason::Limit | DropReason::OutOfFiles | DropReason::OutOfPorts)
+                if datagram =>
+            {
                 icmp::ErrorKind::Prohibited
             }
             // RFC 8200 4.7: what has no next header is nothing to complain about.

@@ -74,6 +74,8 @@ drop_reasons! {
     Limit = "limit",
     /// No open file is left for another host socket (RLIMIT_NOFILE), and nothing idle to give up.
     OutOfFiles = "out_of_files",
+    /// No port of the host is free, toward that destination or at all (net.ipv4.ip_local_port_range).
+    OutOfPorts = "out_of_ports",
     /// The host refused the operation (socket error, no ping sockets).
     HostRefused = "host_refused",
     /// The host's socket buffer is full.

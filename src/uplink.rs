@@ -25,6 +25,7 @@
 
 pub mod addresses;
 pub mod listen;
+pub mod local_ports;
 pub mod outbound;
 pub mod overlap;
 pub mod port_owner;
@@ -54,6 +55,7 @@ use crate::nat::{
 use crate::sys::{error_queue, mmsg, open_files, peer, socket};
 use crate::wire::Family;
 use addresses::{AddressWatch, Change};
+use local_ports::LocalPorts;
 use outbound::Outbound;
 use route::HostAddresses;
 
@@ -68,9 +70,6 @@ const KIND_PING: u8 = TOKEN_KIND_FIRST + 2;
 const KIND_FORWARD: u8 = TOKEN_KIND_FIRST + 3;
 /// Bits of a slot in a token ([`FlowId::slot`] is below 2^24).
 const SLOT_BITS: u32 = 24;
-
-/// Ports below this are the host's services' (and root's): a guest's mapping never takes one.
-const PRESERVED_PORT_MIN: u16 = 1024;
 
 /// The epoll data of a socket: kind (8 bits), slot (24), generation (32).
 pub fn token(owner: SockOwner) -> u64 {
@@ -191,6 +190,7 @@ pub struct HostUplink {
     epoll: Arc<OwnedFd>,
     outbound: Outbound,
     addresses: AddressWatch,
+    local_ports: LocalPorts,
     /// File numbers from here on are not the guests' to use.
     file_max: i32,
     sockets: Vec<Option<Socket>>,
@@ -223,6 +223,7 @@ impl HostUplink {
             epoll,
             outbound,
             addresses,
+            local_ports: LocalPorts::read(),
             file_max: open_files::flows_max(0),
             sockets: Vec::new(),
             free: Vec::new(),
@@ -251,6 +252,69 @@ impl HostUplink {
         // The port is chosen at connect, where it only has to be free toward that destination.
         let _ = socket::set_bind_address_no_port(fd.as_fd());
         bind(fd, &local).map_err(host_error)
+    }
+
+    /// Begins a connection, from a port of the kernel's choice or from `local_port`.
+    fn connect(
+        &self,
+        to: SocketAddr,
+        hops: Option<u8>,
+        local_port: Option<u16>,
+    ) -> Result<(OwnedFd, rustix::io::Result<()>), HostError> {
+        let family = Family::of(to.ip());
+        let fd = open(family, SocketType::STREAM, None)?;
+        if fd.as_raw_fd() >= self.file_max {
+            return Err(host_error(Errno::MFILE));
+        }
+        tune(&fd).map_err(host_error)?;
+        let loopback = to.ip().is_loopback();
+        if let Some(port) = local_port {
+            let any = Outbound::default();
+            let outbound = if loopback { &any } else { &self.outbound };
+            outbound.tie(&fd).map_err(|error| io_host_error(&error))?;
+            // Else a service of the host could not listen on the port before the connection is over.
+            sockopt::set_socket_reuseaddr(&fd, true).map_err(host_error)?;
+            if let Err(errno) = bind(&fd, &outbound.local(family, port)) {
+                return Ok((fd, Err(errno)));
+            }
+        } else if !loopback {
+            self.leave_from(&fd, family)?;
+        }
+        if hops.is_some() {
+            set_hops(&fd, family, hops).map_err(|error| io_host_error(&error))?;
+        }
+        let connected = match connect(&fd, &to) {
+            Err(Errno::INPROGRESS) => Ok(()),
+            connected => connected,
+        };
+        Ok((fd, connected))
+    }
+
+    /// The kernel has no port left of its range toward `to`, or no source address: the latter is what UDP
+    /// finds, too. Ports outside the range may be free.
+    fn connect_outside_range(
+        &mut self,
+        to: SocketAddr,
+        hops: Option<u8>,
+    ) -> Result<OwnedFd, HostError> {
+        let family = Family::of(to.ip());
+        let probe = open(family, SocketType::DGRAM, None)?;
+        if !to.ip().is_loopback() {
+            self.leave_from(&probe, family)?;
+        }
+        connect(&probe, &to).map_err(host_error)?;
+        drop(probe);
+        warn_of_ports(to);
+        let seed = self.random();
+        for port in self.local_ports.outside(seed) {
+            match self.connect(to, hops, Some(port))? {
+                (fd, Ok(())) => return Ok(fd),
+                // Taken: by a listener, or by a connection to the same destination.
+                (_, Err(Errno::ADDRINUSE | Errno::ADDRNOTAVAIL | Errno::ACCESS | Errno::PERM)) => {}
+                (_, Err(errno)) => return Err(host_error(errno)),
+            }
+        }
+        Err(HostError::NoPort)
     }
 
     fn tie(&self, fd: &OwnedFd) -> Result<(), HostError> {
@@ -427,6 +491,17 @@ fn warn_of_files() {
     });
 }
 
+/// Says once that the kernel's ports toward a destination are used up, and what to do.
+fn warn_of_ports(to: SocketAddr) {
+    static SAID: std::sync::Once = std::sync::Once::new();
+    SAID.call_once(|| {
+        log::warn!(
+            "the host's ports for connections to {to} are used up (net.ipv4.ip_local_port_range): others \
+             are tried, and where none is free guests have to wait; a larger range helps"
+        );
+    });
+}
+
 /// The outcome of a call that gave an error.
 fn failed(errno: Errno) -> Io {
     match errno {
@@ -475,23 +550,12 @@ impl Uplink for HostUplink {
         hops: Option<u8>,
         owner: SockOwner,
     ) -> Result<SockId, HostError> {
-        let family = Family::of(to.ip());
-        let fd = open(family, SocketType::STREAM, None)?;
-        if fd.as_raw_fd() >= self.file_max {
-            return Err(host_error(Errno::MFILE));
-        }
-        tune(&fd).map_err(host_error)?;
-        if !to.ip().is_loopback() {
-            self.leave_from(&fd, family)?;
-        }
-        if hops.is_some() {
-            set_hops(&fd, family, hops).map_err(|error| io_host_error(&error))?;
-        }
-        match connect(&fd, &to) {
-            Ok(()) | Err(Errno::INPROGRESS) => {}
-            Err(errno) => return Err(host_error(errno)),
-        }
-        self.keep_stream((fd, true), family, owner)
+        let fd = match self.connect(to, hops, None)? {
+            (fd, Ok(())) => fd,
+            (_, Err(Errno::ADDRNOTAVAIL)) => self.connect_outside_range(to, hops)?,
+            (_, Err(errno)) => return Err(host_error(errno)),
+        };
+        self.keep_stream((fd, true), Family::of(to.ip()), owner)
     }
 
     fn tcp_free_hops(&mut self, socket: SockId) {
@@ -667,7 +731,7 @@ impl Uplink for HostUplink {
             socket::set_v6_only(fd.as_fd()).map_err(|error| io_host_error(&error))?;
         }
         self.tie(&fd)?;
-        let preserved = port >= PRESERVED_PORT_MIN
+        let preserved = self.local_ports.may_keep(port)
             && match bind(&fd, &self.outbound.local(family, port)) {
                 Ok(()) => true,
                 Err(Errno::ADDRINUSE | Errno::ACCESS | Errno::PERM) => false,
@@ -677,7 +741,10 @@ impl Uplink for HostUplink {
             port
         } else {
             // A random free one (net.ipv4.ip_local_port_range).
-            bind(&fd, &self.outbound.local(family, 0)).map_err(host_error)?;
+            bind(&fd, &self.outbound.local(family, 0)).map_err(|errno| match errno {
+                Errno::ADDRINUSE => HostError::NoPort,
+                errno => host_error(errno),
+            })?;
             let local = getsockname(&fd).map_err(host_error)?;
             SocketAddr::try_from(local).map_or(0, |local| local.port())
         };

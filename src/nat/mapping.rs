@@ -150,8 +150,8 @@ impl<S, const N: usize> MappingTable<S, N> {
     /// Makes the mapping of `key`, which has none. `open` gives it a socket with the port it is bound to.
     ///
     /// # Errors
-    /// [`DropReason::Limit`] at our own limit, [`DropReason::OutOfFiles`] at the host's, and
-    /// [`DropReason::HostRefused`] for all else that `open` gave.
+    /// [`DropReason::Limit`] at our own limit, [`DropReason::OutOfFiles`] and
+    /// [`DropReason::OutOfPorts`] at the host's, and [`DropReason::HostRefused`] for all else that `open` gave.
     pub fn open<U: Uplink + ?Sized>(
         &mut self,
         key: Endpoint,
@@ -166,6 +166,7 @@ impl<S, const N: usize> MappingTable<S, N> {
         let opened = open(up, self.table.next_id());
         let (socket, external) = opened.map_err(|error| match error {
             HostError::Exhausted => DropReason::OutOfFiles,
+            HostError::NoPort => DropReason::OutOfPorts,
             _ => DropReason::HostRefused,
         })?;
         self.counters.opened += 1;

@@ -235,7 +235,7 @@ impl TcpNat {
     ///
     /// # Errors
     /// The reason to count the segment as dropped for. All have been answered as they should be, except
-    /// [`DropReason::OutOfFiles`] and what [`Egress::admit`] gives.
+    /// [`DropReason::OutOfFiles`], [`DropReason::OutOfPorts`] and what [`Egress::admit`] gives.
     pub fn handle_packet<U: Uplink + ?Sized, O: Outbox + ?Sized>(
         &mut self,
         packet: &Packet<'_>,
@@ -389,6 +389,8 @@ impl TcpNat {
                 Err(DropReason::Limit)
             }
             Err(Some(HostError::Exhausted)) => Err(DropReason::OutOfFiles),
+            // The guest's next SYN may find one.
+            Err(Some(HostError::NoPort)) => Err(DropReason::OutOfPorts),
             Err(Some(error)) => {
                 self.counters.failed += 1;
                 answer_failure(&self.lan, &syn, &peer, error, now, out);
@@ -829,6 +831,7 @@ fn answer_failure<O: Outbox + ?Sized>(
         | HostError::Reset
         | HostError::TooBig
         | HostError::Exhausted
+        | HostError::NoPort
         | HostError::Other(_) => {
             reset(syn.packet(), peer, now, out);
             return;

@@ -217,8 +217,10 @@ fn server() -> (UdpSocket, SocketAddr) {
 fn udp_both_ways_keeps_port_payload_and_ttl() {
     let mut up = uplink();
     let (server, address) = server();
-    // Below ip_local_port_range, so that nothing on a busy machine holds it.
-    let port = (20_000..32_000)
+    // Above ip_local_port_range, where there is an above, so that nothing on a busy machine holds it.
+    let port = (49_152..=65_535)
+        .rev()
+        .filter(|&port| up.local_ports.may_keep(port))
         .find(|&port| UdpSocket::bind(("0.0.0.0", port)).is_ok())
         .unwrap();
     let (socket, _) = up.udp_open(Family::V4, port, UDP).unwrap();
@@ -255,10 +257,12 @@ fn udp_both_ways_keeps_port_payload_and_ttl() {
     let (_, from) = server.recv_from(&mut buffer).unwrap();
     assert_ne!(from.port(), port);
     // Services' ports are left alone.
-    let (third, _) = up.udp_open(Family::V4, 123, UDP).unwrap();
-    up.send_to(third, address, b"x", SendOptions::default());
-    let (_, from) = server.recv_from(&mut buffer).unwrap();
-    assert_ne!(from.port(), 123);
+    for service in [123, 1_900, 5_353] {
+        let (other, _) = up.udp_open(Family::V4, service, UDP).unwrap();
+        up.send_to(other, address, b"x", SendOptions::default());
+        let (_, from) = server.recv_from(&mut buffer).unwrap();
+        assert_ne!(from.port(), service);
+    }
 }
 
 #[test]

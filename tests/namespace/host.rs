@@ -155,3 +155,59 @@ say missing="$(lanlet exec --outbound-interface none0 -- true 2>&1 | grep -c -- 
         ],
     );
 }
+
+/// The kernel chooses among five ports: forty connections to one destination get through nonetheless. A
+/// guest's UDP port below that range is not taken from the host's services, one above is kept.
+#[test]
+fn ports_of_the_host_are_enough_and_its_services_ports_are_spared() {
+    let Some(outcome) = scenario(
+        &World::new(),
+        r#"
+        echo "60000 60004" >/proc/sys/net/ipv4/ip_local_port_range
+        echo 61000-65000 >/proc/sys/net/ipv4/ip_local_reserved_ports
+        network
+        outside python3 peer.py serve_echo 7000 >server.log 2>&1 &
+        listening tcp 7000 outside
+        cat >ports.py <<'END'
+import socket, sys
+server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+server.bind(("203.0.113.1", 9000))
+print("ready", flush=True)
+for _ in range(4):
+    data, peer = server.recvfrom(100)
+    server.sendto(str(peer[1]).encode(), peer)
+END
+        cat >ask.py <<'END'
+import socket
+for port in [5060, 60003, 61234, 65100]:
+    client = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    client.bind(("", port))
+    client.settimeout(5)
+    client.sendto(b"x", ("203.0.113.1", 9000))
+    print(f"@@LANLET port_{port}={client.recv(100).decode()}")
+END
+        outside python3 ports.py >asked 2>&1 &
+        wait_for asked ready
+        lanlet exec --name default -- python3 ask.py
+        lanlet exec --name default -- python3 peer.py many_flows 203.0.113.1 7000 <<<"open 40"
+        say told=$(grep -c "are used up" up.log) dropped="$(drops)"
+        "#,
+    ) else {
+        return;
+    };
+    let outcome = outcome.passed();
+    assert_said(
+        &outcome,
+        &[
+            ("port_60003", "60003"),
+            ("port_65100", "65100"),
+            ("open", "40"),
+            ("told", "1"),
+        ],
+    );
+    let markers = outcome.markers();
+    for spared in ["port_5060", "port_61234"] {
+        let port = markers.number(spared);
+        assert!((60_000.0..60_005.0).contains(&port), "{}", outcome.text());
+    }
+}

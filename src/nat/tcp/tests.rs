@@ -364,6 +364,20 @@ fn a_refused_connection_is_reset_and_leaves_nothing() {
     }
 }
 
+/// It is neither closed nor unreachable: the guest asks again.
+#[test]
+fn without_a_port_of_the_host_a_syn_is_dropped() {
+    let mut lab = Lab::new();
+    lab.up.connect_default = Connect::FailAtOnce(HostError::NoPort);
+    let from = SocketAddr::new(GUEST.into(), 1000);
+    let syn = testing::guest_tcp(from, SERVER, (7, 0), (Tcp::SYN, 1000), &[], b"");
+    assert_eq!(lab.guest_sends(&syn[14..]), Err(DropReason::OutOfPorts));
+    assert!(lab.log.pop().is_none());
+    assert_eq!((lab.nat.len(), lab.nat.counters().failed), (0, 0));
+    lab.up.connect_default = Connect::Succeed;
+    assert_eq!(lab.guest_sends(&syn[14..]), Ok(()));
+}
+
 #[test]
 fn an_unreachable_destination_is_answered_with_icmp() {
     let mut lab = Lab::new();

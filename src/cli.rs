@@ -4,6 +4,7 @@
 //! Exit status: that of the command run, else 0; 1 when something failed at run time; 2 when the
 //! command line or the configuration is wrong. Output that nobody reads (a closed pipe) is no error.
 
+mod attachment;
 mod bench;
 mod check;
 mod child;

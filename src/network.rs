@@ -71,6 +71,22 @@ pub struct PortOptions {
     pub no_offload: bool,
     /// Queues of the tap, 0 (which is 1) to [`QUEUES_MAX`]: as many workers as there are serve them.
     pub queues: u16,
+    /// A VMM's port comes with a [`KeptWire`].
+    pub keep: bool,
+}
+
+/// What it takes to attach a VMM's port again, to another network, when its own has ended: the VMM notices a
+/// pause. It has the wire stand for as long as the VMM does; nobody else may read from it meanwhile.
+#[derive(Debug)]
+pub struct KeptWire {
+    /// The switch's end, an fd for each queue.
+    pub queues: Vec<OwnedFd>,
+    /// A netlink socket of the taps' namespace.
+    pub netlink: OwnedFd,
+    /// Name of the VMM's tap there.
+    pub vm_ifname: String,
+    /// Name of the switch's tap there.
+    pub sw_ifname: String,
 }
 
 /// A tap for a VMM.
@@ -85,6 +101,8 @@ pub struct VmmPort {
     pub ifname: String,
     /// A MAC for the guest, unique in this network.
     pub mac: Mac,
+    /// Where it was asked for and the wire is one that can be kept (a pair of taps).
+    pub kept: Option<KeptWire>,
 }
 
 /// A tap whose netdev side is a guest's.
@@ -163,6 +181,7 @@ impl Network {
         let (opened, end) = self.shared.open_wire(WireOptions {
             plain: options.no_offload,
             queues: options.queues,
+            netlink: options.keep,
             ..WireOptions::default()
         })?;
         let wire = opened.wire.clone();
@@ -184,7 +203,29 @@ impl Network {
             fds: end.fds,
             ifname: end.ifname,
             mac,
+            kept: end.kept,
         })
+    }
+
+    /// Attaches a VMM's port that was another network's. The port lives until it is detached: who kept the wire
+    /// has to see the VMM's end.
+    ///
+    /// # Errors
+    /// The fds are no taps of the right kind.
+    pub fn attach_wire(
+        &self,
+        wire: KeptWire,
+        options: PortOptions,
+    ) -> Result<PortId, NetworkError> {
+        let opened = wires::open_kept(wire)?;
+        let guest = PortGuest {
+            name: options.name,
+            group: options.group,
+            mac: options.mac,
+            ip: options.ip,
+            leased: false,
+        };
+        self.shared.add_port(opened, guest).map(|(id, _)| id)
     }
 
     /// Attaches a tap whose netdev side is a guest's (a namespace guest) and gives it a lease if the
@@ -245,6 +286,16 @@ impl Network {
             v6: options.mac.and_then(|mac| self.shared.guest6(mac)),
         });
         Ok((id, lease))
+    }
+
+    /// How many guests are attached: ports but the gateway's.
+    pub fn guests(&self) -> usize {
+        let ports = lock(&self.shared.ports);
+        ports
+            .by_id
+            .keys()
+            .filter(|&&id| id != PortId::GATEWAY)
+            .count()
     }
 
     /// Whether a port is there.

@@ -13,6 +13,10 @@
 //! user may do all this inside a user namespace. Where the kernel lacks act_mirred, a packet socket
 //! on the `vm` tap replaces the second tap ([`WireKind::Packet`]).
 //!
+//! The taps are no children of the helper: a wire stands as long as both its ends are open somewhere, and an
+//! open tap keeps its namespace. Whoever keeps copies of the switch's fds can so hand the wire to another
+//! network when its own has ended ([`WireOptions::netlink`]).
+//!
 //! A namespace guest needs no wire: the switch holds the tap whose netdev is the guest's `eth0`
 //! ([`guest`]).
 //!
@@ -44,9 +48,9 @@ use crate::sys::tun::{self, TUN_PATH};
 /// Entries of a tap's queue. A guest without TSO turns a 64 KB super-frame into 45 of them, and the
 /// default of 1,000 holds one flow's window: 16,384 holds the windows of sixteen, in 128 KiB.
 pub const TX_QUEUE_LEN: u32 = 16_384;
-/// Queues of a tap at most: both ends' fds of a wire travel in one message.
+/// Queues of a tap at most: both ends' fds of a wire travel in one message, with a netlink socket.
 pub const QUEUES_MAX: u16 = 16;
-const _: () = assert!(2 * QUEUES_MAX as usize <= crate::sys::fd_pass::FDS_MAX);
+const _: () = assert!(2 * (QUEUES_MAX as usize) < crate::sys::fd_pass::FDS_MAX);
 
 /// How a VMM's tap is joined to the switch.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -213,6 +217,36 @@ fn namespace_remedy() -> String {
 pub struct LinkDrops {
     socket: Mutex<RouteSocket>,
     ifname: String,
+}
+
+/// Drops of a wire whose helper is gone, read as those of [`LinkDrops`].
+pub struct KeptWireDrops {
+    socket: Mutex<RouteSocket>,
+    vm_ifname: String,
+    sw_ifname: String,
+}
+
+impl KeptWireDrops {
+    /// For the two taps of these names in the namespace where `socket`, a NETLINK_ROUTE socket, was opened.
+    ///
+    /// # Errors
+    /// When `socket` is something else.
+    pub fn new(socket: OwnedFd, vm_ifname: String, sw_ifname: String) -> io::Result<Self> {
+        let socket = Mutex::new(RouteSocket::from_fd(socket)?);
+        Ok(Self {
+            socket,
+            vm_ifname,
+            sw_ifname,
+        })
+    }
+}
+
+impl DropSource for KeptWireDrops {
+    fn kernel_drops(&self) -> io::Result<KernelDrops> {
+        let mut socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
+        let drops = wire::pair_drops(&mut socket, &self.vm_ifname, Some(&self.sw_ifname));
+        drops.map_err(io::Error::other)
+    }
 }
 
 impl LinkDrops {

@@ -269,3 +269,69 @@ fn ipxe_gets_a_lease() {
         "no {address} in {text}"
     );
 }
+
+/// A VM goes on through restarts of its network, by tap (two queues) and by vhost-user: the same address, a
+/// pause of about a second.
+#[test]
+fn a_vm_outlives_restarts_of_its_network() {
+    if let Some(reason) = guests_missing() {
+        return skip(&reason);
+    }
+    let _alone = heavy();
+    let world = World::new().limit(Duration::from_secs(300));
+    world.temp().file(
+        "guest.sh",
+        r#"
+        say ready=1
+        while read -r word && [ "$word" != bye ]; do
+            begin=$(uptime_secs)
+            until ping -c 1 -W 1 "$ROUTER" >/dev/null; do :; done
+            say "$word"="$(echo "$(uptime_secs) $begin" | awk '{print $1 - $2}')"
+        done
+        "#,
+    );
+    let outcome = world.run(
+        r#"
+        network
+        guest tap "$TMP/guest.sh" --name default --queues 2; TAP=$GUEST
+        guest shared "$TMP/guest.sh" --name default --vhost-user; SHARED=$GUEST
+        marker tap ready 60; marker shared ready 60
+        tell tap first; tell shared first
+        marker tap first; marker shared first
+        ports() { lanlet status --json | grep -o '"kind": *"[a-z_-]*"' | sort | tr -d ' \n'; }
+        before="$(ports)"
+        for signal in TERM KILL; do
+            kill -$signal $NETWORK; wait $NETWORK
+            network
+            start=$(date +%s%N)
+            until [ "$(ports)" = "$before" ] || [ $(($(date +%s%N) - start)) -gt 20000000000 ]; do sleep 0.05; done
+            say ports="$([ "$(ports)" = "$before" ] && echo same)" back_ms=$((($(date +%s%N) - start) / 1000000))
+            tell tap after_$signal; tell shared after_$signal
+            marker tap after_$signal; marker shared after_$signal
+        done
+        tell tap bye; tell shared bye
+        wait $TAP; say tap_exit=$?
+        wait $SHARED; say shared_exit=$?
+        until [ "$(ports | grep -o kind | wc -l)" = 1 ]; do sleep 0.05; done
+        kill -TERM $NETWORK; wait $NETWORK; say network_exit=$?
+        "#,
+    );
+    let told = || {
+        let read = |name: &str| format!("\n--- {name}\n{}", world.temp().read(name));
+        let files = ["up.log", "tap.console", "shared.console"].map(read);
+        format!("{}{}", outcome.text(), files.concat())
+    };
+    assert_eq!(outcome.status, Some(0), "{}", told());
+    let markers = outcome.markers();
+    assert_eq!(markers.all("ports"), ["same", "same"], "{}", told());
+    for key in ["tap_exit", "shared_exit", "network_exit"] {
+        assert_eq!(markers.get(key), Some("0"), "{key}: {}", told());
+    }
+    for guest in ["tap", "shared"] {
+        let console = world.console(guest);
+        println!("{guest}: {console:?}");
+        for key in ["after_TERM", "after_KILL"] {
+            assert!(console.number(key) < 20.0, "{guest} {key}: {}", told());
+        }
+    }
+}

@@ -9,18 +9,19 @@
 
 use std::ffi::{OsStr, OsString};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Child, Command, ExitCode, ExitStatus};
 use std::sync::OnceLock;
 
 use clap::Args;
-use rustix::event::{PollFd, PollFlags};
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::FdFlags;
 use rustix::process::{Pid, PidfdFlags, Resource, Rlimit, Signal, getrlimit, setrlimit};
 
 use super::Failure;
+use super::lan::Lan;
 use super::signals::Signals;
 use crate::sys::signal::{self, Received};
 
@@ -224,17 +225,18 @@ pub(super) fn with_fds(words: &[OsString], fds: &[OwnedFd]) -> Result<Command, F
     Ok(command)
 }
 
-/// Waits for a command, passes signals on to it, and warns once if `gone`, the network's connection,
-/// ends before it.
+/// Waits for a command, passes signals on to it, and has its guest follow a network of another process that
+/// ends and comes back.
 ///
 /// # Errors
 /// A system call failed.
 pub(super) fn supervise(
     mut child: Child,
     signals: &Signals,
-    mut gone: Option<BorrowedFd<'_>>,
+    lan: &mut Lan,
 ) -> Result<ExitCode, Failure> {
     let received = signals.running();
+    let mut attachment = lan.attachment();
     let failed = |error: rustix::io::Errno| Failure::io("cannot watch the command")(error.into());
     let pid = Pid::from_child(&child);
     let process = rustix::process::pidfd_open(pid, PidfdFlags::empty()).map_err(failed)?;
@@ -243,12 +245,19 @@ pub(super) fn supervise(
             PollFd::new(&process, PollFlags::IN),
             PollFd::from_borrowed_fd(received.as_fd(), PollFlags::IN),
         ];
-        fds.extend(gone.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
-        match rustix::event::poll(&mut fds, None) {
+        let own = fds.len();
+        let watched = attachment.as_ref().map(|attachment| attachment.fds());
+        let watched = watched.into_iter().flatten();
+        fds.extend(watched.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+        let timeout = attachment
+            .as_ref()
+            .and_then(|attachment| attachment.timeout());
+        let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
+        match rustix::event::poll(&mut fds, timeout.as_ref()) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(failed(error)),
         }
-        let network_ended = fds.get(2).is_some_and(|fd| !fd.revents().is_empty());
+        let ready = fds[own..].iter().any(|fd| !fd.revents().is_empty());
         let exited = !fds[0].revents().is_empty();
         while let Some(received) = received.next()? {
             forward(received, &process);
@@ -261,9 +270,8 @@ pub(super) fn supervise(
             signals.ending(code);
             return Ok(ExitCode::from(code));
         }
-        if network_ended {
-            log::warn!("the network has ended; the command goes on without it");
-            gone = None;
+        if let Some(attachment) = &mut attachment {
+            attachment.advance(ready);
         }
     }
 }

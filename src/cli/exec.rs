@@ -127,7 +127,7 @@ pub(super) fn exec(args: &Args) -> Result<ExitCode, Failure> {
     let address =
         address.ok_or_else(|| Failure::because("the network gave the guest no address"))?;
     let child = guest.start(mac, name, address)?;
-    let ended = child::supervise(child, &signals, lan.gone());
+    let ended = child::supervise(child, &signals, &mut lan);
     lan.drain();
     ended
 }

@@ -1,7 +1,7 @@
 //! The network that a command uses: one that runs already, or one of its own.
 
 use std::hash::{BuildHasher, RandomState};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -10,6 +10,7 @@ use rustix::process::Signal;
 
 use clap::Args;
 
+use super::attachment::Attachment;
 use super::find::not_running;
 use super::forward::ForwardFlags;
 use super::options::{NetworkOptions, parse_name};
@@ -24,7 +25,6 @@ use crate::nat::forward::{ForwardId, Guest};
 use crate::network::{
     GuestAddress, GuestTap, Network, PortOptions, VhostUserPort, VhostUserSocket, VmmPort,
 };
-use crate::uplink::listen::SocketFile;
 
 /// How long a network waits for its last bytes to be taken, after the command it was for has ended.
 /// Takes milliseconds unless the outside reads slowly, or somebody the command left behind holds a
@@ -49,12 +49,7 @@ pub(super) enum Lan {
         network: Arc<Network>,
     },
     /// Another process runs it.
-    Running {
-        /// The connection to it.
-        client: Box<Client>,
-        /// Forwards that end with the connection.
-        forwards: usize,
-    },
+    Running(Box<Attachment>),
 }
 
 /// Which network a command's guest is on.
@@ -129,10 +124,8 @@ impl Lan {
         if flags.name.is_none() {
             log::info!("on network '{}' (pid {})", client.name(), client.pid());
         }
-        Ok(Lan::Running {
-            client: Box::new(client),
-            forwards: 0,
-        })
+        let attachment = Attachment::new(client, RuntimeDir::from_env());
+        Ok(Lan::Running(Box::new(attachment)))
     }
 
     /// A network of this process.
@@ -173,26 +166,22 @@ impl Lan {
     pub(super) fn attach_vmm(&mut self, options: PortOptions) -> Result<VmmPort, Failure> {
         Ok(match self {
             Lan::Embedded { network, .. } => network.attach_vmm(options)?,
-            Lan::Running { client, .. } => client.attach_vmm(&options)?,
+            Lan::Running(attachment) => attachment.attach_vmm(options)?,
         })
     }
 
-    /// Attaches a socket for vhost-user front-ends. The port lives as long as this value; the file of the
-    /// socket, where another process runs the network, as long as what is returned.
+    /// Attaches a socket for vhost-user front-ends. The port and the socket's file live as long as this value.
     ///
     /// # Errors
     /// What is missing, with the remedy.
     pub(super) fn attach_vhost_user(
         &mut self,
-        mut socket: VhostUserSocket,
+        socket: VhostUserSocket,
         options: PortOptions,
-    ) -> Result<(VhostUserPort, Option<SocketFile>), Failure> {
+    ) -> Result<VhostUserPort, Failure> {
         Ok(match self {
-            Lan::Embedded { network, .. } => (network.attach_vhost_user(socket, options)?, None),
-            Lan::Running { client, .. } => {
-                let file = socket.file.take();
-                (client.attach_vhost_user(socket.fd.as_fd(), &options)?, file)
-            }
+            Lan::Embedded { network, .. } => network.attach_vhost_user(socket, options)?,
+            Lan::Running(attachment) => attachment.attach_vhost_user(socket, options)?,
         })
     }
 
@@ -201,7 +190,7 @@ impl Lan {
     pub(super) fn make_mac(&self) -> Mac {
         match self {
             Lan::Embedded { network, .. } => network.make_mac(),
-            Lan::Running { .. } => {
+            Lan::Running(_) => {
                 let [a, b, c, ..] = RandomState::new()
                     .hash_one(std::process::id())
                     .to_le_bytes();
@@ -221,7 +210,7 @@ impl Lan {
     ) -> Result<(PortId, Option<GuestAddress>), Failure> {
         Ok(match self {
             Lan::Embedded { network, .. } => network.attach_tap(tap, options)?,
-            Lan::Running { client, .. } => client.attach_tap(&tap, &options)?,
+            Lan::Running(attachment) => attachment.attach_tap(tap, options)?,
         })
     }
 
@@ -235,10 +224,7 @@ impl Lan {
             let spec = spec.clone().for_guest(Guest::Mac(own));
             let added = match self {
                 Lan::Embedded { network, .. } => network.add_forward(spec)?,
-                Lan::Running { client, forwards } => {
-                    *forwards += 1;
-                    client.add_forward(&spec, true)?
-                }
+                Lan::Running(attachment) => attachment.add_forward(spec)?,
             };
             log::info!("forward {}: {}", added.id, added.forward);
         }
@@ -280,12 +266,7 @@ impl Lan {
     fn is_needed_by(&mut self, port: PortId) -> bool {
         match self {
             Lan::Embedded { network, .. } => network.has_port(port),
-            Lan::Running { client, forwards } => {
-                *forwards > 0
-                    && client
-                        .status()
-                        .is_ok_and(|status| status.ports.iter().any(|other| other.id == port.0))
-            }
+            Lan::Running(attachment) => attachment.is_needed_by(port),
         }
     }
 
@@ -302,11 +283,11 @@ impl Lan {
         }
     }
 
-    /// What becomes readable when the network of another process ends.
-    pub(super) fn gone(&self) -> Option<BorrowedFd<'_>> {
+    /// The connection to a network of another process, which may end and come back.
+    pub(super) fn attachment(&mut self) -> Option<&mut Attachment> {
         match self {
             Lan::Embedded { .. } => None,
-            Lan::Running { client, .. } => Some(client.as_fd()),
+            Lan::Running(attachment) => Some(attachment),
         }
     }
 }

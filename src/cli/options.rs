@@ -341,6 +341,7 @@ impl PortFlags {
             ip: self.ip,
             no_offload: self.no_offload,
             queues: self.queues(),
+            ..PortOptions::default()
         }
     }
 }

@@ -25,7 +25,8 @@ const VHOST_USER_CARD_WITHOUT_KVM: &str = ",rx_queue_size=1024,tx_queue_size=102
 ///
 /// Finds qemu-system for this machine and adds -netdev tap and a virtio-net device with a MAC
 /// address of its own. Where QEMU-ARGS have a -device with netdev=lanlet0, that is the card and none
-/// is added. With -daemonize the VM needs a network that runs already, and no -p.
+/// is added. A network that ends and is started again gets its port back. With -daemonize it does not, and the
+/// VM needs a network that runs already, and no -p.
 ///
 /// With --vhost-user the netdev is a vhost-user one, and the guest's memory, of the size that QEMU-ARGS
 /// say by -m, is made one that can be shared; where they name a memory backend it has to have share=on.

@@ -19,7 +19,7 @@ use crate::network::{VhostUserSocket, VmmPort};
 /// them, and so is LANLET_FDS; {fd} is the first. The tap is one with virtio-net headers
 /// (IFF_VNET_HDR), as QEMU, Cloud Hypervisor and crosvm want it. The port goes when CMD closes the tap:
 /// lanlet waits for that where CMD has put itself into the background, and with it a network or forwards
-/// that would end with lanlet.
+/// that would end with lanlet. A network that ends and is started again gets its port back.
 ///
 /// With --vhost-user there is no tap: {socket}, in the environment LANLET_SOCKET, is the path of a unix
 /// socket that CMD connects to as a vhost-user front-end, as often as it likes, with as many queues as its
@@ -148,7 +148,7 @@ pub(super) fn with_link(
         .map_err(Failure::io("cannot start a process"))?;
     // The command has the only copies: when it goes, so does the port.
     drop(port.fds);
-    let ended = child::supervise(child, signals, lan.gone())?;
+    let ended = child::supervise(child, signals, &mut lan)?;
     if ended == ExitCode::SUCCESS {
         // A VMM that has put itself into the background still has the tap.
         lan.wait_for_port(port.id, signals)?;
@@ -163,7 +163,7 @@ fn with_socket(
     command: impl FnOnce(&Link) -> Result<Vec<OsString>, Failure>,
 ) -> Result<ExitCode, Failure> {
     let path = socket.name.clone();
-    let (port, _file) = lan.attach_vhost_user(socket, flags.port(flags.mac))?;
+    let port = lan.attach_vhost_user(socket, flags.port(flags.mac))?;
     lan.add_forwards(forwards, port.mac)?;
     let link = Link {
         mac: port.mac.to_string(),
@@ -177,5 +177,5 @@ fn with_socket(
         .envs(link.environment())
         .spawn()
         .map_err(Failure::io("cannot start a process"))?;
-    child::supervise(child, signals, lan.gone())
+    child::supervise(child, signals, &mut lan)
 }

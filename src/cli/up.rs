@@ -36,8 +36,8 @@ const EXIT_FORCED: u8 = 1;
 ///
 /// Ends on SIGINT or SIGTERM (Ctrl-C), on 'lanlet down', or when its data path fails; a second signal, or
 /// five seconds, force the end. SIGHUP, SIGINT and SIGQUIT that are ignored when it starts (nohup) stay
-/// ignored. Guests attached to it lose their network then. With --detach it runs in the background, and
-/// the command returns when guests can attach, or with status 1 and the reason why not.
+/// ignored. Its guests are without network then, until one of the same name runs. With --detach it runs in the
+/// background, and the command returns when guests can attach, or with status 1 and the reason why not.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
@@ -342,9 +342,8 @@ pub(super) fn down(args: &DownArgs) -> Result<ExitCode, Failure> {
     let dir = RuntimeDir::from_env();
     let mut client = connect(&args.name)?;
     let (name, pid) = (client.name().to_owned(), client.pid());
-    let guests = client.status()?.guest_ports();
     let process = client.process();
-    client.stop()?;
+    let guests = client.stop()?;
     drop(client);
     let deadline = Instant::now() + STOP_TIME_MAX;
     let runs = || match &process {
@@ -360,15 +359,12 @@ pub(super) fn down(args: &DownArgs) -> Result<ExitCode, Failure> {
         }
         std::thread::sleep(STOP_POLL);
     }
-    match guests {
-        0 => log::info!("network '{name}' (pid {pid}) has ended; it had no guests"),
-        1 => {
-            log::info!("network '{name}' (pid {pid}) has ended; its guest has no network any more")
-        }
-        more => log::info!(
-            "network '{name}' (pid {pid}) has ended; its {more} guests have no network any more"
-        ),
-    }
+    let guests = match guests {
+        0 => "no guests".to_owned(),
+        1 => "one guest".to_owned(),
+        more => format!("{more} guests"),
+    };
+    log::info!("network '{name}' (pid {pid}) has ended; it had {guests}");
     Ok(ExitCode::SUCCESS)
 }
 

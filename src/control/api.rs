@@ -6,8 +6,9 @@
 //! to.
 //!
 //! A port of [`Request::AttachTap`] or [`Request::AttachVhostUser`] lives as long as the connection that
-//! made it; a port of [`Request::AttachVmm`] as long as the VMM keeps its descriptor open. A forward lives until it is
-//! removed, or as long as the connection that made it where the request says so.
+//! made it, as does one of [`Request::AttachWire`]; a port of [`Request::AttachVmm`] as long as the VMM keeps
+//! its descriptor open. A forward lives until it is removed, or as long as the connection that made it where
+//! the request says so.
 
 use std::net::Ipv4Addr;
 
@@ -63,6 +64,9 @@ pub struct PortRequest {
     /// Queues of the tap; 0 is 1.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub queues: u16,
+    /// Of a VMM's port: what it takes to attach it again comes with the reply.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub keep: bool,
 }
 
 fn is_zero(number: &u16) -> bool {
@@ -82,6 +86,7 @@ impl From<&PortOptions> for PortRequest {
             ip: options.ip,
             no_offload: options.no_offload,
             queues: options.queues,
+            keep: options.keep,
         }
     }
 }
@@ -106,6 +111,7 @@ impl PortRequest {
             ip: self.ip,
             no_offload: self.no_offload,
             queues: self.queues,
+            keep: self.keep,
         })
     }
 }
@@ -123,6 +129,16 @@ pub enum Request {
     /// Attaches the tap whose descriptors, one for each queue, come with the request; one more is a
     /// netlink socket of the guest's namespace.
     AttachTap(PortRequest),
+    /// Attaches a VMM's port that was another network's. The switch's end of its wire, a descriptor for each
+    /// queue, and a netlink socket of the taps' namespace come with the request.
+    AttachWire {
+        /// How it was attached.
+        port: PortRequest,
+        /// Name of the VMM's tap.
+        vm_ifname: String,
+        /// Name of the switch's tap.
+        sw_ifname: String,
+    },
     /// Has vhost-user front-ends connect to the listening socket whose descriptor comes with the request.
     AttachVhostUser(PortRequest),
     /// Removes a port.
@@ -161,7 +177,10 @@ pub enum Request {
 impl Request {
     /// Whether descriptors belong to the request.
     pub fn takes_fds(&self) -> bool {
-        matches!(self, Request::AttachTap(_) | Request::AttachVhostUser(_))
+        matches!(
+            self,
+            Request::AttachTap(_) | Request::AttachWire { .. } | Request::AttachVhostUser(_)
+        )
     }
 }
 
@@ -179,8 +198,12 @@ pub enum Reply {
         ifname: String,
         /// The guest's MAC.
         mac: String,
+        /// Name of the switch's tap, where the port can be kept: the switch's descriptors, as many as the
+        /// VMM's, and a netlink socket follow those of the VMM.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        kept: Option<String>,
     },
-    /// To [`Request::AttachTap`].
+    /// To [`Request::AttachTap`] and [`Request::AttachWire`].
     TapPort {
         /// The port.
         port: u16,
@@ -206,9 +229,14 @@ pub enum Reply {
         /// Its rules; `None`: there is none.
         text: Option<String>,
     },
-    /// To [`Request::Detach`], [`Request::ForwardRemove`], [`Request::SetPolicy`], [`Request::ClearPolicy`]
-    /// and [`Request::Stop`].
+    /// To [`Request::Detach`], [`Request::ForwardRemove`], [`Request::SetPolicy`] and
+    /// [`Request::ClearPolicy`].
     Done {},
+    /// To [`Request::Stop`].
+    Stopping {
+        /// Guests that are attached.
+        guests: usize,
+    },
     /// The request failed, or was none.
     Error {
         /// Why, with the remedy.

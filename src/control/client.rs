@@ -16,7 +16,7 @@ use super::{ControlError, RuntimeDir};
 use crate::frame::PortId;
 use crate::nat::forward::ForwardSpec;
 use crate::network::{
-    ForwardStatus, GuestAddress, GuestTap, PortOptions, Status, VhostUserPort, VmmPort,
+    ForwardStatus, GuestAddress, GuestTap, KeptWire, PortOptions, Status, VhostUserPort, VmmPort,
 };
 use crate::sys::{peer, socket};
 
@@ -114,6 +114,22 @@ impl Client {
         }
     }
 
+    /// Connects to the network called `name` if its socket answers at once, without a look at its lock: those
+    /// who wait for a network look often.
+    ///
+    /// # Errors
+    /// One runs, but can't be talked to.
+    pub fn connect_now(dir: &RuntimeDir, name: &str) -> Result<Option<Self>, ControlError> {
+        let path = dir.socket(name)?;
+        if !dir.exists_safely()? {
+            return Ok(None);
+        }
+        let stream = open(&path)?;
+        stream
+            .map(|stream| Self::greeted(stream, path, name))
+            .transpose()
+    }
+
     /// A connection on which the network has said hello.
     fn greeted(stream: UnixStream, path: PathBuf, name: &str) -> Result<Self, ControlError> {
         let (pid, uid) = socket::peer(stream.as_fd()).map_err(|error| ControlError::Io {
@@ -176,12 +192,25 @@ impl Client {
     /// # Errors
     /// The network refused, or the connection failed.
     pub fn attach_vmm(&mut self, options: &PortOptions) -> Result<VmmPort, ControlError> {
-        let Reply::VmmPort { port, ifname, mac } =
-            self.ask(&Request::AttachVmm(options.into()), &[])?
+        let Reply::VmmPort {
+            port,
+            ifname,
+            mac,
+            kept,
+        } = self.ask(&Request::AttachVmm(options.into()), &[])?
         else {
             return Err(self.confused());
         };
-        let fds = self.reader.take_fds();
+        let mut fds = self.reader.take_fds();
+        let kept = kept.and_then(|sw_ifname| {
+            let netlink = fds.pop()?;
+            Some(KeptWire {
+                queues: fds.split_off(fds.len() / 2),
+                netlink,
+                vm_ifname: ifname.clone(),
+                sw_ifname,
+            })
+        });
         if fds.is_empty() {
             return Err(self.confused());
         }
@@ -191,7 +220,30 @@ impl Client {
             fds,
             ifname,
             mac,
+            kept,
         })
+    }
+
+    /// Hands the switch's end of a VMM's wire to the network. The port ends with this connection.
+    ///
+    /// # Errors
+    /// The network refused, or the connection failed.
+    pub fn attach_wire(
+        &mut self,
+        wire: &KeptWire,
+        options: &PortOptions,
+    ) -> Result<PortId, ControlError> {
+        let mut fds: Vec<_> = wire.queues.iter().map(AsFd::as_fd).collect();
+        fds.push(wire.netlink.as_fd());
+        let request = Request::AttachWire {
+            port: options.into(),
+            vm_ifname: wire.vm_ifname.clone(),
+            sw_ifname: wire.sw_ifname.clone(),
+        };
+        match self.ask(&request, &fds)? {
+            Reply::TapPort { port, .. } => Ok(PortId(port)),
+            _ => Err(self.confused()),
+        }
     }
 
     /// Hands a namespace guest's tap to the network. The port ends with this connection.
@@ -301,12 +353,15 @@ impl Client {
         self.ask(&request, &[]).map(drop)
     }
 
-    /// Ends the network.
+    /// Ends the network; how many guests it has.
     ///
     /// # Errors
     /// The connection failed.
-    pub fn stop(&mut self) -> Result<(), ControlError> {
-        self.ask(&Request::Stop {}, &[]).map(drop)
+    pub fn stop(&mut self) -> Result<usize, ControlError> {
+        match self.ask(&Request::Stop {}, &[])? {
+            Reply::Stopping { guests } => Ok(guests),
+            _ => Err(self.confused()),
+        }
     }
 
     fn greet(&mut self) -> Result<(), ControlError> {

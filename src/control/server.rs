@@ -23,7 +23,7 @@ use crate::frame::PortId;
 use crate::nat::forward::{ForwardId, ForwardSpec};
 use crate::nat::policy::PolicyError;
 use crate::network::{
-    ForwardStatus, GuestAddress, GuestTap, Network, PortOptions, Status, VhostUserPort,
+    ForwardStatus, GuestAddress, GuestTap, KeptWire, Network, PortOptions, Status, VhostUserPort,
     VhostUserSocket, VmmPort,
 };
 use crate::sys::peer::{self, Refusal};
@@ -47,6 +47,9 @@ pub trait Target: Send + Sync + 'static {
     /// The state.
     fn status(&self) -> Status;
 
+    /// How many guests are attached. It waits for nobody.
+    fn guests(&self) -> usize;
+
     /// Makes a tap for a VMM.
     ///
     /// # Errors
@@ -62,6 +65,12 @@ pub trait Target: Send + Sync + 'static {
         tap: GuestTap,
         options: PortOptions,
     ) -> Result<(PortId, Option<GuestAddress>), String>;
+
+    /// Attaches a VMM's port that was another network's.
+    ///
+    /// # Errors
+    /// Why not, with the remedy.
+    fn attach_wire(&self, wire: KeptWire, options: PortOptions) -> Result<PortId, String>;
 
     /// Attaches a socket for vhost-user front-ends.
     ///
@@ -109,6 +118,10 @@ impl Target for Network {
         Network::status(self)
     }
 
+    fn guests(&self) -> usize {
+        Network::guests(self)
+    }
+
     fn attach_vmm(&self, options: PortOptions) -> Result<VmmPort, String> {
         Network::attach_vmm(self, options).map_err(|error| error.to_string())
     }
@@ -119,6 +132,10 @@ impl Target for Network {
         options: PortOptions,
     ) -> Result<(PortId, Option<GuestAddress>), String> {
         Network::attach_tap(self, tap, options).map_err(|error| error.to_string())
+    }
+
+    fn attach_wire(&self, wire: KeptWire, options: PortOptions) -> Result<PortId, String> {
+        Network::attach_wire(self, wire, options).map_err(|error| error.to_string())
     }
 
     fn attach_vhost_user(
@@ -392,7 +409,12 @@ async fn serve(
             true => reader.take_fds(),
             false => Vec::new(),
         };
-        let (mut reply, fds) = answer(&mut owned, request, fds).await;
+        let (mut reply, fds) = match stop || request == (Request::Stay {}) {
+            // Whatever keeps the threads for requests busy.
+            true => perform(&*shared.target, request, fds)
+                .unwrap_or_else(|message| (Reply::Error { message }, Vec::new())),
+            false => answer(&mut owned, request, fds).await,
+        };
         if let Reply::Status(status) = &mut reply {
             status.name.clone_from(&shared.name);
             status.command = command_line();
@@ -445,12 +467,39 @@ fn perform(
         Request::Status {} => (Reply::Status(Box::new(target.status())), Vec::new()),
         Request::AttachVmm(port) => {
             let port = target.attach_vmm(port.options()?)?;
+            let mut fds = port.fds;
+            let kept = port.kept.map(|kept| {
+                fds.extend(kept.queues);
+                fds.push(kept.netlink);
+                kept.sw_ifname
+            });
             let reply = Reply::VmmPort {
                 port: port.id.0,
                 ifname: port.ifname,
                 mac: port.mac.to_string(),
+                kept,
             };
-            (reply, port.fds)
+            (reply, fds)
+        }
+        Request::AttachWire {
+            port,
+            vm_ifname,
+            sw_ifname,
+        } => {
+            let mut queues = fds;
+            let netlink = queues.pop().filter(|_| !queues.is_empty());
+            let wire = KeptWire {
+                netlink: netlink.ok_or("the wire's descriptors did not come with the request")?,
+                queues,
+                vm_ifname,
+                sw_ifname,
+            };
+            let id = target.attach_wire(wire, port.options()?)?;
+            let reply = Reply::TapPort {
+                port: id.0,
+                address: None,
+            };
+            (reply, Vec::new())
         }
         Request::AttachTap(port) => {
             let options = port.options()?;
@@ -527,7 +576,11 @@ fn perform(
             target.set_policy(None)?;
             (Reply::Done {}, Vec::new())
         }
-        Request::Stay {} | Request::Stop {} => (Reply::Done {}, Vec::new()),
+        Request::Stay {} => (Reply::Done {}, Vec::new()),
+        Request::Stop {} => {
+            let guests = target.guests();
+            (Reply::Stopping { guests }, Vec::new())
+        }
     })
 }
 
@@ -579,6 +632,10 @@ mod tests {
             }
         }
 
+        fn guests(&self) -> usize {
+            3
+        }
+
         fn attach_vmm(&self, options: PortOptions) -> Result<VmmPort, String> {
             if options.name == "refuse".parse().ok() {
                 return Err("no more ports".to_owned());
@@ -591,7 +648,12 @@ mod tests {
                 fds: vec![fd.into()],
                 ifname: "vm1".to_owned(),
                 mac,
+                kept: None,
             })
+        }
+
+        fn attach_wire(&self, _: KeptWire, _: PortOptions) -> Result<PortId, String> {
+            Err("it has no wires".to_owned())
         }
 
         fn attach_tap(

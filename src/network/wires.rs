@@ -10,16 +10,44 @@ use std::sync::{Arc, Weak};
 use rustix::event::{PollFd, PollFlags};
 
 use super::ports::{Opened, PortWire, Queue};
-use super::{NetworkError, Shared, lock, system};
+use super::{KeptWire, NetworkError, Shared, lock, system};
 use crate::port::{self, DropSource};
 use crate::tap::{
-    Event as HelperEvent, Helper, HelperEvents, TapError, WireDrops, WireKind, WireOptions,
+    Event as HelperEvent, Helper, HelperEvents, KeptWireDrops, TapError, WireDrops, WireKind,
+    WireOptions,
 };
+
+/// Kind of these ports.
+const VMM: &str = "vmm";
 
 /// What a VMM is given of its wire.
 pub(super) struct VmmEnd {
     pub(super) fds: Vec<OwnedFd>,
     pub(super) ifname: String,
+    pub(super) kept: Option<KeptWire>,
+}
+
+/// A port on a wire whose helper is gone.
+pub(super) fn open_kept(wire: KeptWire) -> Result<Opened, NetworkError> {
+    let open = |fd| -> Result<Queue, TapError> {
+        let (rx, tx) = port::tap::open(fd)?;
+        Ok((Box::new(rx), Arc::new(tx)))
+    };
+    let queues = wire
+        .queues
+        .into_iter()
+        .map(open)
+        .collect::<Result<_, _>>()?;
+    let drops = KeptWireDrops::new(wire.netlink, wire.vm_ifname, wire.sw_ifname)
+        .map_err(system("read a wire's counters"))?;
+    Ok(Opened {
+        counters: Arc::default(),
+        queues,
+        drops: vec![Arc::new(drops)],
+        kind: VMM,
+        wire: None,
+        attached: None,
+    })
 }
 
 impl Shared {
@@ -45,6 +73,18 @@ impl Shared {
                 }
             })
         };
+        let copies = wire.sw.iter().map(OwnedFd::try_clone);
+        let kept = match wire.netlink {
+            Some(netlink) if wire.kind == WireKind::Mirred => Some(KeptWire {
+                queues: copies
+                    .collect::<Result<_, _>>()
+                    .map_err(system("keep a wire"))?,
+                netlink,
+                vm_ifname: wire.vm_ifname.clone(),
+                sw_ifname: wire.sw_ifname,
+            }),
+            _ => None,
+        };
         let queues = wire
             .sw
             .into_iter()
@@ -54,7 +94,7 @@ impl Shared {
             counters: Arc::default(),
             queues,
             drops,
-            kind: "vmm",
+            kind: VMM,
             wire: Some(PortWire {
                 helper,
                 id: wire.id,
@@ -63,7 +103,7 @@ impl Shared {
         };
         let ifname = wire.vm_ifname;
         let fds = wire.vm;
-        Ok((opened, VmmEnd { fds, ifname }))
+        Ok((opened, VmmEnd { fds, ifname, kept }))
     }
 
     /// The helper process, started when the first VMM comes, and again when it had ended.

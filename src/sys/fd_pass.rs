@@ -9,9 +9,9 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags,
 };
 
-/// Fds in one message at most: a VMM tap's queues and the switch's end. The kernel's limit is 253
-/// (SCM_MAX_FD).
-pub const FDS_MAX: usize = 32;
+/// Fds in one message at most: a VMM tap's queues, the switch's end, and a netlink socket. The kernel's limit
+/// is 253 (SCM_MAX_FD).
+pub const FDS_MAX: usize = 33;
 
 /// Sends `bytes` as one message with `fds` attached. `bytes` must not be empty.
 ///

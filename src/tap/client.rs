@@ -45,6 +45,8 @@ pub struct WireOptions {
     pub plain: bool,
     /// `None`: the best that the kernel can.
     pub kind: Option<WireKind>,
+    /// A netlink socket of the namespace comes along, for who keeps the wire beyond the helper's end.
+    pub netlink: bool,
 }
 
 impl Default for WireOptions {
@@ -54,6 +56,7 @@ impl Default for WireOptions {
             queues: 1,
             plain: false,
             kind: None,
+            netlink: false,
         }
     }
 }
@@ -70,6 +73,8 @@ pub struct Wire {
     /// The switch's end: one for each queue for [`crate::port::tap::open`], or a single one for
     /// [`crate::port::packet::open`], by `kind`.
     pub sw: Vec<OwnedFd>,
+    /// A netlink socket of the helper's namespace, where one was asked for.
+    pub netlink: Option<OwnedFd>,
     /// Name of the VMM's tap in the helper's namespace.
     pub vm_ifname: String,
     /// Name of the switch's tap there.
@@ -154,7 +159,8 @@ impl Helper {
                 if let Some(why) = fallback {
                     log::warn!("{vm_ifname}: a packet socket takes the place of a tap pair: {why}");
                 }
-                let sw = vm.split_off(vm_queues.min(vm.len()));
+                let mut sw = vm.split_off(vm_queues.min(vm.len()));
+                let netlink = options.netlink.then(|| sw.pop()).flatten();
                 if sw.is_empty() {
                     return Err(TapError::not_a_tap("no fd came with the wire"));
                 }
@@ -163,6 +169,7 @@ impl Helper {
                     kind,
                     vm,
                     sw,
+                    netlink,
                     vm_ifname,
                     sw_ifname,
                     uso,

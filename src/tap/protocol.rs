@@ -31,7 +31,7 @@ pub(super) enum Request {
 pub(super) enum Reply {
     /// To `Start` and `Destroy`.
     Done,
-    /// To `Create`; the message carries the VMM's fds, then the switch's.
+    /// To `Create`; the message carries the VMM's fds, then the switch's, then the netlink socket.
     Wire {
         id: u64,
         kind: WireKind,

@@ -25,7 +25,7 @@ pub(super) struct Made {
     pub kind: WireKind,
     pub vm_ifname: String,
     pub sw_ifname: String,
-    /// The VMM's queues, then the switch's.
+    /// The VMM's queues, then the switch's, then the netlink socket that was asked for.
     pub fds: Vec<OwnedFd>,
     /// How many are the VMM's.
     pub vm_queues: usize,
@@ -45,6 +45,7 @@ pub(super) fn make(
         queues,
         plain,
         kind,
+        netlink,
     } = options;
     let vm_ifname = format!("vm{id}");
     let opened = if plain {
@@ -66,6 +67,10 @@ pub(super) fn make(
         },
     };
     fds.extend(ends);
+    if netlink {
+        let socket = RouteSocket::open(0).map_err(|error| TapError::tap("netlink", &error))?;
+        fds.push(socket.into_fd());
+    }
     let paired = kind == WireKind::Mirred;
     Ok(Made {
         ends: WireEnds {
@@ -160,8 +165,17 @@ pub(super) fn take_down(route: &mut RouteSocket, ends: &WireEnds) {
 
 /// The kernel's drops on both taps.
 pub(super) fn drops(route: &mut RouteSocket, ends: &WireEnds) -> Result<KernelDrops, NetlinkError> {
-    let vm = route.link(&ends.vm_ifname)?;
-    let Some(sw_ifname) = &ends.sw_ifname else {
+    pair_drops(route, &ends.vm_ifname, ends.sw_ifname.as_deref())
+}
+
+/// The same by the taps' names; without `sw`, a packet socket's end.
+pub(super) fn pair_drops(
+    route: &mut RouteSocket,
+    vm: &str,
+    sw: Option<&str>,
+) -> Result<KernelDrops, NetlinkError> {
+    let vm = route.link(vm)?;
+    let Some(sw) = sw else {
         // `rx_dropped` of the tap says nothing here: it counts what reached the packet socket and
         // then found no further taker in the kernel.
         return Ok(KernelDrops {
@@ -169,7 +183,7 @@ pub(super) fn drops(route: &mut RouteSocket, ends: &WireEnds) -> Result<KernelDr
             tx: vm.tx_dropped,
         });
     };
-    let sw = route.link(sw_ifname)?;
+    let sw = route.link(sw)?;
     Ok(KernelDrops {
         rx: sw.tx_dropped + vm.rx_dropped,
         tx: vm.tx_dropped + sw.rx_dropped,

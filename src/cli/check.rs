@@ -14,6 +14,7 @@ use super::{Failure, bench, print, qemu};
 use crate::config::NetworkConfig;
 use crate::control::RuntimeDir;
 use crate::network::open_files_wanted;
+use crate::sys::userfault;
 use crate::tap::{Helper, TapError, WireKind, WireOptions};
 
 /// Show what this machine can do, and what to change where it can't
@@ -62,16 +63,21 @@ const RESOLVERS: &str = "resolvers";
 const FILES: &str = "open files";
 const QEMU: &str = "QEMU";
 const IP: &str = "iproute2";
+const MEMORY: &str = "vhost-user memory";
 
 /// What each command needs: without the first it does not work, with the others it works better.
 const COMMANDS: [(&str, &[&str], &[&str]); 8] = [
     ("up", &[DIRECTORY], &[PING, RESOLVERS, FILES]),
     ("run", &[TAPS], &[PING, RESOLVERS, FILES]),
-    ("run --vhost-user", &[DIRECTORY], &[PING, RESOLVERS, FILES]),
+    (
+        "run --vhost-user",
+        &[DIRECTORY, MEMORY],
+        &[PING, RESOLVERS, FILES],
+    ),
     ("qemu", &[TAPS, QEMU], &[PING, RESOLVERS, FILES]),
     (
         "qemu --vhost-user",
-        &[DIRECTORY, QEMU],
+        &[DIRECTORY, QEMU, MEMORY],
         &[PING, RESOLVERS, FILES],
     ),
     ("exec", &[GUESTS], &[PING, RESOLVERS, FILES]),
@@ -192,6 +198,7 @@ pub(super) fn check(args: &Args) -> Result<ExitCode, Failure> {
     resolvers(&mut report);
     open_files(&mut report);
     programs(&mut report);
+    guests_memory(&mut report);
     report.conclude();
     match args.json {
         true => {
@@ -340,6 +347,21 @@ fn programs(report: &mut Report) {
     }
 }
 
+/// What guests' memory is guarded by, but for that on hugetlbfs.
+fn guests_memory(report: &mut Report) {
+    match userfault::prepare() {
+        Ok(()) => report.add(Verdict::Good, MEMORY, "userfaultfd is allowed"),
+        Err(error) => report.add(
+            Verdict::Bad,
+            MEMORY,
+            format!(
+                "no userfaultfd ({error}): memory on hugetlbfs alone is taken; allow that system call (a container's \
+                 seccomp profile may not)"
+            ),
+        ),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -396,7 +418,9 @@ mod tests {
 
     #[test]
     fn every_need_is_looked_at() {
-        let all = [TAPS, GUESTS, DIRECTORY, PING, RESOLVERS, FILES, QEMU, IP];
+        let all = [
+            TAPS, GUESTS, DIRECTORY, PING, RESOLVERS, FILES, QEMU, IP, MEMORY,
+        ];
         for (command, needs, likes) in COMMANDS {
             let words = needs.iter().chain(likes);
             assert!(

@@ -16,6 +16,7 @@ use crate::frame::{PortId, Station};
 use crate::names::{GroupName, GuestName};
 use crate::nat::policy::ledger::PolicyView;
 use crate::port::KernelDrops;
+use crate::port::vhost_user::allowance;
 use crate::stats::DropReason;
 use crate::worker::{Command, Snapshot};
 
@@ -187,6 +188,7 @@ impl Shared {
         if incomplete.is_none() {
             totals.insert("host_sockets".to_owned(), snapshot.host_sockets as u64);
         }
+        totals.insert("guest_memory_bytes".to_owned(), allowance::used());
         let table = self.switch.counters();
         totals.extend(table.iter().map(|(name, count)| (name.to_owned(), count)));
         // Copied out: the helper is asked for the drops of a wire, and may take its time.

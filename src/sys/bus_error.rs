@@ -21,12 +21,16 @@ use std::sync::{Arc, OnceLock};
 use super::userfault::Charge;
 
 /// Mappings guarded at a time: 64 each of 256 guests, which is the most that one can have
-/// (`port::vhost_user::memory`), so that it takes 256 that mean harm to leave none for the next. 512 KiB of
+/// (`port::vhost_user::memory`), so that it takes 256 that mean harm to leave none for the next. 640 KiB of
 /// address space, of which what was never used takes no memory.
 pub const GUARDS_MAX: usize = 16_384;
 /// Bytes of zeros put in place at a time, if pages are not larger: a frame's, so that what is being copied
 /// when a mapping is lost leaves few pieces of it behind (vm.max_map_count).
 const ZEROS_BYTES: usize = 64 << 10;
+
+/// asm-generic/siginfo.h: nothing is there. Other codes are of pages that are, and are broken (memory
+/// failures): to fill those would never end.
+const BUS_ADRERR: libc::c_int = 2;
 
 /// Why a mapping is not guarded, and so not had.
 #[derive(Debug, thiserror::Error)]
@@ -131,13 +135,14 @@ fn page_of(address: usize) -> Option<Place> {
     })
 }
 
-/// Makes a page that an access failed at accessible.
-fn mend(place: &Place) -> bool {
+/// Makes a page that an access failed at accessible. `is_missing`: nothing is wrong with it but that it is
+/// not there.
+fn mend(place: &Place, is_missing: bool) -> bool {
     // SAFETY: the pointer is null or to what the guard of the mapping holds, which lives as long as the
     // mapping is in use: the access that failed uses it.
     let charge = unsafe { place.slot.charge.load(Relaxed).as_ref() };
     if let Some(charge) = charge {
-        if charge.fill(place.page, place.page_len) {
+        if is_missing && charge.fill(place.page, place.page_len) {
             return true;
         }
         charge.set_lost();
@@ -185,11 +190,10 @@ fn install() -> io::Result<()> {
 extern "C" fn on_bus_error(signal: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
     // SAFETY: the kernel hands a valid siginfo to a handler with SA_SIGINFO; si_addr is set where the
     // signal is of a fault (si_code above 0).
-    let address = unsafe {
-        if (*info).si_code > 0 {
-            (*info).si_addr() as usize
-        } else {
-            0
+    let (address, code) = unsafe {
+        match (*info).si_code {
+            code if code > 0 => ((*info).si_addr() as usize, code),
+            code => (0, code),
         }
     };
     if let Some(place) = page_of(address) {
@@ -197,7 +201,7 @@ extern "C" fn on_bus_error(signal: libc::c_int, info: *mut libc::siginfo_t, _: *
         // about to read it.
         let mended = unsafe {
             let errno = *libc::__errno_location();
-            let mended = mend(&place);
+            let mended = mend(&place, code == BUS_ADRERR);
             *libc::__errno_location() = errno;
             mended
         };

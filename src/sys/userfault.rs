@@ -83,6 +83,14 @@ fn open() -> io::Result<OwnedFd> {
     }
 }
 
+/// Makes sure that [`watch`] will work.
+///
+/// # Errors
+/// As there.
+pub fn prepare() -> io::Result<()> {
+    userfault().map(|_| ())
+}
+
 /// Makes every touch of a missing page of a shared tmpfs mapping a SIGBUS, until it is unmapped.
 ///
 /// # Errors

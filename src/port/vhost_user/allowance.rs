@@ -24,9 +24,15 @@ const PORT_SHARE: u64 = 4;
 /// Bytes of inotify's events at a time; each is 16.
 const EVENTS_BYTES: usize = 4096;
 
+static TOTAL: OnceLock<Arc<Allowance>> = OnceLock::new();
+
+/// Bytes that count as allocated for guests now.
+pub fn used() -> u64 {
+    TOTAL.get().map_or(0, |total| total.used())
+}
+
 /// What may be allocated for the guest of one port.
 pub fn of_port() -> Arc<Allowance> {
-    static TOTAL: OnceLock<Arc<Allowance>> = OnceLock::new();
     let total = TOTAL.get_or_init(|| {
         let bytes = memory_limit::bytes() / TOTAL_SHARE;
         Arc::new(Allowance::new(bytes, None))

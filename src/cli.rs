@@ -14,6 +14,7 @@ mod docs;
 mod exec;
 mod find;
 mod forward;
+mod guests;
 mod lan;
 mod list;
 mod logger;
@@ -114,6 +115,7 @@ enum Command {
     List(list::Args),
     Wait(wait::Args),
     Status(status::Args),
+    Ip(guests::IpArgs),
     Forward(forward::Args),
     Policy(policy::Args),
     Down(up::DownArgs),
@@ -221,6 +223,7 @@ pub fn main() -> ExitCode {
         Command::List(args) => list::list(&args),
         Command::Wait(args) => wait::wait(&args),
         Command::Status(args) => status::status(&args),
+        Command::Ip(args) => guests::ip(&args),
         Command::Forward(args) => forward::forward(&args),
         Command::Policy(args) => policy::policy(&args),
         Command::Down(args) => up::down(&args),

@@ -95,7 +95,7 @@ pub fn guest_mac(text: &str) -> Result<Mac, String> {
 }
 
 /// Where a guest is reached, or was last seen.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct Station {
     /// Its address.
     pub mac: Mac,

@@ -61,6 +61,11 @@ pub struct Lan6 {
 }
 
 impl Lan6 {
+    /// First address of the prefix.
+    pub fn network(&self) -> Ipv6Addr {
+        Ipv6Addr::from_bits(self.address.to_bits() & (u128::MAX << (128 - u32::from(self.prefix))))
+    }
+
     /// Whether `address` is of the LAN's prefix.
     pub fn contains(&self, address: Ipv6Addr) -> bool {
         let shift = 128 - u32::from(self.prefix);

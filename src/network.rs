@@ -7,6 +7,7 @@
 mod balance;
 mod error;
 mod forwards;
+mod guests;
 mod housekeeping;
 mod policy;
 mod ports;
@@ -29,6 +30,7 @@ use tokio::sync::Notify;
 pub use self::error::NetworkError;
 use self::forwards::Forwards;
 pub use self::forwards::{ForwardRefusal, ForwardStatus};
+pub use self::guests::GuestStatus;
 use self::ports::{Opened, PortGuest, Ports, Queue};
 pub use self::start::open_files_wanted;
 pub use self::status::{FlowStatus, Ipv6Status, LeaseStatus, MacStatus, PortStatus, Status};
@@ -39,6 +41,7 @@ use crate::dhcp::lease::LeaseTable;
 use crate::frame::{self, Mac, PortId};
 use crate::gateway::LanConfig;
 use crate::names::{GroupName, GuestName};
+use crate::nat::common::Common;
 use crate::nat::policy::Policy;
 use crate::port::{self, DropSource};
 use crate::switch::Switch;
@@ -152,6 +155,8 @@ struct Shared {
     crew: Crew,
     switch: Arc<Switch>,
     leases: Arc<Mutex<LeaseTable>>,
+    /// What the workers share, for where guests are.
+    common: Common,
     resolver: ResolverHandle,
     ports: Mutex<Ports>,
     /// A port was removed.

@@ -6,13 +6,17 @@ use std::time::Duration;
 
 use super::find::connect;
 use super::options::NameOption;
-use super::{Failure, print};
+use super::{Failure, guests, print, screen};
 use crate::network::{PortStatus, Status};
 
-/// Show a running network's ports, counters, addresses, leases, forwards and flows
+/// Columns where standard output is no terminal.
+const COLUMNS: usize = 80;
+
+/// Show a running network's guests, ports, counters, leases, forwards and flows
 ///
-/// Counters are from the guests' side: 'from guest' is what a port's guest sent. A drop stands with
-/// the port it belongs to, by reason; 'kernel_' ones happened in the tap's own queue.
+/// RX and TX of a guest are what it received and sent, with its port's other guests. Of a port, 'from guest'
+/// is what its guests sent. A drop stands with the port it belongs to, by reason; 'kernel_' ones happened in
+/// the tap's own queue. The guests' table fits 80 columns, and is in one line each where there are more.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
 Examples:
@@ -30,27 +34,36 @@ pub(super) fn status(args: &Args) -> Result<ExitCode, Failure> {
     let status = connect(&args.name)?.status()?;
     let text = match args.json {
         true => serde_json::to_string_pretty(&status).map_err(std::io::Error::from)? + "\n",
-        false => render(&status),
+        false => render(&status, screen::columns().unwrap_or(COLUMNS)),
     };
     print(&text)?;
     Ok(ExitCode::SUCCESS)
 }
 
-/// The status as tables.
-pub(super) fn render(status: &Status) -> String {
+/// The status as tables, that of the guests for so many columns.
+fn render(status: &Status, columns: usize) -> String {
     let ipv6 = status.ipv6.as_ref().map_or(String::new(), |ipv6| {
         let route = match ipv6.default_route {
             true => "",
             false => ", no default route (the host has no IPv6)",
         };
-        format!("IPv6 {}, gateway {}{route}\n", ipv6.subnet, ipv6.link_local)
+        let gateway = ipv6
+            .gateway
+            .map_or(String::new(), |gateway| format!("{gateway}, "));
+        format!(
+            "IPv6 {}, gateway {gateway}{}{route}\n",
+            ipv6.subnet, ipv6.link_local
+        )
     });
     let workers = match status.workers {
         0 | 1 => String::new(),
         workers => format!(", {workers} workers"),
     };
+    let gateway = status
+        .gateway
+        .map_or(String::new(), |gateway| format!(", gateway {gateway}"));
     let mut text = format!(
-        "network {} (pid {}), up {}{workers}\nsubnet {}, MTU {}\n{ipv6}",
+        "network {} (pid {}), up {}{workers}\nsubnet {}{gateway}, MTU {}\n{ipv6}",
         status.name,
         status.pid,
         uptime(Duration::from_secs(status.uptime_secs)),
@@ -66,6 +79,7 @@ pub(super) fn render(status: &Status) -> String {
         ),
         Some(why) => writeln!(text, "flows: unknown, {why}"),
     };
+    guests::render(&mut text, &status.guests, columns);
     let heads = [
         "PORT",
         "NAME",
@@ -82,15 +96,6 @@ pub(super) fn render(status: &Status) -> String {
         "<<<>>>><",
         status.ports.iter().map(port_row).collect(),
     );
-    let port_name = |id: u16| {
-        let port = status.ports.iter().find(|port| port.id == id);
-        port.map_or_else(|| id.to_string(), |port| port.name.clone())
-    };
-    let macs = status
-        .macs
-        .iter()
-        .map(|entry| vec![entry.mac.clone(), port_name(entry.port)]);
-    table(&mut text, &["MAC", "PORT"], "<<", macs.collect());
     let leases = status.leases.iter().map(|lease| {
         vec![
             lease.address.to_string(),
@@ -113,7 +118,12 @@ pub(super) fn render(status: &Status) -> String {
     if let Some(policy) = &status.policy {
         super::policy::render(&mut text, policy);
     }
-    let totals = status.totals.iter().filter(|&(_, &count)| count != 0);
+    let gauges = status.gauges.iter();
+    let gauges = gauges.map(|(name, count)| vec![name.clone(), count.to_string()]);
+    table(&mut text, &["NOW", ""], "<>", gauges.collect());
+    let totals = status.totals.iter();
+    let totals =
+        totals.filter(|&(name, &count)| count != 0 && !status.gauges.contains_key(name.as_str()));
     let totals = totals.map(|(name, count)| vec![name.clone(), count.to_string()]);
     table(&mut text, &["TOTALS", ""], "<>", totals.collect());
     text
@@ -214,7 +224,9 @@ pub(super) fn uptime(time: Duration) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::network::{FlowStatus, ForwardStatus, Ipv6Status, LeaseStatus, MacStatus};
+    use crate::network::{
+        FlowStatus, ForwardStatus, GuestStatus, Ipv6Status, LeaseStatus, MacStatus,
+    };
 
     #[test]
     fn the_whole_picture() {
@@ -223,6 +235,8 @@ mod tests {
             name: name.to_owned(),
             group: None,
             kind: "vmm".to_owned(),
+            mac: None,
+            attached_secs: 60,
             queues: 1,
             worker: 0,
             rx_frames: 12,
@@ -240,14 +254,26 @@ mod tests {
             pid: 7,
             command: "lanlet up".to_owned(),
             uptime_secs: 93_784,
-            subnet: "10.0.0.1/24".to_owned(),
+            version: "1".to_owned(),
+            subnet: "10.0.0.0/24".to_owned(),
+            gateway: Some([10, 0, 0, 1].into()),
+            prefix_len: 24,
             ipv6: Some(Ipv6Status {
-                subnet: "fd12::1/64".to_owned(),
+                subnet: "fd12::/64".to_owned(),
+                gateway: Some("fd12::1".parse().unwrap()),
+                prefix_len: 64,
                 link_local: "fe80::1".parse().unwrap(),
                 default_route: false,
             }),
             mtu: 1500,
             workers: 2,
+            guests: vec![GuestStatus {
+                name: "vm1".to_owned(),
+                mac: Some("52:54:00:00:00:01".to_owned()),
+                ipv4: vec![[10, 0, 0, 2].into()],
+                kind: "vmm".to_owned(),
+                ..GuestStatus::default()
+            }],
             ports: vec![
                 port(0, "gateway", &[]),
                 port(1, "vm1", &[("no_flow", 2), ("zero", 0), ("truncated", 1)]),
@@ -259,6 +285,7 @@ mod tests {
             leases: vec![LeaseStatus {
                 address: [10, 0, 0, 2].into(),
                 mac: "52:54:00:00:00:01".to_owned(),
+                port: Some(1),
                 hostname: Some("al\u{1b}[2Jice".to_owned()),
                 expires_secs: Some(3599),
             }],
@@ -274,29 +301,38 @@ mod tests {
                 ..ForwardStatus::default()
             }],
             policy: None,
-            totals: [("flows_opened".to_owned(), 9), ("nothing".to_owned(), 0)].into(),
+            totals: [
+                ("flows_opened".to_owned(), 9),
+                ("nothing".to_owned(), 0),
+                ("host_sockets".to_owned(), 4),
+            ]
+            .into(),
+            gauges: [("host_sockets".to_owned(), 4)].into(),
             incomplete: None,
         };
         assert_eq!(
-            render(&status),
+            render(&status, 80),
             "\
 network lab (pid 7), up 1d 02:03:04, 2 workers
-subnet 10.0.0.1/24, MTU 1500
-IPv6 fd12::1/64, gateway fe80::1, no default route (the host has no IPv6)
+subnet 10.0.0.0/24, gateway 10.0.0.1, MTU 1500
+IPv6 fd12::/64, gateway fd12::1, fe80::1, no default route (the host has no IPv6)
 flows: 4 TCP, 1 UDP, 0 ICMP
+
+NAME  ADDRESS   IPv6  MAC                KIND  RX  TX  DROPS  SINCE
+vm1   10.0.0.2  -     52:54:00:00:00:01  vmm    0   0      0     0s
 
 PORT  NAME     KIND  FROM GUEST           TO GUEST         DROPPED
 0     gateway  vmm           12  2.0 KiB         3  999 B  -
 1     vm1      vmm           12  2.0 KiB         3  999 B  no_flow 2, truncated 1
-
-MAC                PORT
-52:54:00:00:00:01  vm1
 
 LEASE     MAC                HOST NAME  ENDS
 10.0.0.2  52:54:00:00:00:01  al?[2Jice  in 00:59:59
 
 FORWARD                    OPENED  WAITING  REFUSED
       1  8080:10.0.0.2:80       3        0        0
+
+NOW
+host_sockets  4
 
 TOTALS
 flows_opened  9
@@ -310,7 +346,7 @@ flows_opened  9
             incomplete: Some("the data path has ended".to_owned()),
             ..Status::default()
         };
-        let text = render(&status);
+        let text = render(&status, 80);
         assert!(
             text.contains("flows: unknown, the data path has ended\n"),
             "{text}"

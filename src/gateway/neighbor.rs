@@ -12,7 +12,8 @@
 //! share one table: who is looked for by one may be behind a port of another.
 //!
 //! # State and timers
-//! An address is believed for [`REACHABLE`], then asked for again; one that does not answer
+//! An address is believed for [`REACHABLE`], then asked for again; one that a guest only looks for
+//! duplicates of, to take it, is asked for at once, and is whoever's speaks for it; one that does not answer
 //! [`PROBES`] questions [`PROBE_INTERVAL`] apart is forgotten.
 //!
 //! # Limits
@@ -74,6 +75,24 @@ pub enum Reach {
 struct Entry {
     station: Station,
     heard_at: Instant,
+    /// It only asked whether anybody has the address already (RFC 4862 5.4).
+    is_tentative: bool,
+}
+
+impl Entry {
+    /// Whether the address is believed to be the station's.
+    fn is_fresh(&self, now: Instant) -> bool {
+        !self.is_tentative && now < self.heard_at + REACHABLE
+    }
+}
+
+/// How a station claims an address.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Claim {
+    /// It speaks with it.
+    Spoken,
+    /// It asks whether somebody has it, before it takes it.
+    Tentative,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -131,20 +150,40 @@ impl Neighbors {
 
     /// Learns from a packet that reached the gateway.
     pub fn observe(&mut self, packet: &Packet<'_>, now: Instant) {
-        let address = match &packet.body {
-            Body::Arp(_) => arp::spoken_for(packet).map(IpAddr::V4),
+        let claim = match &packet.body {
+            Body::Arp(_) => {
+                arp::spoken_for(packet).map(|address| (IpAddr::V4(address), Claim::Spoken))
+            }
             Body::Ipv6(ip) => match ip.transport {
-                Transport::Icmp(message) => spoken_for(ip, message).map(IpAddr::V6),
+                Transport::Icmp(message) => {
+                    spoken_for(ip, message).map(|(address, claim)| (IpAddr::V6(address), claim))
+                }
                 _ => None,
             },
             Body::Ipv4(_) | Body::Other(_) => None,
         };
-        if let Some(address) = address.filter(|&address| self.lan.is_guest_any(address)) {
-            let station = Station {
-                mac: packet.source,
-                port: packet.ingress,
-            };
-            self.learn(address, station, now);
+        let claim = claim.filter(|&(address, _)| self.lan.is_guest_any(address));
+        let Some((address, claim)) = claim else {
+            return;
+        };
+        let station = Station {
+            mac: packet.source,
+            port: packet.ingress,
+        };
+        match claim {
+            Claim::Spoken => self.learn(address, station, now),
+            Claim::Tentative => self.expect(address, station, now),
+        }
+    }
+
+    /// Takes down an address that its station is about to have. Anybody else who speaks for it has it.
+    fn expect(&mut self, address: IpAddr, station: Station, now: Instant) {
+        if self.known.contains_key(&address) || self.probes.contains_key(&address) {
+            return;
+        }
+        self.learn(address, station, now);
+        if let Some(entry) = self.known.get_mut(&address) {
+            entry.is_tentative = true;
         }
     }
 
@@ -152,7 +191,7 @@ impl Neighbors {
         let expected = self.probes.get(&address).and_then(|probe| probe.expected);
         if let Some(entry) = self.known.get(&address) {
             let theirs = entry.station.mac != station.mac;
-            let fresh = now < entry.heard_at + REACHABLE;
+            let fresh = entry.is_fresh(now);
             if theirs && fresh && expected != Some(station.mac) {
                 self.counters.conflicts += 1;
                 return;
@@ -171,6 +210,7 @@ impl Neighbors {
         let entry = Entry {
             station,
             heard_at: now,
+            is_tentative: false,
         };
         self.known.insert(address, entry);
     }
@@ -198,7 +238,7 @@ impl Neighbors {
         let entry = self.known.get(&address).copied();
         let entry = entry.filter(|entry| expected.is_none_or(|mac| mac == entry.station.mac));
         if let Some(entry) = entry
-            && now < entry.heard_at + REACHABLE
+            && entry.is_fresh(now)
         {
             return Reach::Known(entry.station);
         }
@@ -210,6 +250,14 @@ impl Neighbors {
     pub fn addresses_of(&self, mac: Mac) -> impl Iterator<Item = IpAddr> {
         let own = move |(_, entry): &(&IpAddr, &Entry)| entry.station.mac == mac;
         self.known.iter().filter(own).map(|(&address, _)| address)
+    }
+
+    /// The addresses with their stations, the one heard last last.
+    pub fn heard(&self) -> Vec<(IpAddr, Station)> {
+        let mut heard: Vec<_> = self.known.iter().collect();
+        heard.sort_by_key(|(_, entry)| entry.heard_at);
+        let told = |(&address, entry): (&IpAddr, &Entry)| (address, entry.station);
+        heard.into_iter().map(told).collect()
     }
 
     fn probe(&mut self, address: IpAddr, expected: Option<Mac>, now: Instant) {
@@ -267,7 +315,7 @@ impl Neighbors {
         self.counters.silent += silent.len() as u64;
         for address in silent {
             // A leased address may have been another's until now: who was heard stays.
-            let stale = |entry: &&Entry| now >= entry.heard_at + REACHABLE;
+            let stale = |entry: &&Entry| !entry.is_fresh(now);
             if self.known.get(&address).filter(stale).is_some() {
                 self.forget(address);
             }
@@ -275,14 +323,14 @@ impl Neighbors {
     }
 }
 
-/// The address that a neighbour message's sender says it has.
-fn spoken_for(ip: &Ipv6<'_>, message: &[u8]) -> Option<Ipv6Addr> {
+/// The address that a neighbour message's sender says it has, or will have.
+fn spoken_for(ip: &Ipv6<'_>, message: &[u8]) -> Option<(Ipv6Addr, Claim)> {
     match message::parse(ip, message).ok()? {
-        // Unspecified while it looks for duplicates: then it has none.
-        Message::NeighborSolicitation { .. } => {
-            Some(ip.source).filter(|source| !source.is_unspecified())
+        Message::NeighborSolicitation { target } if ip.source.is_unspecified() => {
+            Some((target, Claim::Tentative))
         }
-        Message::NeighborAdvertisement { target } => Some(target),
+        Message::NeighborSolicitation { .. } => Some((ip.source, Claim::Spoken)),
+        Message::NeighborAdvertisement { target } => Some((target, Claim::Spoken)),
         Message::RouterSolicitation | Message::FromRouter => None,
     }
 }
@@ -526,6 +574,33 @@ mod tests {
         assert_eq!(neighbors.news(), 1);
         let found = look_up(&mut neighbors, (address, None, now), &mut out);
         assert_eq!(found, Reach::Known(station(GUEST)));
+    }
+
+    #[test]
+    fn an_address_that_is_only_looked_for_is_whoever_speaks_for_it() {
+        let claim = |mac: Mac| {
+            let head = [NEIGHBOR_SOLICITATION, 0, 0];
+            let mut frame = discovery(mac, GUEST6, head, GUEST6, &[]);
+            let len = frame.len() - MESSAGE_AT;
+            let to = (Mac::BROADCAST, solicited_node(GUEST6));
+            finish(&mut frame, (mac, Ipv6Addr::UNSPECIFIED), to, len);
+            frame
+        };
+        let (mut neighbors, mut out) = (Neighbors::new(lan6()), Kept::new());
+        let (address, now) = (IpAddr::V6(GUEST6), Instant::from_secs(100));
+        neighbors.observe(&parse(&claim(OTHER)), now);
+        assert_eq!(neighbors.heard(), [(address, station(OTHER))]);
+        neighbors.observe(&parse(&claim(GUEST)), now);
+        assert_eq!(neighbors.heard(), [(address, station(OTHER))]);
+        // Not believed without being asked for.
+        let found = look_up(&mut neighbors, (address, None, now), &mut out);
+        assert_eq!((found, out.frames.len()), (Reach::Stale(station(OTHER)), 1));
+        neighbors.observe(&parse(&advertisement(GUEST, GUEST6, 255)), now);
+        let found = look_up(&mut neighbors, (address, None, now), &mut out);
+        assert_eq!(found, Reach::Known(station(GUEST)));
+        neighbors.observe(&parse(&claim(OTHER)), now);
+        assert_eq!(neighbors.heard(), [(address, station(GUEST))]);
+        assert_eq!(neighbors.counters.conflicts, 0);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::any::Any;
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::{NetworkError, Shared, lock};
 use crate::dhcp::lease::Refusal;
@@ -43,6 +43,7 @@ pub(super) struct Port {
     pub(super) queues: usize,
     /// The worker that reads it, or its first queue.
     pub(super) reader: WorkerId,
+    pub(super) attached_at: Instant,
     /// Whatever else ends with the port.
     pub(super) _attached: Option<Arc<dyn Any + Send + Sync>>,
 }
@@ -183,6 +184,7 @@ impl Shared {
             wire,
             queues: queues.len(),
             reader: home,
+            attached_at: Instant::now(),
             _attached: attached,
         };
         ports.by_id.insert(id, port);
@@ -323,6 +325,7 @@ mod tests {
             wire: None,
             queues: 1,
             reader: WorkerId(0),
+            attached_at: Instant::now(),
             _attached: None,
         }
     }

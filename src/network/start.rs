@@ -173,6 +173,7 @@ impl Network {
             wire: None,
             queues: 0,
             reader: WorkerId::default(),
+            attached_at: epoch,
             _attached: None,
         };
         let forwards = config.forwards.clone();
@@ -184,6 +185,7 @@ impl Network {
             crew,
             switch,
             leases,
+            common,
             resolver: resolver_handle,
             ports: Mutex::new(Ports {
                 last: 0,

@@ -9,11 +9,12 @@ use crossbeam_channel::RecvTimeoutError;
 use serde::{Deserialize, Serialize};
 
 use super::forwards::ForwardStatus;
+use super::guests::{GuestStatus, Pieces};
 use super::ports::Port;
 use super::{Shared, lock};
-use crate::dhcp::lease::LeaseKind;
+use crate::dhcp::lease::{LeaseKind, LeaseView};
 use crate::frame::{PortId, Station};
-use crate::names::{GroupName, GuestName};
+use crate::names::GroupName;
 use crate::nat::policy::ledger::PolicyView;
 use crate::port::KernelDrops;
 use crate::port::vhost_user::allowance;
@@ -22,6 +23,9 @@ use crate::worker::{Command, Snapshot};
 
 /// How long `status` waits for the worker, which answers between two batches.
 const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Sockets that the NAT and the forwards have open on the host.
+const HOST_SOCKETS: &str = "host_sockets";
 
 /// State of a network, as `lanlet status --json` prints it.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -35,8 +39,17 @@ pub struct Status {
     pub command: String,
     /// Seconds since start.
     pub uptime_secs: u64,
-    /// Gateway address with prefix length.
+    /// Version of the program that runs it.
+    #[serde(default)]
+    pub version: String,
+    /// The LAN, like `192.168.122.0/24`.
     pub subnet: String,
+    /// The gateway's address.
+    #[serde(default)]
+    pub gateway: Option<Ipv4Addr>,
+    /// Prefix length of the LAN.
+    #[serde(default)]
+    pub prefix_len: u8,
     /// IPv6 of the LAN; `None`: it has none.
     #[serde(default)]
     pub ipv6: Option<Ipv6Status>,
@@ -45,6 +58,9 @@ pub struct Status {
     /// Threads that carry the traffic.
     #[serde(default)]
     pub workers: usize,
+    /// The guests, by port.
+    #[serde(default)]
+    pub guests: Vec<GuestStatus>,
     /// The ports, the gateway first.
     pub ports: Vec<PortStatus>,
     /// The MAC table.
@@ -59,8 +75,12 @@ pub struct Status {
     /// The egress policy: what its rules did, and what was denied last; `None`: there is none.
     #[serde(default)]
     pub policy: Option<PolicyView>,
-    /// Counters of the network as a whole, by name.
+    /// Counters of the network as a whole, by name: they only grow. `host_sockets`, which is a gauge, stays
+    /// here too for scripts that look for it here.
     pub totals: BTreeMap<String, u64>,
+    /// What there is of the network as a whole now, by name.
+    #[serde(default)]
+    pub gauges: BTreeMap<String, u64>,
     /// Why flows and most totals are missing; `None`: they are not.
     #[serde(default)]
     pub incomplete: Option<String>,
@@ -77,8 +97,14 @@ impl Status {
 /// IPv6 of the LAN.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Ipv6Status {
-    /// Gateway address with prefix length.
+    /// The LAN, like `fd12:3456:789a:1::/64`.
     pub subnet: String,
+    /// The gateway's address in it.
+    #[serde(default)]
+    pub gateway: Option<Ipv6Addr>,
+    /// Prefix length of the LAN.
+    #[serde(default)]
+    pub prefix_len: u8,
     /// The gateway's link-local address.
     pub link_local: Ipv6Addr,
     /// Whether guests are given a default route: the host has IPv6.
@@ -97,6 +123,12 @@ pub struct PortStatus {
     pub group: Option<String>,
     /// `gateway`, `vmm`, `namespace`, `tap`.
     pub kind: String,
+    /// MAC of its guest, where lanlet gave it one.
+    #[serde(default)]
+    pub mac: Option<String>,
+    /// Seconds since it was attached.
+    #[serde(default)]
+    pub attached_secs: u64,
     /// Queues of its tap.
     #[serde(default)]
     pub queues: usize,
@@ -134,6 +166,9 @@ pub struct LeaseStatus {
     pub address: Ipv4Addr,
     /// Client's MAC.
     pub mac: String,
+    /// Port that the client is behind, where that is known.
+    #[serde(default)]
+    pub port: Option<u16>,
     /// Name the client sent (option 12).
     pub hostname: Option<String>,
     /// Seconds left; `None`: as long as its port.
@@ -185,8 +220,11 @@ impl Shared {
         let mut totals: BTreeMap<String, u64> = snapshot.counters.into_iter().collect();
         let resolver = self.resolver.counters();
         totals.extend(resolver.map(|(name, count)| (name.to_owned(), count)));
+        let mut gauges = BTreeMap::new();
         if incomplete.is_none() {
-            totals.insert("host_sockets".to_owned(), snapshot.host_sockets as u64);
+            let sockets = snapshot.host_sockets as u64;
+            totals.insert(HOST_SOCKETS.to_owned(), sockets);
+            gauges.insert(HOST_SOCKETS.to_owned(), sockets);
         }
         totals.insert("guest_memory_bytes".to_owned(), allowance::used());
         let table = self.switch.counters();
@@ -197,27 +235,83 @@ impl Shared {
             .iter()
             .map(|(&id, port)| (id, port.clone()))
             .collect();
-        let ports = ports.iter().map(|(id, port)| port.status(*id)).collect();
-        let station = |station: Station| MacStatus {
+        let given: Vec<_> = ports
+            .iter()
+            .filter_map(|&(id, ref port)| {
+                Some((
+                    Station {
+                        mac: port.mac?,
+                        port: id,
+                    },
+                    port.leased,
+                ))
+            })
+            .filter(|(station, _)| station.port != PortId::GATEWAY)
+            .collect();
+        // Who has a lease with the port was given its IPv6 address, too.
+        let given6: Vec<_> = given
+            .iter()
+            .filter(|(_, leased)| *leased)
+            .filter_map(|(station, _)| Some((station.mac, self.guest6(station.mac)?.address)))
+            .collect();
+        let given: Vec<_> = given.into_iter().map(|(station, _)| station).collect();
+        let ports: Vec<_> = ports.iter().map(|(id, port)| port.status(*id)).collect();
+        let learned = self.switch.snapshot();
+        let leases = self.held_leases();
+        let heard = self.common.neighbors().heard();
+        let pieces = Pieces {
+            ports: &ports,
+            given: &given,
+            given6: &given6,
+            learned: &learned,
+            leases: &leases,
+            heard: &heard,
+        };
+        let guests = pieces.guests();
+        let ports_of_macs = pieces.ports_of_macs();
+        for (name, count) in [
+            ("ports", ports.len()),
+            ("macs", learned.len()),
+            ("leases", leases.len()),
+        ] {
+            gauges.insert(name.to_owned(), count as u64);
+        }
+        let station = |station: &Station| MacStatus {
             mac: station.mac.to_string(),
             port: station.port.0,
+        };
+        let lease = |lease: LeaseView| LeaseStatus {
+            address: lease.address,
+            mac: lease.mac.to_string(),
+            port: lease
+                .port
+                .or_else(|| ports_of_macs.get(&lease.mac).copied())
+                .map(|port| port.0),
+            hostname: lease.hostname.as_ref().map(ToString::to_string),
+            expires_secs: lease.remaining.map(|left| left.secs()),
         };
         Status {
             name: self.config.name.clone(),
             pid: std::process::id(),
             command: String::new(),
             uptime_secs: self.epoch.elapsed().as_secs(),
-            subnet: format!("{}/{}", self.lan.address, self.lan.prefix),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            subnet: self.config.subnet().to_string(),
+            gateway: Some(self.lan.address),
+            prefix_len: self.lan.prefix,
             ipv6: self.lan.v6.map(|lan| Ipv6Status {
-                subnet: format!("{}/{}", lan.address, lan.prefix),
+                subnet: format!("{}/{}", lan.network(), lan.prefix),
+                gateway: Some(lan.address),
+                prefix_len: lan.prefix,
                 link_local: lan.link_local,
                 default_route: self.host_ipv6.load(Ordering::Relaxed),
             }),
             mtu: self.lan.mtu,
             workers: self.crew.members().len(),
+            guests,
             ports,
-            macs: self.switch.snapshot().into_iter().map(station).collect(),
-            leases: self.lease_status(),
+            macs: learned.iter().map(station).collect(),
+            leases: leases.into_iter().map(lease).collect(),
             flows: FlowStatus {
                 tcp: snapshot.tcp,
                 udp: snapshot.udp,
@@ -226,22 +320,16 @@ impl Shared {
             forwards: self.forward_status(&snapshot.forwards),
             policy: snapshot.policy,
             totals,
+            gauges,
             incomplete,
         }
     }
 
-    fn lease_status(&self) -> Vec<LeaseStatus> {
-        lock(&self.leases)
-            .snapshot(self.now())
-            .into_iter()
-            .filter(|lease| matches!(lease.kind, LeaseKind::Bound | LeaseKind::Attached))
-            .map(|lease| LeaseStatus {
-                address: lease.address,
-                mac: lease.mac.to_string(),
-                hostname: lease.hostname.as_ref().map(GuestName::to_string),
-                expires_secs: lease.remaining.map(|left| left.secs()),
-            })
-            .collect()
+    /// The leases that clients have.
+    fn held_leases(&self) -> Vec<LeaseView> {
+        let mut leases = lock(&self.leases).snapshot(self.now());
+        leases.retain(|lease| matches!(lease.kind, LeaseKind::Bound | LeaseKind::Attached));
+        leases
     }
 }
 
@@ -277,6 +365,8 @@ impl Port {
             name: self.name.to_string(),
             group: self.group.as_ref().map(GroupName::to_string),
             kind: self.kind.to_owned(),
+            mac: self.mac.map(|mac| mac.to_string()),
+            attached_secs: self.attached_at.elapsed().as_secs(),
             queues: self.queues,
             worker: self.reader.0,
             rx_frames: self.counters.rx_frames.load(Relaxed),

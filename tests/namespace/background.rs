@@ -256,3 +256,73 @@ END
         ],
     );
 }
+
+/// What is known of guests is shown in a place, fits a terminal, and is there for scripts.
+#[test]
+fn guests_are_shown_with_their_addresses() {
+    let script = r#"
+        lanlet up -d --lease-file none >/dev/null
+        for guest in web db; do
+            "$LAB/as-user" "$LANLET" exec --name default --guest-name $guest -- sh -c '
+                ip -o -4 a show eth0 | sed "s/.*inet \([0-9.]*\).*/\1/"
+                ip -o -6 a show eth0 scope global | sed "s/.*inet6 \([0-9a-f:]*\).*/\1/"
+                # By hand, as a guest without DHCP.
+                ip addr add 192.168.122.250/24 dev eth0; ping -c 1 -W 2 -I 192.168.122.250 192.168.122.1 >&2
+                exec sleep 60' >$guest.told 2>/dev/null &
+            step wait_$guest lanlet wait --guests 1 --timeout 20s
+        done
+        step wait lanlet wait --guests 2 --timeout 20s
+        step none lanlet wait --guests 3 --timeout 1s 2>none.err
+        grep -q 'has 2 of 3 guests after 1s' none.err && say none_told=yes
+        wait_for web.told :
+        wait_for db.told :
+        [ "$(lanlet ip web; lanlet ip -6 web)" = "$(cat web.told)" ] && say web=same
+        [ "$(lanlet ip DB)" = "$(head -1 db.told)" ] && say db=same
+        step ip_nobody lanlet ip nobody 2>nobody.err
+        grep -q '(there are: web, db)' nobody.err && say nobody_told=yes
+        until_true 20 status_is "'192.168.122.250' in s['guests'][0]['ipv4']" True
+        say static="$(status_of "s['guests'][0]['ipv4'][1]")"
+        lanlet status >status
+        say heads="$(sed -n '/^NAME/,/^$/p' status | head -2 | tr -s ' \n' _)" widest="$(sed -n '/^NAME/,/^$/p' status | awk 'length > 80' | wc -l)"
+        say guest="$(sed -n '/^NAME/,/^$/p' status | grep -A1 ^web | tail -1 | grep -c "$(tail -1 web.told)")"
+        # In a wide terminal one line each.
+        script -qec "stty cols 160; $LAB/as-user $LANLET status" /dev/null </dev/null | tr -d '\r' >wide
+        say wide="$(grep '^web ' wide | grep "$(head -1 web.told)" | grep -c "$(tail -1 web.told)")"
+        say subnet="$(status_of "s['subnet'], s['gateway'], s['prefix_len']" | tr -d ' ')"
+        say v6="$(status_of "s['ipv6']['subnet'].endswith('::/64') and s['ipv6']['gateway'].endswith('::1')")"
+        say ports="$(status_of "sorted(l['port'] for l in s['leases'])" | tr -d ' ')" version="$(status_of "s['version'] != ''")"
+        say gauges="$(status_of "sorted(s['gauges'])" | tr -d " ")"
+        say since="$(status_of "all(0 <= g['attached_secs'] < 60 for g in s['guests'])")"
+        say counted="$(status_of "all(g['received_bytes'] and g['sent_bytes'] for g in s['guests'])")"
+        lanlet down -q
+    "#;
+    let Some(outcome) = scenario(&World::new(), script) else {
+        return;
+    };
+    assert_said(
+        &outcome.passed(),
+        &[
+            ("wait_web", "0"),
+            ("wait_db", "0"),
+            ("wait", "0"),
+            ("none", "1"),
+            ("none_told", "yes"),
+            ("web", "same"),
+            ("db", "same"),
+            ("ip_nobody", "1"),
+            ("nobody_told", "yes"),
+            ("static", "192.168.122.250"),
+            ("heads", "NAME_ADDRESS_KIND_RX_TX_DROPS_SINCE_MAC_IPv6_"),
+            ("widest", "0"),
+            ("guest", "1"),
+            ("wide", "1"),
+            ("subnet", "192.168.122.0/24192.168.122.124"),
+            ("v6", "True"),
+            ("ports", "[1,2]"),
+            ("version", "True"),
+            ("gauges", "['host_sockets','leases','macs','ports']"),
+            ("since", "True"),
+            ("counted", "True"),
+        ],
+    );
+}

@@ -94,7 +94,7 @@ fn a_command_has_ipv6_from_its_first_moment() {
     assert_said(
         &outcome,
         &[
-            ("subnet", "fd12:3456:789a:1::1/64"),
+            ("subnet", "fd12:3456:789a:1::/64"),
             ("route", "True"),
             ("address", address),
             ("router", &router),

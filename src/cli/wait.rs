@@ -45,10 +45,18 @@ pub(super) fn wait(args: &Args) -> Result<ExitCode, Failure> {
         false => any_by(&dir, &args.name, deadline)?,
     }
     .ok_or_else(|| not_running(&dir, args.name.get()))?;
-    while args.guests > 0 {
+    if args.guests > 0 {
+        wait_for_guests(&mut client, args, deadline)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Waits until so many guests have addresses.
+fn wait_for_guests(client: &mut Client, args: &Args, deadline: Instant) -> Result<(), Failure> {
+    loop {
         let present = guests_with_address(&client.status()?);
         if present >= args.guests {
-            break;
+            return Ok(());
         }
         if Instant::now() >= deadline {
             return Err(Failure::because(format!(
@@ -60,7 +68,6 @@ pub(super) fn wait(args: &Args) -> Result<ExitCode, Failure> {
         }
         std::thread::sleep(POLL);
     }
-    Ok(ExitCode::SUCCESS)
 }
 
 /// The network that is meant where none is named, as soon as it runs.

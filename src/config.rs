@@ -7,6 +7,7 @@
 mod host;
 mod host_entry;
 mod port;
+pub mod subnet4;
 mod subnet6;
 mod workers;
 

@@ -26,6 +26,7 @@
 pub mod addresses;
 pub mod listen;
 pub mod local_ports;
+pub mod networks;
 pub mod outbound;
 pub mod overlap;
 pub mod port_owner;

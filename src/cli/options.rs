@@ -1,18 +1,21 @@
 //! Flags that several commands share.
 
-use std::net::{IpAddr, Ipv4Addr};
-use std::path::PathBuf;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
 
 use super::{Failure, policy};
+use crate::config::PREFIX6_LEN;
+use crate::config::subnet4::{self, SUBNET_DEFAULT};
 use crate::config::{
     self, AddressRange, BUSY_POLL_MAX, HostEntry, HostPorts, HostSettings, NAME_DEFAULT,
     NetworkConfig, Settings, Subnet, Subnet6, Workers,
 };
 use crate::control::RuntimeDir;
 use crate::control::api::guest_mac;
+use crate::control::lease_file::LeaseFile;
 use crate::frame::Mac;
 use crate::names::{GroupName, GuestName};
 use crate::nat::mapping::Dependence;
@@ -20,6 +23,8 @@ use crate::nat::udp::UdpBehaviour;
 use crate::network::{PortOptions, VhostUserSocket};
 use crate::port::vhost_user::device::QUEUE_PAIRS_MAX;
 use crate::tap::QUEUES_MAX;
+use crate::uplink::networks;
+use crate::wire::ipv6;
 
 /// Which network.
 #[derive(Args, Debug)]
@@ -68,7 +73,8 @@ impl NameOption {
 #[derive(Args, Debug, Default)]
 #[command(next_help_heading = "Options of the network, where this command starts it")]
 pub(super) struct NetworkOptions {
-    /// The LAN, /8 to /29 [default: 192.168.122.0/24]
+    /// The LAN, /8 to /29 [default: 192.168.122.0/24; where the host uses that itself, one that follows
+    /// from the network's name]
     #[arg(long, value_name = "CIDR")]
     subnet: Option<Subnet>,
 
@@ -182,11 +188,18 @@ impl NetworkOptions {
         name: &str,
         lease_file: Option<PathBuf>,
     ) -> Result<NetworkConfig, Failure> {
+        let lease_file = match &self.lease_file {
+            None => lease_file,
+            Some(path) if path.as_os_str() == "none" => None,
+            // The process may leave this directory.
+            Some(path) => Some(std::path::absolute(path)?),
+        };
         let udp = UdpBehaviour::default();
+        let (subnet, subnet6) = self.subnets(name, lease_file.as_deref());
         let settings = Settings {
-            subnet: self.subnet,
+            subnet,
             gateway: self.gateway,
-            subnet6: self.subnet6,
+            subnet6: Some(subnet6),
             mtu: self.mtu,
             dhcp_range: self.dhcp_range,
             hosts: self.host.clone(),
@@ -215,13 +228,36 @@ impl NetworkOptions {
         if let Some(path) = &self.policy {
             config.policy = Some(policy::read(path)?.0);
         }
-        config.lease_file = match &self.lease_file {
-            None => lease_file,
-            Some(path) if path.as_os_str() == "none" => None,
-            // The process may leave this directory.
-            Some(path) => Some(std::path::absolute(path)?),
-        };
+        config.lease_file = lease_file;
         Ok(config)
+    }
+
+    /// The LAN's subnets; where the options say nothing of them, ones that the host does not use.
+    fn subnets(&self, name: &str, lease_file: Option<&Path>) -> (Option<Subnet>, Subnet6) {
+        let subnet6 = self.subnet6.unwrap_or_default();
+        // Who says an address of the LAN means the usual one.
+        let is_implied =
+            self.gateway.is_some() || self.dhcp_range.is_some() || !self.host.is_empty();
+        if (self.subnet.is_some() || is_implied) && subnet6 != Subnet6::Auto {
+            return (self.subnet, subnet6);
+        }
+        let of_host = networks::of_host();
+        let is_free =
+            |subnet: Subnet| !networks::overlaps(&of_host, subnet.network.into(), subnet.prefix);
+        let is_free6 = |prefix: Ipv6Addr| !networks::overlaps(&of_host, prefix.into(), PREFIX6_LEN);
+        let subnet6 = match self.mtu.is_some_and(|mtu| mtu < ipv6::MTU_MIN) {
+            true => subnet6,
+            false => subnet6.avoiding(name, is_free6),
+        };
+        if self.subnet.is_some() || is_implied {
+            return (self.subnet, subnet6);
+        }
+        let last = lease_file.and_then(|path| LeaseFile::new(path.to_owned()).subnet());
+        let subnet = subnet4::automatic(name, last, is_free);
+        if subnet != SUBNET_DEFAULT && last != Some(subnet) {
+            log::info!("the host uses {SUBNET_DEFAULT} itself: the LAN is {subnet}");
+        }
+        (Some(subnet), subnet6)
     }
 
     /// The first option given, as it is written: none of them can change a network that runs.

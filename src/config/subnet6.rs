@@ -19,6 +19,9 @@ const MACHINE_IDS: [&str; 3] = [
     "/proc/sys/kernel/hostname",
 ];
 
+/// Prefixes that are tried where the first is in use: as deep as networks inside networks go.
+const OTHERS_MAX: u32 = 8;
+
 /// The LAN's IPv6 as a user says it.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub enum Subnet6 {
@@ -35,17 +38,22 @@ impl Subnet6 {
     /// The prefix, for the network called `name`.
     pub fn prefix(self, name: &str) -> Option<Ipv6Addr> {
         match self {
-            Subnet6::Auto => {
-                let machine = MACHINE_IDS.iter().find_map(|path| {
-                    let id = fs::read_to_string(path).ok()?;
-                    Some(id.trim().to_owned()).filter(|id| !id.is_empty())
-                });
-                let user = rustix::process::geteuid().as_raw();
-                Some(unique_local(&machine.unwrap_or_default(), user, name))
-            }
+            Subnet6::Auto => Some(automatic(name)),
             Subnet6::Off => None,
             Subnet6::Prefix(prefix) => Some(prefix),
         }
+    }
+
+    /// This, or for [`Subnet6::Auto`] another prefix where the one that follows from the name is not free:
+    /// a network inside a guest of another one has its machine's id, user and name.
+    pub fn avoiding(self, name: &str, is_free: impl Fn(Ipv6Addr) -> bool) -> Self {
+        if self != Subnet6::Auto || is_free(automatic(name)) {
+            return self;
+        }
+        let mut others = (1..=OTHERS_MAX).map(|nth| automatic(&format!("{name}/{nth}")));
+        others
+            .find(|&prefix| is_free(prefix))
+            .map_or(self, Subnet6::Prefix)
     }
 
     /// Checks a given prefix.
@@ -106,6 +114,15 @@ impl FromStr for Subnet6 {
         subnet.check()?;
         Ok(subnet)
     }
+}
+
+fn automatic(name: &str) -> Ipv6Addr {
+    let machine = MACHINE_IDS.iter().find_map(|path| {
+        let id = fs::read_to_string(path).ok()?;
+        Some(id.trim().to_owned()).filter(|id| !id.is_empty())
+    });
+    let user = rustix::process::geteuid().as_raw();
+    unique_local(&machine.unwrap_or_default(), user, name)
 }
 
 /// fd, 40 bits of global id, 16 bits of subnet id (RFC 4193 3.1).
@@ -174,5 +191,10 @@ mod tests {
         assert_eq!(Subnet6::Auto.prefix("n"), Subnet6::Auto.prefix("n"));
         assert_ne!(Subnet6::Auto.prefix("n"), Subnet6::Auto.prefix("m"));
         assert_eq!(Subnet6::Off.prefix("n"), None);
+        let own = automatic("n");
+        assert_eq!(Subnet6::Auto.avoiding("n", |_| true), Subnet6::Auto);
+        let other = Subnet6::Auto.avoiding("n", |prefix| prefix != own);
+        assert_eq!(other, Subnet6::Prefix(automatic("n/1")));
+        assert_eq!(Subnet6::Off.avoiding("n", |_| false), Subnet6::Off);
     }
 }

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::config::Subnet;
 use crate::dhcp::lease::{LEASES_MAX, LeaseRecord};
 
 /// Grows when old files can't be read any more.
@@ -24,6 +25,9 @@ const FILE_MODE: u32 = 0o600;
 #[derive(Serialize, Deserialize)]
 struct Contents {
     version: u32,
+    /// Of the network that wrote it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    subnet: Option<String>,
     leases: Vec<LeaseRecord>,
 }
 
@@ -49,9 +53,24 @@ impl LeaseFile {
     /// # Errors
     /// The file can't be read or is not a lease file. The caller warns and starts without it.
     pub fn load(&self) -> io::Result<Vec<LeaseRecord>> {
+        Ok(self.contents()?.leases)
+    }
+
+    /// The subnet of the last run, where that is known.
+    pub fn subnet(&self) -> Option<Subnet> {
+        self.contents().ok()?.subnet?.parse().ok()
+    }
+
+    fn contents(&self) -> io::Result<Contents> {
         let file = match File::open(&self.path) {
             Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Ok(Contents {
+                    version: VERSION,
+                    subnet: None,
+                    leases: Vec::new(),
+                });
+            }
             Err(error) => return Err(error),
         };
         let mut text = String::new();
@@ -65,16 +84,17 @@ impl LeaseFile {
                 "version {version}, this lanlet reads {VERSION}"
             )));
         }
-        Ok(contents.leases)
+        Ok(contents)
     }
 
     /// Replaces the file.
     ///
     /// # Errors
     /// The directory is missing, not writable or full.
-    pub fn save(&self, leases: Vec<LeaseRecord>) -> io::Result<()> {
+    pub fn save(&self, subnet: Subnet, leases: Vec<LeaseRecord>) -> io::Result<()> {
         let mut text = serde_json::to_vec_pretty(&Contents {
             version: VERSION,
+            subnet: Some(subnet.to_string()),
             leases,
         })?;
         text.push(b'\n');
@@ -104,6 +124,7 @@ fn invalid(message: String) -> io::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::subnet4::SUBNET_DEFAULT;
     use std::os::unix::fs::MetadataExt;
 
     struct Directory(PathBuf);
@@ -138,11 +159,14 @@ mod tests {
         let directory = Directory::new("round-trip");
         let file = LeaseFile::new(directory.0.join("leases.json"));
         assert_eq!(file.load().unwrap(), []);
-        file.save(vec![record(5), record(6)]).unwrap();
+        assert_eq!(file.subnet(), None);
+        file.save(SUBNET_DEFAULT, vec![record(5), record(6)])
+            .unwrap();
         assert_eq!(file.load().unwrap(), [record(5), record(6)]);
+        assert_eq!(file.subnet(), Some(SUBNET_DEFAULT));
         // A crash between writing and renaming leaves this behind.
         fs::write(directory.0.join("leases.json.new"), "{").unwrap();
-        file.save(vec![record(6)]).unwrap();
+        file.save(SUBNET_DEFAULT, vec![record(6)]).unwrap();
         assert_eq!(file.load().unwrap(), [record(6)]);
         assert_eq!(fs::metadata(file.path()).unwrap().mode() & 0o777, FILE_MODE);
         assert_eq!(fs::read_dir(&directory.0).unwrap().count(), 1);
@@ -155,7 +179,7 @@ mod tests {
         fs::write(&victim, "precious").unwrap();
         std::os::unix::fs::symlink(&victim, directory.0.join("leases.json.new")).unwrap();
         let file = LeaseFile::new(directory.0.join("leases.json"));
-        file.save(vec![record(5)]).unwrap();
+        file.save(SUBNET_DEFAULT, vec![record(5)]).unwrap();
         assert_eq!(fs::read_to_string(&victim).unwrap(), "precious");
         assert_eq!(file.load().unwrap(), [record(5)]);
     }
@@ -179,7 +203,7 @@ mod tests {
         assert!(file.load().is_err());
         assert!(
             LeaseFile::new(directory.0.join("no/such/leases.json"))
-                .save(vec![])
+                .save(SUBNET_DEFAULT, vec![])
                 .is_err()
         );
     }

@@ -7,8 +7,9 @@ use std::time::{Duration, SystemTime};
 
 use super::balance::Balancer;
 use super::{Shared, lock};
+use crate::config::Subnet;
 use crate::control::lease_file::LeaseFile;
-use crate::dhcp::lease::LeaseTable;
+use crate::dhcp::lease::{LEASES_MAX, LeaseRecord, LeaseTable};
 use crate::frame;
 use crate::port::vhost_user::allowance;
 use crate::sys::arena;
@@ -21,6 +22,9 @@ const HOUSEKEEPING: Duration = Duration::from_secs(1);
 /// The lease file and how far it follows the table.
 pub(super) struct LeaseKeeper {
     file: LeaseFile,
+    subnet: Subnet,
+    /// Leases of other subnets that the network had, for when it has them again.
+    others: Vec<LeaseRecord>,
     /// The table's generation in the file.
     saved: u64,
     /// The failure that was warned of.
@@ -29,10 +33,15 @@ pub(super) struct LeaseKeeper {
 
 impl LeaseKeeper {
     /// Restores the leases of the last run into `leases`.
-    pub(super) fn restore(file: LeaseFile, leases: &mut LeaseTable) -> Self {
+    pub(super) fn restore(file: LeaseFile, leases: &mut LeaseTable, subnet: Subnet) -> Self {
         let path = file.path().display();
+        let mut others = Vec::new();
         match file.load() {
             Ok(records) => {
+                let is_other = |record: &&LeaseRecord| {
+                    !(subnet.network..=subnet.broadcast()).contains(&record.address)
+                };
+                others.extend(records.iter().filter(is_other).cloned());
                 let count = leases.restore(&records, frame::Instant::ZERO, unix_now());
                 log::debug!("{count} leases restored from {path}");
             }
@@ -41,6 +50,8 @@ impl LeaseKeeper {
         Self {
             saved: leases.generation(),
             file,
+            subnet,
+            others,
             warned: None,
         }
     }
@@ -55,8 +66,11 @@ impl LeaseKeeper {
             }
             (leases.generation(), leases.records(now, unix_now()))
         };
+        let room = LEASES_MAX.saturating_sub(records.len());
+        let others = self.others.iter().take(room).cloned();
+        let records = records.into_iter().chain(others).collect();
         let path = self.file.path().display();
-        match self.file.save(records) {
+        match self.file.save(self.subnet, records) {
             Ok(()) => {
                 self.saved = generation;
                 if self.warned.take().is_some() {
@@ -177,7 +191,8 @@ mod tests {
         let now = frame::Instant::from_secs(1);
         let range = DhcpConfig::new(lan.clone()).range();
         let mut table = LeaseTable::new(range, &lan).unwrap();
-        let mut keeper = LeaseKeeper::restore(LeaseFile::new(path.clone()), &mut table);
+        let mut keeper =
+            LeaseKeeper::restore(LeaseFile::new(path.clone()), &mut table, config.subnet());
         let table = Mutex::new(table);
         lock(&table)
             .attach(Mac([4; 6]), PortId(1), None, now)

@@ -104,7 +104,7 @@ impl Network {
         let epoch = Instant::now();
         let mut leases = lease_table(&config, &dhcp)?;
         let keeper = config.lease_file.clone().map(|path| {
-            let keeper = LeaseKeeper::restore(LeaseFile::new(path), &mut leases);
+            let keeper = LeaseKeeper::restore(LeaseFile::new(path), &mut leases, config.subnet());
             Arc::new(Mutex::new(keeper))
         });
         let leases = Arc::new(Mutex::new(leases));

@@ -17,6 +17,9 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// Largest answer: an RTM_NEWLINK with all its attributes is some 1,500 bytes.
 const ANSWER_LEN: usize = 16 * 1024;
 
+/// A part of a dump.
+const DUMP_LEN: usize = 32 * 1024;
+
 /// What the kernel answered instead of "done".
 #[derive(Debug)]
 pub struct NetlinkError {
@@ -188,6 +191,40 @@ impl RouteSocket {
                 None => Ok(None),
                 Some(error) => Err(error),
             };
+        }
+    }
+
+    /// Asks for all there is of something, and shows the body of each message until `sink` has enough.
+    ///
+    /// # Errors
+    /// The kernel's refusal.
+    pub fn dump(
+        &mut self,
+        message: Message,
+        sink: &mut dyn FnMut(&[u8]) -> bool,
+    ) -> io::Result<()> {
+        self.sequence = self.sequence.wrapping_add(1);
+        let bytes = message.finish(self.sequence);
+        rustix::net::send(&self.fd, &bytes, SendFlags::empty())?;
+        // The kernel fills what it is given, 32 KiB at most (net/netlink/af_netlink.c, netlink_dump).
+        let mut buffer = vec![0; DUMP_LEN];
+        let mut wants_more = true;
+        loop {
+            let len = rustix::io::retry_on_intr(|| {
+                rustix::net::recv(&self.fd, &mut buffer[..], RecvFlags::empty())
+            })?
+            .0;
+            for (kind, sequence, body) in messages(&buffer[..len]) {
+                match i32::from(kind) {
+                    _ if sequence != self.sequence => {}
+                    libc::NLMSG_DONE => return Ok(()),
+                    libc::NLMSG_ERROR => {
+                        return error(body).map_or(Ok(()), |error| Err(error.errno.into()));
+                    }
+                    // What is left has to be read, or it would be the next one's answer.
+                    _ => wants_more = wants_more && sink(body),
+                }
+            }
         }
     }
 

@@ -32,6 +32,7 @@ mod reach;
 mod refusals;
 mod sockets;
 mod streams;
+mod subnets;
 mod udp;
 mod v6_lan;
 mod workers;

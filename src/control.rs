@@ -17,13 +17,15 @@ pub mod lease_file;
 pub mod resolver;
 pub mod server;
 
+mod claim;
 mod message;
 mod running;
 
+pub use self::claim::Claim;
 pub use self::running::{Running, is_private};
 
 use std::fs::{DirBuilder, File, OpenOptions};
-use std::io::{self, Read, Seek, Write};
+use std::io::{self, Read, Seek};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
@@ -262,31 +264,7 @@ impl RuntimeDir {
     /// # Errors
     /// The name is taken, or the directory can't be used.
     pub fn claim(&self, name: &str) -> Result<Claim, ControlError> {
-        let socket = self.socket(name)?;
-        self.create()?;
-        let lock_path = self.lock(name);
-        let mut lock = loop {
-            let lock = self.lock_file(name)?;
-            // Of a private network's name the file may have been swept away meanwhile: then others would
-            // lock another one.
-            if is_at(&lock, &lock_path) {
-                break lock;
-            }
-        };
-        lock.set_len(0)
-            .and_then(|()| writeln!(lock, "{}", std::process::id()))
-            .map_err(|error| ControlError::Io {
-                action: "write",
-                path: lock_path,
-                error,
-            })?;
-        let listener = listen(&socket)?;
-        Ok(Claim {
-            listener: Some(listener),
-            socket,
-            is_private: false,
-            _lock: lock,
-        })
+        Claim::new(self, name)
     }
 
     /// Opens the network's lock file and locks it.
@@ -345,11 +323,16 @@ impl RuntimeDir {
     }
 }
 
+/// Device and inode of what is at the path.
+fn file_id(path: &Path) -> Option<(u64, u64)> {
+    let meta = std::fs::symlink_metadata(path).ok()?;
+    Some((meta.dev(), meta.ino()))
+}
+
 /// Whether the path still leads to this open file.
 fn is_at(file: &File, path: &Path) -> bool {
-    let id = |meta: std::fs::Metadata| (meta.dev(), meta.ino());
-    let there = std::fs::symlink_metadata(path).map(id);
-    there.is_ok_and(|there| file.metadata().map(id).is_ok_and(|ours| ours == there))
+    let ours = file.metadata().ok().map(|meta| (meta.dev(), meta.ino()));
+    ours.is_some() && file_id(path) == ours
 }
 
 /// A lock file's pid line is at most this long.
@@ -388,43 +371,6 @@ fn listen(path: &Path) -> Result<UnixListener, ControlError> {
     bound()
         .map(UnixListener::from)
         .map_err(|error| failed("listen at", error.into()))
-}
-
-/// A network's name, held until dropped.
-#[derive(Debug)]
-pub struct Claim {
-    listener: Option<UnixListener>,
-    socket: PathBuf,
-    /// The lock file goes with the claim, too. Of other names it stays.
-    is_private: bool,
-    _lock: File,
-}
-
-impl Claim {
-    /// The listening socket, non-blocking; once.
-    pub fn take_listener(&mut self) -> Option<UnixListener> {
-        self.listener.take()
-    }
-
-    /// Path of the socket.
-    pub fn socket(&self) -> &Path {
-        &self.socket
-    }
-
-    /// Ends the claim and removes its lock file too: for a name that no other process may want.
-    pub fn forget(mut self) {
-        self.is_private = true;
-    }
-}
-
-impl Drop for Claim {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.socket);
-        if self.is_private {
-            // While it is locked: see `claim`.
-            let _ = std::fs::remove_file(self.socket.with_extension("lock"));
-        }
-    }
 }
 
 #[cfg(test)]

@@ -136,8 +136,8 @@ impl Lan {
         let claimed = RuntimeDir::from_env().claim_private(kind);
         let served = claimed.map_err(Failure::from).and_then(|(name, claim)| {
             // Asked to end, it does so with its command.
-            let on_stop = |client: String| {
-                log::info!("asked to end by {client}");
+            let on_stop = |reason: String| {
+                log::info!("ending: {reason}");
                 let _ = rustix::process::kill_process(rustix::process::getpid(), Signal::TERM);
             };
             let target = Arc::clone(&network) as _;

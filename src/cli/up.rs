@@ -141,11 +141,11 @@ pub(super) fn up(args: &Args) -> Result<ExitCode, Failure> {
         rustix::event::eventfd(0, EventfdFlags::CLOEXEC)
             .map_err(|error| Failure::io("cannot make an eventfd")(error.into()))?,
     );
-    let asked_by = Arc::new(Mutex::new(None));
+    let asked = Arc::new(Mutex::new(None));
     let on_stop = {
-        let (end, asked_by) = (Arc::clone(&end), Arc::clone(&asked_by));
-        move |client: String| {
-            *asked_by.lock().unwrap_or_else(PoisonError::into_inner) = Some(client);
+        let (end, asked) = (Arc::clone(&end), Arc::clone(&asked));
+        move |reason: String| {
+            *asked.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason);
             ring(&end);
         }
     };
@@ -166,13 +166,10 @@ pub(super) fn up(args: &Args) -> Result<ExitCode, Failure> {
     let received = wait_for_end(signals.running(), &end)?;
     signals.ending(EXIT_FORCED);
     tell_service_manager("STOPPING=1");
-    let client = asked_by
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .take();
-    match (received, client) {
+    let reason = asked.lock().unwrap_or_else(PoisonError::into_inner).take();
+    match (received, reason) {
         (Some(received), _) => log::info!("network '{name}' is ending: {received}"),
-        (None, Some(client)) => log::info!("network '{name}' is ending: asked to by {client}"),
+        (None, Some(reason)) => log::info!("network '{name}' is ending: {reason}"),
         (None, None) => log::info!("network '{name}' is ending: its data path has ended"),
     }
     drop(server);

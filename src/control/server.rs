@@ -13,12 +13,13 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use tokio::io::Interest;
+use tokio::net::unix::pipe::Receiver;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
-use super::Claim;
 use super::api::{CLIENTS_MAX, Hello, PROTOCOL, REQUEST_BYTES_MAX, Reply, Request};
 use super::message::{LineReader, Read, send_some, to_line};
+use super::{Claim, ControlError};
 use crate::frame::PortId;
 use crate::nat::forward::{ForwardId, ForwardSpec};
 use crate::nat::policy::PolicyError;
@@ -39,6 +40,8 @@ const NEWCOMERS_MAX: usize = 32;
 /// How long a client may take to ask for something, so that silent ones make room. One that has nothing to
 /// ask for yet says so ([`Request::Stay`]). The next client in the queue waits 10 s for its greeting.
 const FIRST_REQUEST_TIME: Duration = Duration::from_secs(4);
+/// Pause between two tries to make a socket in place of one that was removed: the user may log in again.
+const RENEW_RETRY: Duration = Duration::from_secs(1);
 /// Pause after a failed accept (out of descriptors), so that the loop does not spin.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
@@ -181,7 +184,6 @@ impl Target for Network {
 pub struct Server {
     end: Arc<Notify>,
     thread: Option<JoinHandle<()>>,
-    _claim: Claim,
 }
 
 /// What every connection needs.
@@ -195,7 +197,8 @@ struct Shared {
 
 impl Server {
     /// Serves the network called `name` at its claimed socket. `on_stop` is called, on the server's
-    /// thread, for every [`Request::Stop`], after it was answered, with who asks in words.
+    /// thread, for every [`Request::Stop`], after it was answered, and when another process has taken the name;
+    /// with the reason in words.
     ///
     /// # Errors
     /// The thread or the runtime can't be made.
@@ -230,20 +233,22 @@ impl Server {
         let thread = std::thread::Builder::new()
             .name("lanlet-control".to_owned())
             .spawn(move || {
-                runtime.block_on(async {
-                    match UnixListener::from_std(listener) {
-                        Ok(listener) => tokio::select! {
-                            () = accept(listener, shared) => {}
-                            () = ended.notified() => {}
-                        },
-                        Err(error) => log::error!("control socket: {error}"),
+                let served = runtime.block_on(async {
+                    tokio::select! {
+                        served = keep_serving(listener, &mut claim, &shared) => served,
+                        () = ended.notified() => Ok(()),
                     }
                 });
+                if let Err(error) = served {
+                    log::error!("control socket: {error}");
+                }
+                // All connections are closed before the name is free.
+                drop(runtime);
+                drop(claim);
             })?;
         Ok(Self {
             end,
             thread: Some(thread),
-            _claim: claim,
         })
     }
 }
@@ -257,12 +262,72 @@ impl Drop for Server {
     }
 }
 
-async fn accept(listener: UnixListener, shared: Arc<Shared>) {
+/// Serves clients, at another socket where the first was removed. Connections go on meanwhile.
+async fn keep_serving(
+    listener: std::os::unix::net::UnixListener,
+    claim: &mut Claim,
+    shared: &Arc<Shared>,
+) -> io::Result<()> {
     let newcomers = Arc::new(Semaphore::new(NEWCOMERS_MAX));
+    let mut listener = UnixListener::from_std(listener)?;
+    loop {
+        tokio::select! {
+            () = accept(&listener, &newcomers, shared) => return Ok(()),
+            () = wait_for_removal(claim) => {}
+        }
+        let name = &shared.name;
+        let mut warned = false;
+        listener = loop {
+            match claim.renew() {
+                Ok(listener) => break UnixListener::from_std(listener)?,
+                Err(ControlError::Busy { pid, .. }) => {
+                    let pid = pid.map(|pid| format!(", pid {pid},")).unwrap_or_default();
+                    let reason =
+                        format!("its socket was removed, and another process{pid} has its name");
+                    match claim.is_private {
+                        // Its command goes on, it is only not seen.
+                        true => log::warn!("network '{name}' is not listed any more: {reason}"),
+                        false => (shared.on_stop)(reason),
+                    }
+                    return std::future::pending().await;
+                }
+                Err(error) if !std::mem::replace(&mut warned, true) => log::warn!(
+                    "the control socket of network '{name}' was removed, and no command reaches it until \
+                     there can be another: {error}"
+                ),
+                Err(_) => {}
+            }
+            tokio::time::sleep(RENEW_RETRY).await;
+        };
+        log::warn!("the control socket of network '{name}' was removed; there is another now");
+    }
+}
+
+/// Returns when the socket or the lock file is where it was no longer.
+async fn wait_for_removal(claim: &Claim) {
+    // Without inotify (fs.inotify.max_user_instances) it is looked for by the clock. Tokio waits for any
+    // descriptor that can be read as for a pipe's.
+    let watch = claim
+        .watch()
+        .and_then(Receiver::from_owned_fd_unchecked)
+        .ok();
+    let mut events = [0; 4096];
+    while claim.is_in_place() {
+        let Some(watch) = &watch else {
+            tokio::time::sleep(RENEW_RETRY).await;
+            continue;
+        };
+        if watch.readable().await.is_ok() {
+            let _ = watch.try_read(&mut events);
+        }
+    }
+}
+
+async fn accept(listener: &UnixListener, newcomers: &Arc<Semaphore>, shared: &Arc<Shared>) {
     let mut warned = false;
     loop {
         // First, so that who has no place yet waits in the kernel's queue and takes no descriptor.
-        let Ok(place) = Arc::clone(&newcomers).acquire_owned().await else {
+        let Ok(place) = Arc::clone(newcomers).acquire_owned().await else {
             return;
         };
         match listener.accept().await {
@@ -273,7 +338,7 @@ async fn accept(listener: UnixListener, shared: Arc<Shared>) {
                     refuse(&stream, &refusal);
                     continue;
                 }
-                let shared = Arc::clone(&shared);
+                let shared = Arc::clone(shared);
                 tokio::spawn(async move {
                     if let Err(error) = serve(&stream, &shared, place).await {
                         log::debug!("control connection: {error}");
@@ -421,7 +486,7 @@ async fn serve(
         }
         write(stream, &to_line(&reply)?, fds).await?;
         if stop {
-            (shared.on_stop)(client_in_words(stream));
+            (shared.on_stop)(format!("asked to by {}", client_in_words(stream)));
         }
     }
 }

@@ -209,3 +209,54 @@ fn silent_clients_do_not_keep_others_out() {
     };
     assert_said(&outcome, &[("held", "40"), ("served", "yes")]);
 }
+
+/// Logging out removes /run/user/UID with all that is in it.
+#[test]
+fn a_network_outlives_its_runtime_directory_and_keeps_its_name() {
+    let script = r#"
+        answers() { [ "$("$LANLET" status --name n --json | grep -c '"stays"')" = 1 ]; }
+        mkdir -m 700 top
+        export LANLET_RUNTIME_DIR=$PWD/top/run
+        up
+        "$LANLET" exec --name n --guest-name stays -- sleep 100 &
+        guest=$!
+        within answers
+        for gone in top/run top/run/n.sock top/run/n.lock; do
+            rm -r $gone
+            within answers
+            say still=$gone
+        done
+        say second="$("$LANLET" up --name n 2>&1 | grep -c "already running (pid $NETWORK)")"
+        # With all that is above it, until the user is back.
+        rm -r top
+        sleep 1.5
+        say alive="$(kill -0 $NETWORK && echo yes)" told="$(grep -c 'no command reaches it' up.log)"
+        mkdir -m 700 top
+        within answers
+        # Another process takes the name first.
+        kill -STOP $NETWORK
+        rm -r top/run
+        "$LANLET" up --name n --subnet 10.77.0.0/24 2>second.log &
+        second=$!
+        has_name() { grep -qx $second top/run/n.lock && [ -S top/run/n.sock ]; }
+        within has_name
+        kill -CONT $NETWORK
+        wait $NETWORK
+        say ended="$(grep -c "is ending: its socket was removed, and another process, pid $second, has its name" up.log)"
+        is_second() { "$LANLET" status --name n | grep -q 10.77.0; }
+        within is_second
+        kill $guest
+        down"#;
+    let Some(outcome) = as_user(&World::new(), script) else {
+        return;
+    };
+    let still = ["top/run", "top/run/n.sock", "top/run/n.lock"];
+    assert_eq!(outcome.markers().all("still"), still);
+    let expected = [
+        ("second", "1"),
+        ("alive", "yes"),
+        ("told", "1"),
+        ("ended", "1"),
+    ];
+    assert_said(&outcome, &expected);
+}

@@ -241,25 +241,26 @@ impl Attachment {
 
     /// Looks for the network, and attaches where it is there.
     fn attempt(&mut self, since: Instant, told: Option<String>) -> State {
-        let started = || -> std::io::Result<State> {
+        let mut start = || -> std::io::Result<(JoinHandle<_>, OwnedFd)> {
             let (done, ours) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
             let mut what = self.what.take().ok_or(std::io::ErrorKind::NotFound)?;
-            let thread = std::thread::Builder::new()
-                .name("lanlet-attach".to_owned())
-                .spawn(move || {
-                    let tried = what.attach();
-                    drop(ours);
-                    (what, tried)
-                })?;
-            Ok(State::Trying {
+            let thread = std::thread::Builder::new().name("lanlet-attach".to_owned());
+            let thread = thread.spawn(move || {
+                let tried = what.attach();
+                drop(ours);
+                (what, tried)
+            })?;
+            Ok((thread, done))
+        };
+        match start() {
+            Ok((thread, done)) => State::Trying {
                 since,
-                told: told.clone(),
+                told,
                 thread,
                 done,
-            })
-        };
-        let mut started = started;
-        started().unwrap_or_else(|_| self.later(since, told))
+            },
+            Err(_) => self.later(since, told),
+        }
     }
 
     fn tried(

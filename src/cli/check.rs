@@ -81,7 +81,7 @@ const COMMANDS: [(&str, &[&str], &[&str]); 8] = [
         &[PING, RESOLVERS, FILES],
     ),
     ("exec", &[GUESTS], &[PING, RESOLVERS, FILES]),
-    ("status, forward, policy, down", &[DIRECTORY], &[]),
+    ("status, list, forward, policy, down", &[DIRECTORY], &[]),
     ("bench", &[GUESTS, IP], &[TAPS, FILES]),
 ];
 
@@ -182,7 +182,7 @@ impl Report {
                 causes if causes.is_empty() => String::new(),
                 causes => format!("see {causes}"),
             };
-            let line = format!("{word:<5} {command:<31} {because}");
+            let line = format!("{word:<5} {command:<36} {because}");
             let _ = writeln!(text, "{}", line.trim_end());
         }
         text
@@ -390,11 +390,11 @@ mod tests {
         let text = report.render();
         assert!(text.contains("FAIL  QEMU              b\n"), "{text}");
         assert!(
-            text.contains("\nok    up\nnote  run                             see taps"),
+            text.contains("\nok    up\nnote  run                                  see taps"),
             "{text}"
         );
         assert!(
-            text.contains("\nFAIL  qemu                            see QEMU\n"),
+            text.contains("\nFAIL  qemu                                 see QEMU\n"),
             "{text}"
         );
         let report = conclude(&[(Verdict::Bad, TAPS)]);

@@ -34,6 +34,11 @@ const END_TIME_MAX: Duration = Duration::from_secs(5);
 /// Signals that come closer than this count as one: timeout(1) signals its child, and then its group.
 const SAME_WISH: Duration = Duration::from_millis(300);
 
+/// Signals that are a wish to end; the others that a command passes on are none.
+const WISHES: [i32; 4] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT];
+/// Pause between two looks for one behind others that nobody reads yet.
+const LOOK: Duration = Duration::from_millis(100);
+
 const STARTING: u8 = 0;
 const RUNNING: u8 = 1;
 const ENDING: u8 = 2;
@@ -109,6 +114,7 @@ impl Phase {
 /// The watching thread.
 fn watch(signals: &SignalFd, phase: &Phase) {
     let mut since: Option<Instant> = None;
+    let mut others_wait = false;
     let mut last = RUNNING;
     loop {
         let now = phase.now.load(SeqCst);
@@ -126,17 +132,23 @@ fn watch(signals: &SignalFd, phase: &Phase) {
         }
         let mut fds = vec![PollFd::new(&phase.changed, PollFlags::IN)];
         // While it starts a signal is only noticed: the main thread is to read it.
-        if now == ENDING || (now == STARTING && since.is_none()) {
+        if now == ENDING || (now == STARTING && since.is_none() && !others_wait) {
             fds.push(PollFd::from_borrowed_fd(signals.as_fd(), PollFlags::IN));
         }
+        let left = left.or((now == STARTING && others_wait).then_some(LOOK));
         let timeout = left.and_then(|left| Timespec::try_from(left).ok());
         let _ = rustix::event::poll(&mut fds, timeout.as_ref());
         let came = fds.get(1).is_some_and(|fd| !fd.revents().is_empty());
         let _ = rustix::io::read(&phase.changed, &mut [0; 8]);
-        if came && now == STARTING {
-            since = Some(Instant::now());
+        if now == STARTING && (came || others_wait) {
+            let is_wish = signal::is_pending(&WISHES);
+            others_wait = !is_wish;
+            if is_wish {
+                since.get_or_insert_with(Instant::now);
+            }
         } else if came
             && let Ok(Some(received)) = signals.next()
+            && WISHES.contains(&received.signal)
             && since.is_some_and(|since| since.elapsed() > SAME_WISH)
         {
             last_words(&format!("{received} forces the end"));
@@ -148,7 +160,8 @@ fn watch(signals: &SignalFd, phase: &Phase) {
 /// Ends the process, and says what it was at. `code`: its exit status, where it was ending already.
 fn too_late(signals: &SignalFd, code: Option<u8>) -> ! {
     let mut text = String::from("error: ");
-    let received = signals.next().ok().flatten();
+    let mut received = std::iter::from_fn(|| signals.next().ok().flatten());
+    let received = received.find(|received| WISHES.contains(&received.signal));
     let status = match (code, received) {
         (Some(code), _) => {
             let _ = write!(

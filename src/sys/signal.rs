@@ -111,6 +111,18 @@ pub fn block(signals: &[i32]) -> io::Result<Vec<i32>> {
     Ok(signals.iter().copied().filter(was_free).collect())
 }
 
+/// Whether one of these signals waits to be let through or read.
+pub fn is_pending(signals: &[i32]) -> bool {
+    let mut set = set_of(&[]);
+    // SAFETY: `set` is initialised and valid for writes.
+    if unsafe { libc::sigpending(&mut set) } != 0 {
+        return false;
+    }
+    // SAFETY: `set` is initialised; an unknown signal is answered with -1.
+    let waits = |&signal: &i32| unsafe { libc::sigismember(&set, signal) } == 1;
+    signals.iter().any(waits)
+}
+
 /// Whether this process ignores a signal, as nohup(1) has it ignore SIGHUP, and a shell without job
 /// control SIGINT and SIGQUIT in its background jobs.
 pub fn is_ignored(signal: i32) -> bool {
@@ -211,6 +223,7 @@ mod tests {
         assert_eq!(signals.next().unwrap(), None);
         // SAFETY: raises a signal in this thread, which has it blocked.
         unsafe { libc::raise(libc::SIGURG) };
+        assert!(is_pending(&[libc::SIGURG]) && !is_pending(&[libc::SIGWINCH]));
         let received = signals.next().unwrap().unwrap();
         let expected = Received {
             signal: libc::SIGURG,

@@ -148,6 +148,10 @@ fn a_signal_ends_a_command_that_is_still_starting() {
         exec=$!
         until_true 10 sh -c "pgrep -f 'lanle[t] exec'"
         sleep 0.3
+        # The terminal's size is no wish to end.
+        kill -WINCH $exec
+        sleep 2
+        say resized="$(kill -0 $exec && echo lives)"
         start=$(date +%s%N)
         kill -TERM $exec
         wait $exec
@@ -159,7 +163,7 @@ fn a_signal_ends_a_command_that_is_still_starting() {
         return;
     };
     let outcome = outcome.passed();
-    assert_said(&outcome, &[("status", "143")]);
+    assert_said(&outcome, &[("resized", "lives"), ("status", "143")]);
     // 10 s are those of the network's answer.
     assert!(
         outcome.markers().number("ms") < 8_000.0,

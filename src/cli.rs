@@ -15,6 +15,8 @@ mod exec;
 mod find;
 mod forward;
 mod guests;
+mod into;
+mod join;
 mod lan;
 mod list;
 mod logger;
@@ -112,6 +114,7 @@ enum Command {
     Run(run::Args),
     Qemu(qemu::Args),
     Exec(exec::Args),
+    Join(join::Args),
     List(list::Args),
     Wait(wait::Args),
     Status(status::Args),
@@ -133,6 +136,12 @@ enum Command {
     /// Becomes a command in a namespace whose link is a port.
     #[command(hide = true)]
     GuestInit(exec::InitArgs),
+    /// Becomes a command in the namespaces of a guest.
+    #[command(hide = true)]
+    IntoInit(into::InitArgs),
+    /// Makes a guest of a namespace.
+    #[command(hide = true)]
+    JoinInit(exec::InitArgs),
     /// Serves the namespace with the VMMs' taps.
     #[command(hide = true, name = crate::tap::HELPER_SUBCOMMAND)]
     NetnsHelper,
@@ -220,6 +229,7 @@ pub fn main() -> ExitCode {
         Command::Run(args) => run::run(&args),
         Command::Qemu(args) => qemu::qemu(&args),
         Command::Exec(args) => exec::exec(&args),
+        Command::Join(args) => join::join(&args),
         Command::List(args) => list::list(&args),
         Command::Wait(args) => wait::wait(&args),
         Command::Status(args) => status::status(&args),
@@ -235,6 +245,8 @@ pub fn main() -> ExitCode {
         Command::BenchPeer(args) => bench::peer(&args),
         Command::ChildInit(args) => child::init(&args),
         Command::GuestInit(args) => exec::init(&args),
+        Command::IntoInit(args) => into::init(&args),
+        Command::JoinInit(args) => exec::init_joined(&args),
         Command::NetnsHelper => netns_helper(),
     };
     match result {

@@ -17,8 +17,8 @@ mod vhost_user;
 mod wires;
 
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::net::{Ipv4Addr, Ipv6Addr};
-use std::os::fd::OwnedFd;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -45,7 +45,7 @@ use crate::nat::common::Common;
 use crate::nat::policy::Policy;
 use crate::port::{self, DropSource};
 use crate::switch::Switch;
-use crate::tap::guest::GUEST_IFNAME;
+use crate::sys::tun;
 use crate::tap::{Helper, LinkDrops, QUEUES_MAX, TapError, WireOptions};
 use crate::wire::ipv6::with_interface_id;
 use crate::worker::{Command, Crew};
@@ -116,6 +116,8 @@ pub struct GuestTap {
     /// A netlink socket of the guest's namespace, to read what the tap's own queue dropped; without
     /// it those drops stay unknown.
     pub netlink: Option<OwnedFd>,
+    /// The process whose namespaces are the guest's, as a pidfd: others can be let in by it.
+    pub process: Option<OwnedFd>,
 }
 
 /// A lease that lives as long as the port it was made for.
@@ -253,13 +255,14 @@ impl Network {
                 (Box::new(rx), Arc::new(tx))
             })
         };
-        let queues = tap.queues.into_iter().map(open).collect::<Result<_, _>>()?;
         let mut drops: Vec<Arc<dyn DropSource>> = Vec::new();
-        if let Some(netlink) = tap.netlink {
-            let link = LinkDrops::new(netlink, GUEST_IFNAME)
-                .map_err(system("read the guest's counters"))?;
-            drops.push(Arc::new(link));
+        if let (Some(netlink), Some(queue)) = (tap.netlink, tap.queues.first()) {
+            let failed = system("read the guest's counters");
+            let link =
+                tun::info(queue.as_fd()).and_then(|info| LinkDrops::new(netlink, &info.name));
+            drops.push(Arc::new(link.map_err(failed)?));
         }
+        let queues = tap.queues.into_iter().map(open).collect::<Result<_, _>>()?;
         let kind = if options.no_offload {
             "tap"
         } else {
@@ -271,6 +274,7 @@ impl Network {
             drops,
             kind,
             wire: None,
+            process: tap.process.map(Arc::new),
             attached: None,
         };
         let guest = PortGuest {
@@ -301,6 +305,20 @@ impl Network {
             .keys()
             .filter(|&&id| id != PortId::GATEWAY)
             .count()
+    }
+
+    /// The process whose namespaces are those of the guest with this name or address, as a pidfd.
+    ///
+    /// # Errors
+    /// There is no such guest, or it is none in namespaces.
+    pub fn guest_process(&self, guest: &str) -> Result<OwnedFd, NetworkError> {
+        let port = self.shared.port_of(guest);
+        let port = port.ok_or_else(|| NetworkError::NoSuchGuest(guest.to_owned()))?;
+        let ports = lock(&self.shared.ports);
+        let process = ports.by_id.get(&port).and_then(|port| port.process.clone());
+        let process = process.ok_or_else(|| NetworkError::NoNamespaces(guest.to_owned()))?;
+        let copy = process.try_clone();
+        copy.map_err(system("pass the guest's process on"))
     }
 
     /// Whether a port is there.
@@ -391,6 +409,26 @@ impl Drop for Network {
 impl Shared {
     fn now(&self) -> frame::Instant {
         frame::Instant::from_micros(self.epoch.elapsed().as_micros() as i64)
+    }
+
+    /// The port of the guest with this name or address.
+    fn port_of(&self, guest: &str) -> Option<PortId> {
+        match guest.parse::<IpAddr>() {
+            Ok(IpAddr::V4(address)) => {
+                let leases = lock(&self.leases);
+                leases
+                    .holder(address, self.now())
+                    .and_then(|(_, port)| port)
+            }
+            Ok(address) => {
+                let has = |mac| self.guest6(mac).is_some_and(|v6| v6.address == address);
+                let ports = lock(&self.ports);
+                let mut ports = ports.by_id.iter();
+                let found = ports.find(|(_, port)| port.mac.is_some_and(has));
+                found.map(|(&id, _)| id)
+            }
+            Err(_) => lock(&self.ports).called(&guest.parse().ok()?),
+        }
     }
 
     fn guest6(&self, mac: Mac) -> Option<GuestAddress6> {

@@ -133,6 +133,21 @@ pub enum TapError {
         /// What is wrong.
         cause: String,
     },
+    /// A namespace of somebody else's could not be entered.
+    #[error(
+        "cannot enter the namespace: {cause}; it has to be a network namespace of yours, one that you \
+         made in a user namespace (else: as root)"
+    )]
+    Join {
+        /// The kernel's answer.
+        cause: String,
+    },
+    /// A link of this name is there.
+    #[error("the namespace has a link {ifname} already: choose another name with --ifname")]
+    LinkExists {
+        /// The name.
+        ifname: String,
+    },
     /// A file of a guest's namespace could not be set.
     #[error("{path}: {cause}")]
     GuestFile {

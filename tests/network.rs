@@ -32,6 +32,7 @@ fn guest_tap(helper: &Helper) -> GuestTap {
     GuestTap {
         queues: helper.create_wire(options).unwrap().sw,
         netlink: None,
+        process: None,
     }
 }
 

@@ -13,14 +13,14 @@ use std::process::{Child, Command, ExitCode};
 
 use rustix::io::FdFlags;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
-use rustix::process::geteuid;
+use rustix::process::{Pid, PidfdFlags, geteuid, pidfd_open};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::forward::ForwardFlags;
 use super::lan::{Lan, LanFlags};
 use super::options::{NetworkOptions, PortFlags};
-use super::{Failure, child};
+use super::{Failure, child, into};
 use crate::frame::Mac;
 use crate::network::{GuestAddress, GuestTap};
 use crate::sys::{fd_pass, inherited};
@@ -47,6 +47,7 @@ const MESSAGE_BYTES_MAX: usize = 8 * 1024;
 Examples:
   lanlet exec curl http://example.org/
   lanlet exec --name lab bash
+  lanlet exec --into web ss -tln
   lanlet exec -p 8080:80 python3 -m http.server 80
   lanlet exec --name lab --mac 52:54:00:00:00:09 iperf3 -s")]
 pub(super) struct Args {
@@ -59,6 +60,17 @@ pub(super) struct Args {
     /// The command is root inside, whoever you are
     #[arg(long)]
     root: bool,
+    /// Run the command beside that of a guest of 'lanlet exec' or 'join' that is there already, in its
+    /// namespaces. GUEST is its name or address
+    #[arg(
+        long,
+        value_name = "GUEST",
+        conflicts_with_all = [
+            "root", "wait", "private", "mac", "guest_name", "group", "queues", "no_offload", "publish",
+            "hostfwd", "guestfwd"
+        ]
+    )]
+    into: Option<String>,
     /// The command and its arguments
     #[arg(trailing_var_arg = true, required = true, value_name = "CMD")]
     command: Vec<OsString>,
@@ -83,7 +95,7 @@ pub(super) struct InitArgs {
     #[arg(long)]
     root: bool,
     /// The command.
-    #[arg(last = true, required = true)]
+    #[arg(last = true)]
     command: Vec<OsString>,
 }
 
@@ -110,6 +122,15 @@ struct Start {
 
 pub(super) fn exec(args: &Args) -> Result<ExitCode, Failure> {
     let signals = child::block_signals()?;
+    if let Some(guest) = &args.into {
+        if let Some(option) = args.network.first_given() {
+            return Err(Failure::Usage(format!(
+                "{option} is for a network that starts: a guest to run the command in is there already"
+            )));
+        }
+        let process = args.lan.running()?.guest_process(guest)?;
+        return into::enter(process, &args.command, &signals);
+    }
     let mut lan = Lan::open("exec", &args.lan, &args.network)?;
     let mac = args.port.mac.unwrap_or_else(|| lan.make_mac());
     let mut guest = NewGuest::spawn(&Wanted {
@@ -124,12 +145,15 @@ pub(super) fn exec(args: &Args) -> Result<ExitCode, Failure> {
     let tap = guest.tap.take().ok_or(Failure::Reported)?;
     let (_, address) = lan.attach_tap(tap, options)?;
     lan.add_forwards(&args.forwards, mac)?;
-    let address =
-        address.ok_or_else(|| Failure::because("the network gave the guest no address"))?;
-    let child = guest.start(mac, name, address)?;
+    let child = guest.start(mac, name, address.ok_or_else(no_address)?)?;
     let ended = child::supervise(child, &signals, &mut lan);
     lan.drain();
     ended
+}
+
+/// For a network that attached a guest and has no lease for it.
+pub(super) fn no_address() -> Failure {
+    Failure::because("the network gave the guest no address")
 }
 
 /// What guest is wanted.
@@ -148,7 +172,8 @@ pub(super) struct Wanted<'a> {
 pub(super) struct NewGuest {
     child: Option<Child>,
     socket: OwnedFd,
-    tap: Option<GuestTap>,
+    /// Its tap, for the network.
+    pub(super) tap: Option<GuestTap>,
 }
 
 impl NewGuest {
@@ -157,6 +182,30 @@ impl NewGuest {
     /// # Errors
     /// The host forbids namespaces or taps: the error says what to do.
     pub(super) fn spawn(wanted: &Wanted<'_>) -> Result<Self, Failure> {
+        let mut guest = Self::spawn_init("guest-init", wanted)?;
+        guest.wait_for_tap(wanted.root)?;
+        if let (Some(tap), Some(child)) = (&mut guest.tap, &guest.child) {
+            tap.process = pidfd_open(Pid::from_child(child), PidfdFlags::empty()).ok();
+        }
+        Ok(guest)
+    }
+
+    /// Makes a guest of a network namespace that is there, with a link of that name.
+    ///
+    /// # Errors
+    /// It can't be entered, or the link can't be made.
+    pub(super) fn join(
+        namespace: BorrowedFd<'_>,
+        ifname: &str,
+        wanted: &Wanted<'_>,
+    ) -> Result<Self, Failure> {
+        let mut guest = Self::spawn_init("join-init", wanted)?;
+        send(&guest.socket, &ifname, &[namespace])?;
+        guest.wait_for_tap(wanted.root)?;
+        Ok(guest)
+    }
+
+    fn spawn_init(subcommand: &str, wanted: &Wanted<'_>) -> Result<Self, Failure> {
         let failed =
             |error: rustix::io::Errno| Failure::io("cannot make a socket pair")(error.into());
         let (socket, theirs) = rustix::net::socketpair(
@@ -168,7 +217,7 @@ impl NewGuest {
         .map_err(failed)?;
         rustix::io::fcntl_setfd(&theirs, FdFlags::empty()).map_err(failed)?;
         let child = child::this_program()
-            .arg("guest-init")
+            .arg(subcommand)
             .args(wanted.no_offload.then_some("--no-offload"))
             .args(wanted.root.then_some("--root"))
             .args(["--queues", &wanted.queues.to_string()])
@@ -179,32 +228,48 @@ impl NewGuest {
             .spawn()
             .map_err(Failure::io("cannot start a process"))?;
         drop(theirs);
-        let pid = child.id();
-        let mut guest = Self {
+        Ok(Self {
             child: Some(child),
             socket,
             tap: None,
-        };
+        })
+    }
+
+    /// Answers the child until it has handed the tap over.
+    fn wait_for_tap(&mut self, root: bool) -> Result<(), Failure> {
+        let pid = self.child.as_ref().map_or(0, Child::id);
         loop {
-            let (ready, mut queues) = receive(&guest.socket)?
+            let (ready, mut queues) = receive(&self.socket)?
                 .ok_or_else(|| Failure::because("the namespace guest ended before it was ready"))?;
             match ready {
                 Ready::Unmapped => {
-                    let mapped = OwnIds::current(wanted.root).map_subordinate(pid);
-                    send(&guest.socket, &mapped, &[])?;
+                    let mapped = OwnIds::current(root).map_subordinate(pid);
+                    send(&self.socket, &mapped, &[])?;
                 }
                 Ready::Failed(error) => return Err(error.into()),
                 Ready::Guest => {
                     let netlink = queues.pop();
-                    guest.tap = Some(GuestTap { queues, netlink });
-                    return Ok(guest);
+                    self.tap = Some(GuestTap {
+                        queues,
+                        netlink,
+                        process: None,
+                    });
+                    return Ok(());
                 }
             }
         }
     }
 
     /// Tells the guest its address, upon which it becomes the command.
-    fn start(mut self, mac: Mac, name: String, address: GuestAddress) -> Result<Child, Failure> {
+    ///
+    /// # Errors
+    /// It has ended.
+    pub(super) fn start(
+        mut self,
+        mac: Mac,
+        name: String,
+        address: GuestAddress,
+    ) -> Result<Child, Failure> {
         let start = Start {
             mac: mac.to_string(),
             name,
@@ -272,18 +337,48 @@ pub(super) fn init(args: &InitArgs) -> Result<ExitCode, Failure> {
     // Gaining capabilities in the new user namespace cleared any death signal set before
     // (commit_creds in kernel/cred.c).
     args.origin.die_with_parent()?;
-    let fds = guest.take_fds().ok_or(Failure::Reported)?;
-    let queues = fds.queues.iter().map(AsFd::as_fd);
-    let all: Vec<_> = queues.chain([fds.netlink.as_fd()]).collect();
-    send(&socket, &Ready::Guest, &all)?;
-    drop(fds);
-    let Some((start, _)) = receive::<Start>(&socket)? else {
-        return Err(Failure::Reported);
-    };
+    let start = hand_over(&mut guest, &socket)?;
     configure(&mut guest, &start)?;
+    let files = GuestFiles {
+        resolv_conf: resolv_conf(&start.address),
+        hosts: hosts(&start.name, &start.address),
+    };
+    if let Err(error) = guest.set_files(&files) {
+        log::warn!("{error}");
+    }
     let (program, arguments) = args.command.split_first().ok_or(Failure::Reported)?;
     let error = Command::new(program).args(arguments).exec();
     Ok(child::cannot_run(program, &error))
+}
+
+/// Makes a guest of a namespace that is there, and ends.
+pub(super) fn init_joined(args: &InitArgs) -> Result<ExitCode, Failure> {
+    let socket = inherited::take(args.socket).map_err(Failure::io("no socket was inherited"))?;
+    args.origin.restore()?;
+    let (ifname, fds) = receive::<String>(&socket)?.ok_or(Failure::Reported)?;
+    let namespace = fds.first().ok_or(Failure::Reported)?;
+    let joined = Guest::join(namespace.as_fd(), &ifname, !args.no_offload, args.queues);
+    let mut guest = match joined {
+        Ok(guest) => guest,
+        Err(error) => {
+            let _ = send(&socket, &Ready::Failed(error), &[]);
+            return Err(Failure::Reported);
+        }
+    };
+    let start = hand_over(&mut guest, &socket)?;
+    configure(&mut guest, &start)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Gives the tap to lanlet, and waits for what the guest is to be.
+fn hand_over(guest: &mut Guest, socket: &OwnedFd) -> Result<Start, Failure> {
+    let fds = guest.take_fds().ok_or(Failure::Reported)?;
+    let queues = fds.queues.iter().map(AsFd::as_fd);
+    let all: Vec<_> = queues.chain([fds.netlink.as_fd()]).collect();
+    send(socket, &Ready::Guest, &all)?;
+    drop(fds);
+    let (start, _) = receive(socket)?.ok_or(Failure::Reported)?;
+    Ok(start)
 }
 
 fn configure(guest: &mut Guest, start: &Start) -> Result<(), Failure> {
@@ -307,13 +402,6 @@ fn configure(guest: &mut Guest, start: &Start) -> Result<(), Failure> {
         if let Err(error) = configured {
             log::warn!("{error}; the guest has IPv4 only");
         }
-    }
-    let files = GuestFiles {
-        resolv_conf: resolv_conf(address),
-        hosts: hosts(&start.name, address),
-    };
-    if let Err(error) = guest.set_files(&files) {
-        log::warn!("{error}");
     }
     Ok(())
 }

@@ -11,9 +11,9 @@ use rustix::process::Signal;
 use clap::Args;
 
 use super::attachment::Attachment;
-use super::find::not_running;
+use super::find::{self, not_running};
 use super::forward::ForwardFlags;
-use super::options::{NetworkOptions, parse_name};
+use super::options::{NameOption, NetworkOptions, parse_name};
 use super::signals::Signals;
 use super::{Failure, child};
 use crate::config::{self, NAME_DEFAULT, NetworkConfig};
@@ -74,6 +74,14 @@ impl LanFlags {
     pub(super) fn words(&self) -> String {
         let name = self.name.as_ref();
         name.map_or(String::new(), |name| format!(" --name {name}"))
+    }
+
+    /// The network that runs already and is meant: the one of --name, else `default`, else the only one.
+    ///
+    /// # Errors
+    /// There is none, or more than one may be meant.
+    pub(super) fn running(&self) -> Result<Client, Failure> {
+        find::connect(&NameOption::new(self.name.clone()))
     }
 
     /// The running network to attach to; `None`: the command has a private one.

@@ -58,6 +58,11 @@ pub(super) fn parse_name(text: &str) -> Result<String, String> {
 }
 
 impl NameOption {
+    /// As if it was given, or not.
+    pub(super) fn new(name: Option<String>) -> Self {
+        Self { name }
+    }
+
     /// The name, given or not.
     pub(super) fn get(&self) -> &str {
         self.name.as_deref().unwrap_or(NAME_DEFAULT)

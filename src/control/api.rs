@@ -127,7 +127,7 @@ pub enum Request {
     /// A tap for a VMM. Its descriptors, one for each queue, come with the reply.
     AttachVmm(PortRequest),
     /// Attaches the tap whose descriptors, one for each queue, come with the request; one more is a
-    /// netlink socket of the guest's namespace.
+    /// netlink socket of the guest's namespace, and one the guest's process.
     AttachTap(PortRequest),
     /// Attaches a VMM's port that was another network's. The switch's end of its wire, a descriptor for each
     /// queue, and a netlink socket of the taps' namespace come with the request.
@@ -141,6 +141,11 @@ pub enum Request {
     },
     /// Has vhost-user front-ends connect to the listening socket whose descriptor comes with the request.
     AttachVhostUser(PortRequest),
+    /// The process of a guest in namespaces. Its pidfd comes with the reply.
+    GuestProcess {
+        /// Its name or address.
+        guest: String,
+    },
     /// Removes a port.
     Detach {
         /// Its number.
@@ -229,6 +234,8 @@ pub enum Reply {
         /// Its rules; `None`: there is none.
         text: Option<String>,
     },
+    /// To [`Request::GuestProcess`], with the pidfd.
+    GuestProcess {},
     /// To [`Request::Detach`], [`Request::ForwardRemove`], [`Request::SetPolicy`] and
     /// [`Request::ClearPolicy`].
     Done {},

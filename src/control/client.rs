@@ -256,9 +256,25 @@ impl Client {
         options: &PortOptions,
     ) -> Result<(PortId, Option<GuestAddress>), ControlError> {
         let mut fds: Vec<_> = tap.queues.iter().map(AsFd::as_fd).collect();
-        fds.extend(tap.netlink.as_ref().map(AsFd::as_fd));
+        // Told apart by their order: the process comes behind the socket.
+        if let Some(netlink) = &tap.netlink {
+            fds.push(netlink.as_fd());
+            fds.extend(tap.process.as_ref().map(AsFd::as_fd));
+        }
         match self.ask(&Request::AttachTap(options.into()), &fds)? {
             Reply::TapPort { port, address } => Ok((PortId(port), address)),
+            _ => Err(self.confused()),
+        }
+    }
+
+    /// The process of the guest in namespaces that has this name or address, as a pidfd.
+    ///
+    /// # Errors
+    /// There is none, or the connection failed.
+    pub fn guest_process(&mut self, guest: &str) -> Result<OwnedFd, ControlError> {
+        let guest = guest.to_owned();
+        match self.ask(&Request::GuestProcess { guest }, &[])? {
+            Reply::GuestProcess {} => self.reader.take_fd().ok_or_else(|| self.confused()),
             _ => Err(self.confused()),
         }
     }

@@ -85,6 +85,12 @@ pub trait Target: Send + Sync + 'static {
         options: PortOptions,
     ) -> Result<VhostUserPort, String>;
 
+    /// The process of a guest in namespaces, as a pidfd.
+    ///
+    /// # Errors
+    /// There is none.
+    fn guest_process(&self, guest: &str) -> Result<OwnedFd, String>;
+
     /// Removes a port.
     fn detach(&self, port: PortId);
 
@@ -147,6 +153,10 @@ impl Target for Network {
         options: PortOptions,
     ) -> Result<VhostUserPort, String> {
         Network::attach_vhost_user(self, socket, options).map_err(|error| error.to_string())
+    }
+
+    fn guest_process(&self, guest: &str) -> Result<OwnedFd, String> {
+        Network::guest_process(self, guest).map_err(|error| error.to_string())
     }
 
     fn detach(&self, port: PortId) {
@@ -569,13 +579,15 @@ fn perform(
         Request::AttachTap(port) => {
             let options = port.options()?;
             let mut queues = fds;
-            let netlink = queues.split_off(queues.len().min(options.queues.max(1).into()));
+            let rest = queues.split_off(queues.len().min(options.queues.max(1).into()));
+            let mut rest = rest.into_iter();
             if queues.len() < options.queues.max(1).into() {
                 return Err("the tap's descriptor did not come with the request".to_owned());
             }
             let tap = GuestTap {
                 queues,
-                netlink: netlink.into_iter().next(),
+                netlink: rest.next(),
+                process: rest.next(),
             };
             let (id, address) = target.attach_tap(tap, options)?;
             (
@@ -605,6 +617,9 @@ fn perform(
                 mac: port.mac.to_string(),
             };
             (reply, Vec::new())
+        }
+        Request::GuestProcess { guest } => {
+            (Reply::GuestProcess {}, vec![target.guest_process(&guest)?])
         }
         Request::Detach { port } => {
             if PortId(port) == PortId::GATEWAY {
@@ -755,6 +770,10 @@ mod tests {
             })
         }
 
+        fn guest_process(&self, guest: &str) -> Result<OwnedFd, String> {
+            Err(format!("no guest {guest}"))
+        }
+
         fn detach(&self, port: PortId) {
             self.detached.lock().unwrap().push(port.0);
         }
@@ -844,6 +863,7 @@ mod tests {
                 &GuestTap {
                     queues: vec![tap.into()],
                     netlink: None,
+                    process: None,
                 },
                 &options,
             )

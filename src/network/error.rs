@@ -67,6 +67,12 @@ pub enum NetworkError {
         /// Who has it.
         port: PortId,
     },
+    /// No guest has this name or address.
+    #[error("no guest is called {0} or has that address: 'lanlet status' names them")]
+    NoSuchGuest(String),
+    /// The guest has no namespaces that anybody could enter.
+    #[error("{0} is no guest of 'lanlet exec'")]
+    NoNamespaces(String),
     /// All port numbers are in use.
     #[error("the switch has {PORTS_MAX} ports already: detach some or start a second network")]
     PortsFull,

@@ -3,6 +3,7 @@
 use std::any::Any;
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -40,6 +41,8 @@ pub(super) struct Port {
     pub(super) counters: Arc<PortCounters>,
     pub(super) drops: Vec<Arc<dyn DropSource>>,
     pub(super) wire: Option<PortWire>,
+    /// The process whose namespaces are the guest's.
+    pub(super) process: Option<Arc<OwnedFd>>,
     pub(super) queues: usize,
     /// The worker that reads it, or its first queue.
     pub(super) reader: WorkerId,
@@ -77,6 +80,7 @@ pub(super) struct Opened {
     pub(super) drops: Vec<Arc<dyn DropSource>>,
     pub(super) kind: &'static str,
     pub(super) wire: Option<PortWire>,
+    pub(super) process: Option<Arc<OwnedFd>>,
     pub(super) attached: Option<Arc<dyn Any + Send + Sync>>,
 }
 
@@ -93,7 +97,7 @@ impl Ports {
     }
 
     /// The port called `name`.
-    fn called(&self, name: &GuestName) -> Option<PortId> {
+    pub(super) fn called(&self, name: &GuestName) -> Option<PortId> {
         let mut ports = self.by_id.iter();
         ports.find_map(|(&id, port)| (port.name == *name).then_some(id))
     }
@@ -147,6 +151,7 @@ impl Shared {
             drops,
             kind,
             wire,
+            process,
             attached,
         } = opened;
         let mut ports = self.wait_for_place(&guest);
@@ -182,6 +187,7 @@ impl Shared {
             counters: Arc::clone(&counters),
             drops,
             wire,
+            process,
             queues: queues.len(),
             reader: home,
             attached_at: Instant::now(),

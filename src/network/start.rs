@@ -174,6 +174,7 @@ impl Network {
             queues: 0,
             reader: WorkerId::default(),
             attached_at: epoch,
+            process: None,
             _attached: None,
         };
         let forwards = config.forwards.clone();

@@ -86,6 +86,7 @@ impl Network {
             queues: vec![(Box::new(port.rx), Arc::new(port.tx))],
             kind: "vhost-user",
             wire: None,
+            process: None,
             attached: Some(Arc::new(Attached {
                 _server: port.server,
                 _file: socket.file,

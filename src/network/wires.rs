@@ -99,6 +99,7 @@ impl Shared {
                 helper,
                 id: wire.id,
             }),
+            process: None,
             attached: None,
         };
         let ifname = wire.vm_ifname;

@@ -3,8 +3,12 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
-use rustix::thread::UnshareFlags;
+use rustix::thread::{
+    LinkNameSpaceType, ThreadNameSpaceType, UnshareFlags, move_into_link_name_space,
+    move_into_thread_name_spaces,
+};
 
 /// Enters a fresh network namespace, with the further namespaces of `more`.
 ///
@@ -35,6 +39,61 @@ pub fn unshare_all(flags: UnshareFlags) -> io::Result<()> {
     // is not among the flags, as checked above.
     unsafe { rustix::thread::unshare_unsafe(flags) }?;
     Ok(())
+}
+
+/// The user namespace that owns another namespace.
+///
+/// # Errors
+/// EPERM where it is neither the caller's nor below that.
+pub fn owner_of(namespace: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    /// linux/nsfs.h: _IO(0xb7, 1).
+    const NS_GET_USERNS: libc::c_ulong = 0xb701;
+    // SAFETY: NS_GET_USERNS takes no argument. A descriptor of another kind refuses the number.
+    let owner = unsafe { libc::ioctl(namespace.as_raw_fd(), NS_GET_USERNS as _) };
+    if owner < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call gave a fresh descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(owner) })
+}
+
+/// Enters a network namespace, and before it the user namespace that owns it, if that is another one
+/// than the caller's. The process must have one thread.
+///
+/// # Errors
+/// EPERM where the caller has no right over it.
+pub fn enter_network(namespace: BorrowedFd<'_>) -> io::Result<()> {
+    let owner = owner_of(namespace)?;
+    let id = |stat: rustix::fs::Stat| (stat.st_dev, stat.st_ino);
+    let ours = id(rustix::fs::stat("/proc/self/ns/user")?);
+    if id(rustix::fs::fstat(&owner)?) != ours {
+        move_into_link_name_space(owner.as_fd(), Some(LinkNameSpaceType::User))?;
+    }
+    Ok(move_into_link_name_space(
+        namespace,
+        Some(LinkNameSpaceType::Network),
+    )?)
+}
+
+/// Enters the network namespace of a process, by its pidfd, and its user and mount namespaces where these
+/// are others than the caller's. The process that enters must have one thread.
+///
+/// # Errors
+/// EPERM where the caller has no right over them, ESRCH for a process that has ended.
+pub fn enter_all_of(process: BorrowedFd<'_>) -> io::Result<()> {
+    let (user, mount) = (ThreadNameSpaceType::USER, ThreadNameSpaceType::MOUNT);
+    let network = ThreadNameSpaceType::NETWORK;
+    let all = move_into_thread_name_spaces(process, user | mount | network);
+    // A user namespace that one is in already is refused (EINVAL), and so is a mount namespace that is
+    // shared with an outer user namespace (EPERM). Each call enters all of its namespaces or none.
+    let entered =
+        [mount | network, user | network, network]
+            .into_iter()
+            .fold(all, |entered, some| {
+                entered
+                    .or_else(|first| move_into_thread_name_spaces(process, some).map_err(|_| first))
+            });
+    Ok(entered?)
 }
 
 /// Maps the user and group that entered the user namespace to root in it. Ids are those from before

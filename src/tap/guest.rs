@@ -18,7 +18,7 @@ pub use files::GuestFiles;
 use std::fs;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr};
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use rustix::io::Errno;
@@ -45,7 +45,7 @@ const IPV6_SETTINGS: [(&str, &str); 3] = [
     ("router_solicitation_delay", "0"),
     ("accept_ra", "2"),
 ];
-const IPV6_CONF: &str = "/proc/sys/net/ipv6/conf/eth0";
+const IPV6_CONF: &str = "/proc/sys/net/ipv6/conf";
 /// The default route is there for use at once, and yields to that of the first router advertisement,
 /// which then follows the host's. The kernel asks for one when the link comes up and every 4 s
 /// (RTR_SOLICITATION_INTERVAL, RFC 4861 10).
@@ -96,6 +96,9 @@ pub struct GuestFds {
 pub struct Guest {
     route: RouteSocket,
     fds: Option<GuestFds>,
+    ifname: String,
+    /// The namespace is the guest's alone.
+    whole: bool,
 }
 
 impl Guest {
@@ -112,12 +115,46 @@ impl Guest {
         map: impl FnOnce() -> io::Result<()>,
     ) -> Result<Self, TapError> {
         enter_namespaces(map).map_err(|error| TapError::namespace(&error))?;
-        let queues = if offload {
-            tun::open_queues(GUEST_IFNAME, queues.min(QUEUES_MAX))
-        } else {
-            tun::open_plain(GUEST_IFNAME).map(|(fd, _)| vec![fd])
+        let guest = Self::with_link(GUEST_IFNAME, offload, queues, true)?;
+        // Not vital: root has CAP_NET_RAW; it matters to a command that gives root up.
+        let own = getegid();
+        let _ = [PING_GROUPS.to_owned(), format!("{own} {own}")]
+            .iter()
+            .any(|range| fs::write(PING_GROUP_RANGE, range).is_ok());
+        Ok(guest)
+    }
+
+    /// Moves the calling process, which must have one thread, into a network namespace that is there
+    /// already, and makes a link there as [`Guest::enter`] does. The link goes when the network has
+    /// closed the fds.
+    ///
+    /// # Errors
+    /// The caller has no right over that namespace, or it has a link of that name.
+    pub fn join(
+        namespace: BorrowedFd<'_>,
+        ifname: &str,
+        offload: bool,
+        queues: u16,
+    ) -> Result<Self, TapError> {
+        namespace::enter_network(namespace).map_err(|error| TapError::Join {
+            cause: error.to_string(),
+        })?;
+        let mut route = RouteSocket::open(0).map_err(|error| TapError::tap("netlink", &error))?;
+        if route.link(ifname).is_ok() {
+            return Err(TapError::LinkExists {
+                ifname: ifname.to_owned(),
+            });
         }
-        .map_err(|error| TapError::tap_open(GUEST_IFNAME, &error))?;
+        Self::with_link(ifname, offload, queues, false)
+    }
+
+    fn with_link(ifname: &str, offload: bool, queues: u16, whole: bool) -> Result<Self, TapError> {
+        let queues = if offload {
+            tun::open_queues(ifname, queues.min(QUEUES_MAX))
+        } else {
+            tun::open_plain(ifname).map(|(fd, _)| vec![fd])
+        }
+        .map_err(|error| TapError::tap_open(ifname, &error))?;
         let open = || RouteSocket::open(0).map_err(|error| TapError::tap("netlink", &error));
         let fds = Some(GuestFds {
             queues,
@@ -126,20 +163,17 @@ impl Guest {
         let mut guest = Self {
             route: open()?,
             fds,
+            ifname: ifname.to_owned(),
+            whole,
         };
         let change = LinkChange {
             tx_queue_len: Some(TX_QUEUE_LEN),
             ..LinkChange::default()
         };
-        guest.set_link(GUEST_IFNAME, change)?;
-        // Not vital: root has CAP_NET_RAW; it matters to a command that gives root up.
-        let own = getegid();
-        let _ = [PING_GROUPS.to_owned(), format!("{own} {own}")]
-            .iter()
-            .any(|range| fs::write(PING_GROUP_RANGE, range).is_ok());
-        // Nor these: IPv6 is then a second or two later.
+        guest.set_link(ifname, change)?;
+        // Not vital: IPv6 is then a second or two later.
         for (setting, value) in IPV6_SETTINGS {
-            let _ = fs::write(Path::new(IPV6_CONF).join(setting), value);
+            let _ = fs::write(Path::new(IPV6_CONF).join(ifname).join(setting), value);
         }
         Ok(guest)
     }
@@ -154,28 +188,37 @@ impl Guest {
     /// # Errors
     /// The kernel's refusal, with the step.
     pub fn configure(&mut self, config: &GuestConfig) -> Result<(), TapError> {
+        let ifname = self.ifname.clone();
         let up = LinkChange {
             up: Some(true),
             ..LinkChange::default()
         };
-        self.set_link("lo", up)?;
+        if self.whole {
+            self.set_link("lo", up)?;
+        }
         let change = LinkChange {
             mtu: Some(config.mtu.into()),
             mac: Some(config.mac),
             ..LinkChange::default()
         };
-        self.set_link(GUEST_IFNAME, change)?;
-        self.set_link(GUEST_IFNAME, up)?;
-        let index = self.index(GUEST_IFNAME)?;
+        self.set_link(&ifname, change)?;
+        self.set_link(&ifname, up)?;
+        let index = self.index(&ifname)?;
         self.route
             .address_add(index, config.address, config.prefix)
             .map_err(step(format!(
                 "address {}/{}",
                 config.address, config.prefix
             )))?;
-        self.route
-            .default_route_add(index, config.gateway)
-            .map_err(step(format!("default route by {}", config.gateway)))
+        match self.route.default_route_add(index, config.gateway) {
+            Err(error) if error.errno == Errno::EXIST && !self.whole => {
+                log::warn!(
+                    "the namespace has a default route already: the way to the outside stays as it is"
+                );
+                Ok(())
+            }
+            added => added.map_err(step(format!("default route by {}", config.gateway))),
+        }
     }
 
     /// Sets IPv6 beside what [`Guest::configure`] has set.
@@ -183,7 +226,8 @@ impl Guest {
     /// # Errors
     /// The kernel's refusal, with the step: most likely it was told to be without IPv6.
     pub fn configure6(&mut self, config: &GuestConfig6) -> Result<(), TapError> {
-        let index = self.index(GUEST_IFNAME)?;
+        let ifname = self.ifname.clone();
+        let index = self.index(&ifname)?;
         let GuestConfig6 {
             address, prefix, ..
         } = *config;

@@ -14,6 +14,7 @@ mod crowd;
 mod dhcp;
 mod discovery;
 mod endings;
+mod enter;
 mod errors;
 mod exec;
 mod faults;

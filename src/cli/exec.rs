@@ -66,7 +66,7 @@ pub(super) struct Args {
         long,
         value_name = "GUEST",
         conflicts_with_all = [
-            "root", "wait", "private", "mac", "guest_name", "group", "queues", "no_offload", "publish",
+            "root", "wait", "private", "mac", "ip", "guest_name", "group", "queues", "no_offload", "publish",
             "hostfwd", "guestfwd"
         ]
     )]

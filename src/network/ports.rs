@@ -329,6 +329,7 @@ mod tests {
             counters: Arc::default(),
             drops: Vec::new(),
             wire: None,
+            process: None,
             queues: 1,
             reader: WorkerId(0),
             attached_at: Instant::now(),

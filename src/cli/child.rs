@@ -21,7 +21,7 @@ use rustix::io::FdFlags;
 use rustix::process::{Pid, PidfdFlags, Resource, Rlimit, Signal, getrlimit, setrlimit};
 
 use super::Failure;
-use super::lan::Lan;
+use super::attachment::Attachment;
 use super::signals::Signals;
 use crate::sys::signal::{self, Received};
 
@@ -233,10 +233,9 @@ pub(super) fn with_fds(words: &[OsString], fds: &[OwnedFd]) -> Result<Command, F
 pub(super) fn supervise(
     mut child: Child,
     signals: &Signals,
-    lan: &mut Lan,
+    mut attachment: Option<&mut Attachment>,
 ) -> Result<ExitCode, Failure> {
     let received = signals.running();
-    let mut attachment = lan.attachment();
     let failed = |error: rustix::io::Errno| Failure::io("cannot watch the command")(error.into());
     let pid = Pid::from_child(&child);
     let process = rustix::process::pidfd_open(pid, PidfdFlags::empty()).map_err(failed)?;

@@ -146,7 +146,7 @@ pub(super) fn exec(args: &Args) -> Result<ExitCode, Failure> {
     let (_, address) = lan.attach_tap(tap, options)?;
     lan.add_forwards(&args.forwards, mac)?;
     let child = guest.start(mac, name, address.ok_or_else(no_address)?)?;
-    let ended = child::supervise(child, &signals, &mut lan);
+    let ended = child::supervise(child, &signals, lan.attachment());
     lan.drain();
     ended
 }

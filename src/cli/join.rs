@@ -1,13 +1,14 @@
 //! `lanlet join`: a network namespace that is there already becomes a guest.
 //!
 //! A child (`join-init`) enters the namespace, makes the link, gives its tap to the network and sets the
-//! address. The link lives as long as the network holds the tap, so it goes with this process: when a
-//! signal ends it, when the network ends, or when the namespace does.
+//! address. The link lives as long as the network or this process hold the tap: until a signal ends this
+//! process, or the namespace ends. A network that was started again has it again, as with `exec`.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -24,17 +25,13 @@ use crate::tap::guest::GUEST_IFNAME;
 /// Longest name of a link: IFNAMSIZ without its NUL.
 const IFNAME_LEN_MAX: usize = 15;
 /// How often a path is looked at for its namespace: nothing tells when a mount goes.
-const PATH_POLL: Timespec = Timespec {
-    tv_sec: 1,
-    tv_nsec: 0,
-};
+const PATH_POLL: Duration = Duration::from_secs(1);
 
 /// Make a guest of a network namespace that is there already
 ///
 /// The namespace is that of a process, or one that a path leads to (/run/netns/NAME, /proc/PID/ns/net). It
 /// gets a link on the network, with an address and, if it has none, a default route. The command stays
-/// in the foreground, and the link goes when it ends, when the network ends or when the process or the
-/// path is gone. The namespace has to be yours: made in a user namespace of yours, or you are root. Which
+/// in the foreground, and the link goes when it ends, which it does when the process or the path is gone. The namespace has to be yours: made in a user namespace of yours, or you are root. Which
 /// resolver its programs ask is not changed: the gateway is one.
 #[derive(clap::Args, Debug)]
 #[command(after_help = "\
@@ -155,25 +152,32 @@ pub(super) fn join(args: &Args) -> Result<ExitCode, Failure> {
     stay(&mut lan, &life, &signals)
 }
 
-/// Until a signal comes, the network ends or the namespace does.
+/// Until a signal comes or the namespace ends.
 fn stay(lan: &mut Lan, life: &Life, signals: &Signals) -> Result<ExitCode, Failure> {
     let received = signals.running();
-    let code = loop {
+    let mut attachment = lan.attachment();
+    loop {
         let mut fds = vec![PollFd::from_borrowed_fd(received.as_fd(), PollFlags::IN)];
-        let gone = lan.gone();
-        fds.extend(gone.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
-        let timeout = match life {
-            Life::Process(process) => {
-                fds.push(PollFd::new(process, PollFlags::IN));
-                None
-            }
-            Life::Path(..) => Some(&PATH_POLL),
-        };
-        match rustix::event::poll(&mut fds, timeout) {
+        if let Life::Process(process) = life {
+            fds.push(PollFd::new(process, PollFlags::IN));
+        }
+        let own = fds.len();
+        let watched = attachment.as_ref().map(|attachment| attachment.fds());
+        let watched = watched.into_iter().flatten();
+        fds.extend(watched.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+        let timeouts = [
+            attachment
+                .as_ref()
+                .and_then(|attachment| attachment.timeout()),
+            matches!(life, Life::Path(..)).then_some(PATH_POLL),
+        ];
+        let timeout = timeouts.into_iter().flatten().min();
+        let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
+        match rustix::event::poll(&mut fds, timeout.as_ref()) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(Failure::io("cannot wait")(error.into())),
         }
-        let network_ended = gone.is_some() && !fds[1].revents().is_empty();
+        let ready = fds[own..].iter().any(|fd| !fd.revents().is_empty());
         let mut end = None;
         while let Some(received) = received.next()? {
             if ![libc::SIGWINCH, libc::SIGUSR1, libc::SIGUSR2].contains(&received.signal) {
@@ -182,18 +186,17 @@ fn stay(lan: &mut Lan, life: &Life, signals: &Signals) -> Result<ExitCode, Failu
         }
         if let Some(received) = end {
             log::info!("ends by {received}");
-            break 0;
-        }
-        if network_ended {
-            log::warn!("the network has ended, and the link with it");
-            break 1;
+            break;
         }
         if life.is_over() {
             log::info!("the namespace is gone");
-            break 0;
+            break;
         }
-    };
-    signals.ending(code);
+        if let Some(attachment) = &mut attachment {
+            attachment.advance(ready);
+        }
+    }
+    signals.ending(0);
     lan.drain();
-    Ok(ExitCode::from(code))
+    Ok(ExitCode::SUCCESS)
 }

@@ -148,7 +148,7 @@ pub(super) fn with_link(
         .map_err(Failure::io("cannot start a process"))?;
     // The command has the only copies: when it goes, so does the port.
     drop(port.fds);
-    let ended = child::supervise(child, signals, &mut lan)?;
+    let ended = child::supervise(child, signals, lan.attachment())?;
     if ended == ExitCode::SUCCESS {
         // A VMM that has put itself into the background still has the tap.
         lan.wait_for_port(port.id, signals)?;
@@ -177,5 +177,5 @@ fn with_socket(
         .envs(link.environment())
         .spawn()
         .map_err(Failure::io("cannot start a process"))?;
-    child::supervise(child, signals, &mut lan)
+    child::supervise(child, signals, lan.attachment())
 }

@@ -13,8 +13,8 @@ use rustix::net::{
 
 /// Bytes read at a time.
 const READ_BYTES: usize = 4096;
-/// Descriptors of one message at most: the queues of both ends of a VMM's wire and a netlink socket. The kernel
-/// closes what comes beyond.
+/// Descriptors of one message at most: the queues of both ends of a VMM's wire and a netlink socket; of a guest's
+/// tap there are fewer. The kernel closes what comes beyond.
 const FDS_PER_MESSAGE: usize = 2 * QUEUES_MAX as usize + 1;
 /// Descriptors held for lines that are not complete yet; what comes beyond is closed at once, so that
 /// a client can't fill the process's table.

@@ -46,6 +46,7 @@ pub(super) fn open_kept(wire: KeptWire) -> Result<Opened, NetworkError> {
         drops: vec![Arc::new(drops)],
         kind: VMM,
         wire: None,
+        process: None,
         attached: None,
     })
 }

@@ -97,9 +97,11 @@ fn a_namespace_that_is_there_becomes_a_guest() {
         join=$!
         wait_for joined3 '^eth0 of'
         say path="$(inside ip -br -4 address show dev eth0 | grep -c 192.168.122)"
-        # And with the network.
+        # It outlives its network, and takes the link along.
         "$LANLET" down >/dev/null
-        wait $join; say network=$?
+        wait_for join3.err 'has ended'
+        inside ip link show dev eth0 >/dev/null && say kept=yes
+        kill $join; wait $join; say network=$?
         until_gone eth0 && say eth0=gone
 END
         user bash user.sh
@@ -124,7 +126,8 @@ END
             ("no_name", "2"),
             ("ended", "0"),
             ("path", "1"),
-            ("network", "1"),
+            ("kept", "yes"),
+            ("network", "0"),
             ("eth0", "gone"),
         ],
     );

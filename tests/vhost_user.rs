@@ -339,7 +339,7 @@ fn holes_in_a_guests_memory_are_not_lanlets_to_allocate() {
         Ok(group) => group,
         Err(reason) => return skip(&reason),
     };
-    let world = World::new().limit(Duration::from_secs(60));
+    let world = World::new();
     let temp = world.temp();
     let script = temp.file("holes.py", HOLES);
     let socket = temp.path().join("holes.sock");

@@ -280,7 +280,8 @@ impl TcpEngine for SmolEngine {
             return;
         }
         let taken = be32(tcp.header, 8);
-        if self.phase() == Phase::Handshake || is_before(self.taken, taken) {
+        let is_news = is_before(self.taken, taken) && !is_before(self.sent, taken);
+        if tcp.flags & Tcp::ACK != 0 && (is_news || self.phase() == Phase::Handshake) {
             self.taken = taken;
         }
         let len = tcp.payload.len() as u32;

@@ -3,8 +3,10 @@
 //! One thread with a current-thread tokio runtime serves all clients; what asks the network for
 //! something runs on a small blocking pool, since attaching a port waits for the kernel. A client
 //! that sends nonsense is answered once and cut off. A client that has asked for something has one of
-//! [`CLIENTS_MAX`] seats; who has not has one of a few places, and [`FIRST_REQUEST_TIME`] to ask. Who is not to be
-//! served ([`peer::check`]) gets neither.
+//! [`CLIENTS_MAX`] seats; who has not has one of a few places, and a few seconds to ask. Who is not to be
+//! served ([`peer::check`](crate::sys::peer::check)) gets neither.
+
+mod accept;
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -13,13 +15,12 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use tokio::io::Interest;
-use tokio::net::unix::pipe::Receiver;
-use tokio::net::{UnixListener, UnixStream};
+use tokio::net::UnixStream;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
+use super::Claim;
 use super::api::{CLIENTS_MAX, Hello, PROTOCOL, REQUEST_BYTES_MAX, Reply, Request};
 use super::message::{LineReader, Read, send_some, to_line};
-use super::{Claim, ControlError};
 use crate::frame::PortId;
 use crate::nat::forward::{ForwardId, ForwardSpec};
 use crate::nat::policy::PolicyError;
@@ -27,7 +28,6 @@ use crate::network::{
     ForwardStatus, GuestAddress, GuestTap, KeptWire, Network, PortOptions, Status, VhostUserPort,
     VhostUserSocket, VmmPort,
 };
-use crate::sys::peer::{self, Refusal};
 use crate::sys::signal::Process;
 use crate::sys::socket;
 
@@ -35,15 +35,9 @@ use crate::sys::socket;
 const BLOCKING_THREADS: usize = 2;
 /// Of a longer command line the beginning is told.
 const COMMAND_CHARS_MAX: usize = 1000;
-/// Clients at a time that have asked for nothing yet. The next ones wait in the kernel's queue.
-const NEWCOMERS_MAX: usize = 32;
 /// How long a client may take to ask for something, so that silent ones make room. One that has nothing to
 /// ask for yet says so ([`Request::Stay`]). The next client in the queue waits 10 s for its greeting.
 const FIRST_REQUEST_TIME: Duration = Duration::from_secs(4);
-/// Pause between two tries to make a socket in place of one that was removed: the user may log in again.
-const RENEW_RETRY: Duration = Duration::from_secs(1);
-/// Pause after a failed accept (out of descriptors), so that the loop does not spin.
-const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
 /// What the server serves: a network, or a test's stand-in.
 pub trait Target: Send + Sync + 'static {
@@ -245,7 +239,7 @@ impl Server {
             .spawn(move || {
                 let served = runtime.block_on(async {
                     tokio::select! {
-                        served = keep_serving(listener, &mut claim, &shared) => served,
+                        served = accept::keep_serving(listener, &mut claim, &shared) => served,
                         () = ended.notified() => Ok(()),
                     }
                 });
@@ -269,114 +263,6 @@ impl Drop for Server {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
-    }
-}
-
-/// Serves clients, at another socket where the first was removed. Connections go on meanwhile.
-async fn keep_serving(
-    listener: std::os::unix::net::UnixListener,
-    claim: &mut Claim,
-    shared: &Arc<Shared>,
-) -> io::Result<()> {
-    let newcomers = Arc::new(Semaphore::new(NEWCOMERS_MAX));
-    let mut listener = UnixListener::from_std(listener)?;
-    loop {
-        tokio::select! {
-            () = accept(&listener, &newcomers, shared) => return Ok(()),
-            () = wait_for_removal(claim) => {}
-        }
-        let name = &shared.name;
-        let mut warned = false;
-        listener = loop {
-            match claim.renew() {
-                Ok(listener) => break UnixListener::from_std(listener)?,
-                Err(ControlError::Busy { pid, .. }) => {
-                    let pid = pid.map(|pid| format!(", pid {pid},")).unwrap_or_default();
-                    let reason =
-                        format!("its socket was removed, and another process{pid} has its name");
-                    match claim.is_private {
-                        // Its command goes on, it is only not seen.
-                        true => log::warn!("network '{name}' is not listed any more: {reason}"),
-                        false => (shared.on_stop)(reason),
-                    }
-                    return std::future::pending().await;
-                }
-                Err(error) if !std::mem::replace(&mut warned, true) => log::warn!(
-                    "the control socket of network '{name}' was removed, and no command reaches it until \
-                     there can be another: {error}"
-                ),
-                Err(_) => {}
-            }
-            tokio::time::sleep(RENEW_RETRY).await;
-        };
-        log::warn!("the control socket of network '{name}' was removed; there is another now");
-    }
-}
-
-/// Returns when the socket or the lock file is where it was no longer.
-async fn wait_for_removal(claim: &Claim) {
-    // Without inotify (fs.inotify.max_user_instances) it is looked for by the clock. Tokio waits for any
-    // descriptor that can be read as for a pipe's.
-    let watch = claim
-        .watch()
-        .and_then(Receiver::from_owned_fd_unchecked)
-        .ok();
-    let mut events = [0; 4096];
-    while claim.is_in_place() {
-        let Some(watch) = &watch else {
-            tokio::time::sleep(RENEW_RETRY).await;
-            continue;
-        };
-        if watch.readable().await.is_ok() {
-            let _ = watch.try_read(&mut events);
-        }
-    }
-}
-
-async fn accept(listener: &UnixListener, newcomers: &Arc<Semaphore>, shared: &Arc<Shared>) {
-    let mut warned = false;
-    loop {
-        // First, so that who has no place yet waits in the kernel's queue and takes no descriptor.
-        let Ok(place) = Arc::clone(newcomers).acquire_owned().await else {
-            return;
-        };
-        match listener.accept().await {
-            Ok((stream, _)) => {
-                // At once: of who is refused there is never more than one.
-                if let Err(refusal) = peer::check(stream.as_fd(), false) {
-                    log::warn!("{refusal} at the control socket");
-                    refuse(&stream, &refusal);
-                    continue;
-                }
-                let shared = Arc::clone(shared);
-                tokio::spawn(async move {
-                    if let Err(error) = serve(&stream, &shared, place).await {
-                        log::debug!("control connection: {error}");
-                    }
-                });
-            }
-            Err(error) => {
-                if !std::mem::replace(&mut warned, true) {
-                    log::warn!("cannot accept on the control socket: {error}");
-                }
-                tokio::time::sleep(ACCEPT_RETRY).await;
-            }
-        }
-    }
-}
-
-/// Tells a peer why it is not served, if that needs no waiting. Another user is told nothing.
-fn refuse(stream: &UnixStream, refusal: &Refusal) {
-    let message = match refusal {
-        Refusal::User(_) => return,
-        Refusal::Guest => "the control socket is closed to guests".to_owned(),
-        Refusal::Unknown(error) => {
-            format!("the control socket is closed to guests, and you may be one: {error}")
-        }
-    };
-    if let Ok(line) = to_line(&Reply::Error { message }) {
-        // A fresh socket has room for it.
-        let _ = send_some(stream.as_fd(), &line, &[]);
     }
 }
 

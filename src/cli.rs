@@ -8,6 +8,7 @@ mod attachment;
 mod bench;
 mod check;
 mod child;
+mod complete;
 mod daemon;
 mod demo;
 mod docs;
@@ -35,7 +36,7 @@ use std::ffi::OsString;
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-use clap::{ArgAction, Parser, Subcommand};
+use clap::{ArgAction, CommandFactory, Parser, Subcommand};
 
 use crate::config::ConfigError;
 use crate::control::ControlError;
@@ -52,7 +53,6 @@ const EXIT_USAGE: u8 = 2;
     bin_name = "lanlet",
     version,
     propagate_version = false,
-    disable_help_subcommand = true,
     max_term_width = 100,
     long_about = "A little LAN in one process: a rootless virtual switch with DHCP, DNS and NAT for \
                   VMs.\n\nA network has a name ('default' unless --name says otherwise). 'lanlet up' \
@@ -127,24 +127,36 @@ enum Command {
     Check(check::Args),
     Man(docs::ManArgs),
     Completions(docs::CompletionsArgs),
+}
+
+/// What lanlet starts itself as. A table of its own: no help, page or completion knows of it.
+#[derive(Parser, Debug)]
+#[command(name = "lanlet", disable_help_subcommand = true)]
+enum Internal {
     /// Does a part of a bench.
-    #[command(hide = true)]
     BenchPeer(bench::PeerArgs),
     /// Becomes a command with its signals and its parent's death arranged.
-    #[command(hide = true)]
     ChildInit(child::InitArgs),
     /// Becomes a command in a namespace whose link is a port.
-    #[command(hide = true)]
     GuestInit(exec::InitArgs),
     /// Becomes a command in the namespaces of a guest.
-    #[command(hide = true)]
     IntoInit(into::InitArgs),
     /// Makes a guest of a namespace.
-    #[command(hide = true)]
     JoinInit(exec::InitArgs),
     /// Serves the namespace with the VMMs' taps.
-    #[command(hide = true, name = crate::tap::HELPER_SUBCOMMAND)]
+    #[command(name = crate::tap::HELPER_SUBCOMMAND)]
     NetnsHelper,
+}
+
+impl Internal {
+    /// The command line, if it is one of these.
+    fn parse() -> Option<Self> {
+        let word = std::env::args_os().nth(1)?;
+        let is_ours = Self::command()
+            .get_subcommands()
+            .any(|command| word == command.get_name());
+        is_ours.then(<Self as Parser>::parse)
+    }
 }
 
 /// Why a command ended early.
@@ -218,6 +230,19 @@ impl From<io::Error> for Failure {
 
 /// The program: reads the command line, runs the command, prints what failed.
 pub fn main() -> ExitCode {
+    if let Some(internal) = Internal::parse() {
+        logger::init(0, 0);
+        crate::tap::use_own_program();
+        return finish(match internal {
+            Internal::BenchPeer(args) => bench::peer(&args),
+            Internal::ChildInit(args) => child::init(&args),
+            Internal::GuestInit(args) => exec::init(&args),
+            Internal::IntoInit(args) => into::init(&args),
+            Internal::JoinInit(args) => exec::init_joined(&args),
+            Internal::NetnsHelper => netns_helper(),
+        });
+    }
+    complete::answer();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return print_clap(&error),
@@ -242,13 +267,12 @@ pub fn main() -> ExitCode {
         Command::Check(args) => check::check(&args),
         Command::Man(args) => docs::man(&args),
         Command::Completions(args) => docs::completions(&args),
-        Command::BenchPeer(args) => bench::peer(&args),
-        Command::ChildInit(args) => child::init(&args),
-        Command::GuestInit(args) => exec::init(&args),
-        Command::IntoInit(args) => into::init(&args),
-        Command::JoinInit(args) => exec::init_joined(&args),
-        Command::NetnsHelper => netns_helper(),
     };
+    finish(result)
+}
+
+/// The exit status of what a command came to, and its error on stderr.
+fn finish(result: Result<ExitCode, Failure>) -> ExitCode {
     match result {
         Ok(code) => code,
         Err(Failure::Reported) => ExitCode::FAILURE,
@@ -329,7 +353,6 @@ fn replace_in(argument: &OsString, from: &str, to: &str) -> OsString {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn the_table_is_consistent() {
@@ -340,7 +363,8 @@ mod tests {
     fn every_command_and_flag_has_help_and_every_public_command_examples() {
         let mut root = Cli::command();
         root.build();
-        for command in root.get_subcommands() {
+        let own = |command: &&clap::Command| command.get_name() != "help";
+        for command in root.get_subcommands().filter(own) {
             let name = command.get_name();
             assert!(command.get_about().is_some(), "{name} has no help");
             for argument in command.get_arguments() {

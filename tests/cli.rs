@@ -261,11 +261,102 @@ fn man_pages_and_completions() {
         let text = fs::read_to_string(scratch.0.join(format!("{page}.1"))).unwrap();
         assert!(text.contains(".SH EXAMPLES"), "{page}");
     }
-    for shell in ["bash", "zsh", "fish"] {
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
         let (status, text, _) = run(&scratch.0, &["completions", shell]);
         assert_eq!(status, 0);
-        assert!(text.contains("lease-file"), "{shell}");
+        assert!(text.contains("LANLET_COMPLETE"), "{shell}");
     }
+    // A page as a reader sees it: what is indented in the help stays in lines of its own.
+    for (page, lines) in [
+        (
+            "forward-add",
+            &[
+                "{tcp|udp}:[ADDR]:PORT-GUEST:PORT                 QEMU's hostfwd",
+                "lanlet forward add 8080:192.168.122.70:80",
+            ][..],
+        ),
+        ("policy", &["default allow|deny [silent]"]),
+        ("run", &["lanlet run --subnet 10.9.0.0/24"]),
+    ] {
+        let (_, roff, _) = run(&scratch.0, &["man", page]);
+        let path = scratch.0.join(format!("{page}.1"));
+        fs::write(&path, roff).unwrap();
+        let shown = Command::new("groff")
+            .args(["-man", "-Kutf8", "-Tutf8", "-P-cbou", "-rLL=120n", "-ww"])
+            .arg(&path)
+            .output()
+            .expect("groff: run lab/setup test");
+        let (status, text, warnings) = of(shown);
+        assert_eq!((status, &*warnings), (0, ""), "{page}");
+        for line in lines {
+            let is_line = |shown: &str| shown.trim_start().starts_with(line);
+            assert!(
+                text.lines().any(is_line),
+                "{page} has no line {line:?}: {text}"
+            );
+        }
+    }
+}
+
+/// What a shell offers, by the script that it sources.
+#[test]
+fn bash_completes_commands_files_and_what_runs() {
+    let scratch = Scratch::new("complete");
+    let complete = |line: &[&str]| {
+        let script = r#"
+            eval "$("$LANLET" completions bash)"
+            PATH=$PATH:$(dirname "$LANLET")
+            COMP_WORDS=(lanlet "$@") COMP_CWORD=$# COMP_TYPE=9
+            word=${COMP_WORDS[COMP_CWORD]}
+            compopt() { :; }
+            $(complete -p lanlet | sed 's/.*-F \([^ ]*\).*/\1/') lanlet "$word" ""
+            printf '%s\n' "${COMPREPLY[@]}"
+        "#;
+        let output = Command::new("bash")
+            .args(["--norc", "-c", script, "bash"])
+            .args(line)
+            .env("LANLET", env!("CARGO_BIN_EXE_lanlet"))
+            .env("LANLET_RUNTIME_DIR", &scratch.0)
+            .current_dir(&scratch.0)
+            .output()
+            .unwrap();
+        let (status, text, stderr) = of(output);
+        assert_eq!((status, &*stderr), (0, ""), "{line:?}: {text}");
+        let words = text.lines().map(|line| line.trim_end().to_owned());
+        words.collect::<Vec<_>>()
+    };
+    let commands = complete(&[""]);
+    for command in ["up", "exec", "list", "completions", "help"] {
+        assert!(commands.iter().any(|word| word == command), "{commands:?}");
+    }
+    for hidden in ["child-init", "guest-init", "netns-helper", "bench-peer"] {
+        assert_eq!(complete(&[hidden]), [""], "nobody knows of {hidden}");
+    }
+    assert_eq!(complete(&["up", "--lease-f"]), ["--lease-file"]);
+    fs::write(scratch.0.join("web.policy"), "").unwrap();
+    assert_eq!(complete(&["policy", "set", "we"]), ["web.policy"]);
+    assert_eq!(complete(&["up", "--policy", "we"]), ["web.policy"]);
+    assert_eq!(complete(&["exec", "--", "bas"])[0], "base32");
+    // A name is one that runs: its lock is held.
+    let lock = fs::File::create(scratch.0.join("lab.lock")).unwrap();
+    fs::write(scratch.0.join("old.lock"), "1").unwrap();
+    rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    assert_eq!(complete(&["status", "--name", ""]), ["lab"]);
+    assert_eq!(complete(&["exec", "--name", "l"]), ["lab"]);
+}
+
+#[test]
+fn help_is_a_command() {
+    let scratch = Scratch::new("helps");
+    let (status, text, _) = run(&scratch.0, &["help"]);
+    assert_eq!((status, text.contains("Usage: lanlet")), (0, true));
+    for words in [&["up"][..], &["forward", "add"]] {
+        let (status, text, _) = run(&scratch.0, &[&["help"], words].concat());
+        assert_eq!(status, 0);
+        let flag = run(&scratch.0, &[words, &["--help"]].concat());
+        assert_eq!(text, flag.1, "{words:?}");
+    }
+    refused(&scratch, 2, &["help", "nonsense"], &["nonsense"]);
 }
 
 #[test]

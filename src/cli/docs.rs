@@ -7,7 +7,7 @@ use clap::CommandFactory;
 use clap_complete::Shell;
 use clap_mangen::Man;
 
-use super::{Cli, Failure, print};
+use super::{Cli, Failure, complete, print};
 
 /// Print a man page
 #[derive(clap::Args, Debug)]
@@ -51,7 +51,9 @@ fn pages() -> Vec<(String, clap::Command)> {
 fn add_pages(name: String, command: clap::Command, pages: &mut Vec<(String, clap::Command)>) {
     let below: Vec<_> = command.get_subcommands().cloned().collect();
     pages.push((name.clone(), command));
-    for command in below.into_iter().filter(|command| !command.is_hide_set()) {
+    // 'help' has no page of its own: each page is that.
+    let has_page = |command: &clap::Command| !command.is_hide_set() && command.get_name() != "help";
+    for command in below.into_iter().filter(has_page) {
         add_pages(format!("{name}-{}", command.get_name()), command, pages);
     }
 }
@@ -63,17 +65,65 @@ fn render(page: clap::Command) -> Result<String, Failure> {
         .or(page.get_after_help())
         .map(ToString::to_string);
     let has_subcommands = page.get_subcommands().any(|command| !command.is_hide_set());
+    let description = page.get_long_about().or(page.get_about());
+    let description = description.map(ToString::to_string);
     let page = Man::new(page);
     let mut text = Vec::new();
     page.render_title(&mut text)?;
     page.render_name_section(&mut text)?;
     page.render_synopsis_section(&mut text)?;
-    page.render_description_section(&mut text)?;
-    page.render_options_section(&mut text)?;
+    let mut rest = Vec::new();
+    page.render_options_section(&mut rest)?;
     if has_subcommands {
-        page.render_subcommands_section(&mut text)?;
+        page.render_subcommands_section(&mut rest)?;
     }
-    Ok(String::from_utf8_lossy(&text).into_owned() + &roff_sections(&sections.unwrap_or_default()))
+    let said = |text: Vec<u8>| String::from_utf8_lossy(&text).into_owned();
+    Ok(said(text)
+        + ".SH DESCRIPTION\n"
+        + &roff_text(&description.unwrap_or_default())
+        + &said(rest)
+        + &roff_sections(&sections.unwrap_or_default()))
+}
+
+/// Paragraphs, filled, with the lines between them that are indented left as they are: forms, tables.
+fn roff_text(text: &str) -> String {
+    let mut roff = String::new();
+    let mut is_kept = false;
+    for line in text.lines() {
+        let keep = line.starts_with("  ");
+        match (is_kept, keep) {
+            (false, true) => roff.push_str(".nf\n"),
+            (true, false) => roff.push_str(".fi\n"),
+            _ => {}
+        }
+        is_kept = keep;
+        roff.push_str(&match line.trim() {
+            "" => ".PP\n".to_owned(),
+            _ => roff_line(line),
+        });
+    }
+    if is_kept { roff + ".fi\n" } else { roff }
+}
+
+/// A line as it is, whatever it begins with: a blank in front keeps a dot from being a request.
+fn roff_line(line: &str) -> String {
+    // What is to be copied is not made typography.
+    let plain = [
+        ('\\', "\\e"),
+        ('-', "\\-"),
+        ('\'', "\\(aq"),
+        ('`', "\\(ga"),
+        ('^', "\\(ha"),
+        ('~', "\\(ti"),
+    ];
+    let line: String = line
+        .chars()
+        .map(|c| {
+            let escaped = plain.iter().find(|(from, _)| *from == c);
+            escaped.map_or_else(|| c.to_string(), |(_, to)| (*to).to_owned())
+        })
+        .collect();
+    format!("\\&{line}\n")
 }
 
 /// Lines like `Examples:` head a section each.
@@ -81,15 +131,13 @@ fn roff_sections(text: &str) -> String {
     let mut roff = String::new();
     let mut is_open = false;
     for line in text.lines() {
-        let line = line.replace('\\', "\\e").replace('-', "\\-");
         match line.strip_suffix(':').filter(|head| !head.starts_with(' ')) {
             Some(head) => {
                 let close = if is_open { ".fi\n" } else { "" };
                 roff.push_str(&format!("{close}.SH {}\n.nf\n", head.to_uppercase()));
                 is_open = true;
             }
-            // A leading blank keeps a dot from being a request.
-            None => roff.push_str(&format!("\\&{line}\n")),
+            None => roff.push_str(&roff_line(line)),
         }
     }
     if is_open { roff + ".fi\n" } else { roff }
@@ -118,9 +166,8 @@ pub(super) fn man(args: &ManArgs) -> Result<ExitCode, Failure> {
 }
 
 pub(super) fn completions(args: &CompletionsArgs) -> Result<ExitCode, Failure> {
-    let mut text = Vec::new();
-    clap_complete::generate(args.shell, &mut Cli::command(), "lanlet", &mut text);
-    print(&String::from_utf8_lossy(&text))?;
+    let shell = args.shell.to_string();
+    print(&complete::script(&shell)?)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -140,6 +187,11 @@ mod tests {
             );
             assert!(text.contains(".SH EXAMPLES"), "{name}");
             assert!(!text.contains("child-init"), "{name}");
+            assert_eq!(
+                text.matches("\n.nf\n").count(),
+                text.matches("\n.fi\n").count(),
+                "{name}"
+            );
         }
     }
 }

@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use super::forward::ForwardFlags;
 use super::lan::{Lan, LanFlags};
 use super::options::{NetworkOptions, PortFlags};
-use super::{Failure, child, into};
+use super::{Failure, child, complete, into};
 use crate::frame::Mac;
 use crate::network::{GuestAddress, GuestTap};
 use crate::sys::{fd_pass, inherited};
@@ -65,6 +65,7 @@ pub(super) struct Args {
     #[arg(
         long,
         value_name = "GUEST",
+        add = complete::guests(),
         conflicts_with_all = [
             "root", "wait", "private", "mac", "ip", "guest_name", "group", "queues", "no_offload", "publish",
             "hostfwd", "guestfwd"
@@ -72,7 +73,7 @@ pub(super) struct Args {
     )]
     into: Option<String>,
     /// The command and its arguments
-    #[arg(trailing_var_arg = true, required = true, value_name = "CMD")]
+    #[arg(trailing_var_arg = true, required = true, value_name = "CMD", add = complete::command())]
     command: Vec<OsString>,
     #[command(flatten)]
     network: NetworkOptions,

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use super::find::connect;
 use super::options::NameOption;
 use super::status::{printable, table};
-use super::{Failure, print};
+use super::{Failure, complete, print};
 use crate::nat::forward::ForwardSpec;
 use crate::network::ForwardStatus;
 
@@ -35,7 +35,7 @@ enum Action {
 ///
 /// FORWARD is one of
 ///   [ADDR:][PORT[-END]:]GUEST:PORT[-END][/tcp|/udp]  docker's form; without PORT the host chooses
-///   [tcp|udp]:[ADDR]:PORT-GUEST:PORT                 QEMU's hostfwd
+///   {tcp|udp}:[ADDR]:PORT-GUEST:PORT                 QEMU's hostfwd
 ///   unix:PATH-GUEST:PORT                             clients of a unix socket reach a guest
 ///   [tcp]:[ADDR]:PORT-unix:PATH                      QEMU's guestfwd: guests reach a unix socket
 /// GUEST is an address, a MAC or the name of a lease or port; it is looked up for each connection.
@@ -88,7 +88,7 @@ struct RemoveArgs {
     #[command(flatten)]
     name: NameOption,
     /// Number, name or the words of a forward
-    #[arg(required = true, value_name = "FORWARD")]
+    #[arg(required = true, value_name = "FORWARD", add = complete::forwards())]
     forwards: Vec<String>,
 }
 
@@ -191,6 +191,107 @@ pub(super) fn render(text: &mut String, forwards: &[ForwardStatus]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clap::{Args as _, CommandFactory as _};
+
+    /// All texts that a form of the help stands for: `[x]` is x or nothing, `a|b` in brackets or braces
+    /// one of them.
+    fn variants(form: &str) -> Vec<String> {
+        let Some(at) = form.find(['[', '{']) else {
+            return vec![form.to_owned()];
+        };
+        let mut depth = 0;
+        let end = form[at..].find(|c| {
+            depth += i32::from("[{".contains(c)) - i32::from("]}".contains(c));
+            depth == 0
+        });
+        let end = at + end.expect("closed");
+        let mut choices: Vec<&str> = form[at + 1..end].split('|').collect();
+        if form[at..].starts_with('[') {
+            choices.push("");
+        }
+        let chosen = choices.into_iter().flat_map(variants);
+        let rest = variants(&form[end + 1..]);
+        chosen
+            .flat_map(|chosen| {
+                let all = rest.iter();
+                let whole = all.map(move |rest| format!("{}{chosen}{rest}", &form[..at]));
+                whole.collect::<Vec<_>>()
+            })
+            .collect()
+    }
+
+    /// Forms with examples in place of their words.
+    fn examples(form: &str) -> Vec<String> {
+        let guests = ["web", "192.168.122.70", "[52:54:00:12:34:56]", "[fd00::5]"];
+        let addresses = ["192.168.1.5", "10.0.2.4"];
+        let mut examples = Vec::new();
+        // Ranges have two ends.
+        for text in variants(form)
+            .iter()
+            .filter(|text| text.matches("END").count() != 1)
+        {
+            for guest in guests {
+                for address in addresses {
+                    let text = text.replace("ADDR", address).replace("GUEST", guest);
+                    let text = text.replace("PORT", "8000").replace("END", "8009");
+                    examples.push(text.replace("PATH", "/run/x.sock"));
+                }
+            }
+        }
+        examples
+    }
+
+    #[test]
+    fn every_form_of_the_help_is_read() {
+        let help = AddArgs::augment_args(clap::Command::new("add"))
+            .get_long_about()
+            .unwrap()
+            .to_string();
+        let forms: Vec<&str> = help
+            .lines()
+            .filter(|line| line.starts_with("  ") && line.contains("PORT"))
+            .filter_map(|line| line.split_whitespace().next())
+            .collect();
+        assert_eq!(forms.len(), 4, "{help}");
+        for text in forms.into_iter().flat_map(examples) {
+            let spec: Result<ForwardSpec, _> = text.parse();
+            let spec = spec.unwrap_or_else(|error| panic!("{text}: {error}"));
+            assert_eq!(
+                spec.to_string().parse::<ForwardSpec>().unwrap(),
+                spec,
+                "{text}"
+            );
+        }
+        let web: ForwardSpec = "web:80".parse().unwrap();
+        assert_eq!(web, "0:web:80/tcp".parse().unwrap());
+
+        #[derive(clap::Parser)]
+        struct Flags {
+            #[command(flatten)]
+            forwards: ForwardFlags,
+        }
+        let command = Flags::command();
+        type Read = fn(&str) -> Result<ForwardSpec, crate::nat::forward::ForwardError>;
+        let flags: [(&str, Read); 3] = [
+            ("publish", ForwardSpec::from_publish),
+            ("hostfwd", ForwardSpec::from_hostfwd),
+            ("guestfwd", ForwardSpec::from_guestfwd),
+        ];
+        for (flag, read) in flags {
+            let flag = command
+                .get_arguments()
+                .find(|argument| argument.get_id() == flag)
+                .unwrap();
+            let help = flag.get_help().unwrap().to_string();
+            let form = help
+                .split_whitespace()
+                .find(|word| word.contains("PORT"))
+                .unwrap();
+            for text in examples(form.trim_end_matches('.')) {
+                read(&text).unwrap_or_else(|error| panic!("{text}: {error}"));
+            }
+        }
+    }
 
     #[test]
     fn the_list() {

@@ -7,7 +7,7 @@ use super::find::connect;
 use super::options::NameOption;
 use super::screen::{age, cut, short};
 use super::status::{printable, table};
-use super::{Failure, print};
+use super::{Failure, complete, print};
 use crate::frame::Mac;
 use crate::network::{GuestStatus, Status};
 
@@ -32,7 +32,7 @@ pub(super) struct IpArgs {
     #[arg(short = '6', long)]
     ipv6: bool,
     /// Which guest
-    #[arg(value_name = "GUEST")]
+    #[arg(value_name = "GUEST", add = complete::guests())]
     guest: String,
 }
 

@@ -15,7 +15,7 @@ use super::find::{self, not_running};
 use super::forward::ForwardFlags;
 use super::options::{NameOption, NetworkOptions, parse_name};
 use super::signals::Signals;
-use super::{Failure, child};
+use super::{Failure, child, complete};
 use crate::config::{self, NAME_DEFAULT, NetworkConfig};
 use crate::control::RuntimeDir;
 use crate::control::client::Client;
@@ -57,7 +57,7 @@ pub(super) enum Lan {
 pub(super) struct LanFlags {
     /// Network to attach to, which has to be running [default: 'default' if that is running, else a
     /// private one that ends with the command]
-    #[arg(long, value_name = "NAME", value_parser = parse_name)]
+    #[arg(long, value_name = "NAME", value_parser = parse_name, add = complete::networks())]
     name: Option<String>,
 
     /// Wait so long, like 10s, for the network to come up: the one of --name, else 'default'

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::{Failure, policy};
+use super::{Failure, complete, policy};
 use crate::config::PREFIX6_LEN;
 use crate::config::subnet4::{self, SUBNET_DEFAULT};
 use crate::config::{
@@ -30,7 +30,7 @@ use crate::wire::ipv6;
 #[derive(Args, Debug)]
 pub(super) struct NameOption {
     /// Name of the network, as 'lanlet list' shows it [default: 'default', else the only one that runs]
-    #[arg(long, value_name = "NAME", value_parser = parse_name)]
+    #[arg(long, value_name = "NAME", value_parser = parse_name, add = complete::networks())]
     name: Option<String>,
 }
 

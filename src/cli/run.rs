@@ -8,7 +8,7 @@ use super::forward::ForwardFlags;
 use super::lan::{Lan, LanFlags};
 use super::options::{NetworkOptions, PortFlags, VmmFlags};
 use super::signals::Signals;
-use super::{Failure, child, replace_in};
+use super::{Failure, child, complete, replace_in};
 use crate::network::{VhostUserSocket, VmmPort};
 
 /// Run a VMM (or any command) with a tap of the network as an inherited descriptor
@@ -43,7 +43,7 @@ pub(super) struct Args {
     #[command(flatten)]
     forwards: ForwardFlags,
     /// The command and its arguments
-    #[arg(trailing_var_arg = true, required = true, value_name = "CMD")]
+    #[arg(trailing_var_arg = true, required = true, value_name = "CMD", add = complete::command())]
     command: Vec<OsString>,
     #[command(flatten)]
     network: NetworkOptions,

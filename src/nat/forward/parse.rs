@@ -10,7 +10,8 @@
 //! what it writes it reads back as the same forward.
 //!
 //! # Docker's form
-//! `[ADDR:][HOSTPORT[-END]:][GUEST:]GUESTPORT[-END][/tcp|/udp]`. Without ADDR all addresses of the host
+//! `[ADDR:][HOSTPORT[-END]:][GUEST:]GUESTPORT[-END][/tcp|/udp]`; what stands where HOSTPORT may and is no
+//! number is GUEST. Without ADDR all addresses of the host
 //! are meant, as docker has it. Without HOSTPORT, or with 0, the host chooses one. GUEST is an
 //! address, a MAC or the name of a lease; the guest of the command itself needs none. What has colons
 //! of its own stands in brackets: `[fd00::5]`, `[52:54:00:12:34:56]`.
@@ -36,7 +37,7 @@ use super::spec::{
 };
 use crate::frame::Mac;
 
-const PUBLISH_FORM: &str = "[ADDR:]HOSTPORT[-END]:[GUEST:]GUESTPORT[-END][/tcp|/udp]";
+const PUBLISH_FORM: &str = "[ADDR:][HOSTPORT[-END]:][GUEST:]GUESTPORT[-END][/tcp|/udp]";
 const HOSTFWD_FORM: &str = "[tcp|udp]:[ADDR]:HOSTPORT-[GUEST]:GUESTPORT";
 const HOSTFWD_UNIX_FORM: &str = "unix:PATH-[GUEST]:GUESTPORT";
 const GUESTFWD_FORM: &str = "[tcp]:[ADDR]:PORT-unix:PATH";
@@ -62,6 +63,8 @@ impl FromStr for ForwardSpec {
     /// Reads any form.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         match is_qemu_form(text) {
+            // No port begins with a slash.
+            false if text.starts_with(':') && text.contains("-unix:/") => Self::from_guestfwd(text),
             true if text.contains("-unix:") || text.contains("-cmd:") => Self::from_guestfwd(text),
             true => Self::from_hostfwd(text),
             false => Self::from_publish(text),
@@ -90,9 +93,11 @@ impl ForwardSpec {
         };
         let (address, host_port, guest) = match parts[..] {
             [] => (None, "", ""),
-            [host_port] => (None, host_port, ""),
+            [host_port] if is_ports(host_port) => (None, host_port, ""),
+            [guest] => (None, "", guest),
             [first, second] if is_ports(first) && !first.is_empty() => (None, first, second),
-            [address, host_port] => (Some(address), host_port, ""),
+            [address, host_port] if is_ports(host_port) => (Some(address), host_port, ""),
+            [address, guest] => (Some(address), "", guest),
             [address, host_port, guest] => (Some(address), host_port, guest),
             _ => {
                 return refuse(

@@ -164,7 +164,7 @@ fn every_wrong_part_is_refused_by_its_name() {
         ("99999999999999999999:80", "host port", "above 65535"),
         ("8080:+80", "guest port", "no port"),
         ("8080:http", "guest port", "\"http\" is no port"),
-        ("web:80", "host port", "\"web\" is no port"),
+        ("web/x:80", "protocol", "x:80"),
         ("8010-8000:80-90", "host port", "ends before it begins"),
         (
             "8000-8010:80",

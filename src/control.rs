@@ -276,7 +276,7 @@ impl RuntimeDir {
             .create(true)
             .truncate(false)
             .mode(0o600)
-            .custom_flags(libc::O_NOFOLLOW)
+            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
             .open(&path)
             .map_err(|error| ControlError::RuntimeDirectory {
                 path: self.path.clone(),
@@ -313,7 +313,7 @@ impl RuntimeDir {
     pub(crate) fn holder(&self, name: &str) -> Option<Option<u32>> {
         let mut lock = OpenOptions::new()
             .read(true)
-            .custom_flags(libc::O_NOFOLLOW)
+            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
             .open(self.lock(name))
             .ok()?;
         match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockShared) {

@@ -1,8 +1,8 @@
 //! `lanlet check`: what this machine can do, tried out rather than guessed.
 
 use std::fmt::Write;
-use std::fs;
 use std::net::IpAddr;
+use std::path::Path;
 use std::process::ExitCode;
 
 use rustix::net::{AddressFamily, SocketType, ipproto};
@@ -14,7 +14,7 @@ use super::{Failure, bench, print, qemu};
 use crate::config::NetworkConfig;
 use crate::control::RuntimeDir;
 use crate::network::open_files_wanted;
-use crate::sys::userfault;
+use crate::sys::{small_file, userfault};
 use crate::tap::{Helper, TapError, WireKind, WireOptions};
 
 /// Show what this machine can do, and what to change where it can't
@@ -55,6 +55,8 @@ impl Verdict {
     }
 }
 
+/// As much of resolv.conf as a network reads.
+const RESOLV_CONF_LEN_MAX: usize = 64 * 1024;
 const TAPS: &str = "taps for VMMs";
 const GUESTS: &str = "namespace guests";
 const DIRECTORY: &str = "runtime directory";
@@ -290,7 +292,8 @@ fn ping_sockets(report: &mut Report) {
 }
 
 fn resolvers(report: &mut Report) {
-    let text = fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+    let text = small_file::read_text(Path::new("/etc/resolv.conf"), RESOLV_CONF_LEN_MAX)
+        .unwrap_or_default();
     let servers = nameservers(&text);
     match servers.is_empty() {
         true => report.add(

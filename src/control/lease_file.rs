@@ -4,7 +4,7 @@
 //! one. It is a memory, not a database: a missing or broken file costs guests their remembered
 //! addresses and nothing else, so reading never fails a start.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::Subnet;
 use crate::dhcp::lease::{LEASES_MAX, LeaseRecord};
+use crate::sys::small_file;
 
 /// Grows when old files can't be read any more.
 const VERSION: u32 = 1;
@@ -62,7 +63,7 @@ impl LeaseFile {
     }
 
     fn contents(&self) -> io::Result<Contents> {
-        let file = match File::open(&self.path) {
+        let file = match small_file::open(&self.path) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 return Ok(Contents {

@@ -1,17 +1,21 @@
 //! Which resolvers are asked: those configured, else the host's own from /etc/resolv.conf.
 
-use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6};
-use std::path::Path;
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, sync_channel};
 use std::time::{Duration, Instant, SystemTime};
 
 use super::ResolverConfig;
+use crate::sys::small_file;
 
 /// Servers that are used; glibc uses three.
 const SERVERS_MAX: usize = 8;
 /// How often the file's modification time is looked at.
 const RECHECK: Duration = Duration::from_secs(1);
-/// Larger is no resolv.conf.
+/// How long queries wait for a look at the file: a disk that sleeps is up in seconds, but a guest asks again
+/// before. Once for each time that it is slow.
+const LOOK_TIME_MAX: Duration = Duration::from_millis(500);
+/// What is beyond is no resolv.conf.
 const RESOLV_CONF_LEN_MAX: usize = 64 * 1024;
 
 /// The servers known.
@@ -24,6 +28,8 @@ pub(super) struct Servers {
     tcp_only: bool,
     checked_at: Option<Instant>,
     modified: Option<SystemTime>,
+    /// A look at the file that takes long.
+    under_way: Option<Receiver<Look>>,
 }
 
 impl Servers {
@@ -40,6 +46,7 @@ impl Servers {
             tcp_only: false,
             checked_at: None,
             modified: None,
+            under_way: None,
         }
     }
 
@@ -70,16 +77,32 @@ impl Servers {
             return;
         }
         self.checked_at = Some(now);
-        let path = &self.config.resolv_conf;
-        let modified = std::fs::metadata(path)
-            .and_then(|metadata| metadata.modified())
-            .ok();
-        if modified == self.modified && modified.is_some() {
+        let look = match self.under_way.take() {
+            // The wait was long enough the first time.
+            Some(under_way) => match under_way.try_recv() {
+                Err(TryRecvError::Empty) => {
+                    self.under_way = Some(under_way);
+                    return;
+                }
+                look => look.ok(),
+            },
+            None => {
+                let look = begin_look(self.config.resolv_conf.clone(), self.modified);
+                match look.recv_timeout(LOOK_TIME_MAX) {
+                    Err(RecvTimeoutError::Timeout) => {
+                        self.under_way = Some(look);
+                        return;
+                    }
+                    look => look.ok(),
+                }
+            }
+        };
+        let Some(look) = look else {
             return;
-        }
-        self.modified = modified;
+        };
+        self.modified = look.modified;
         // A file that is just being replaced is missing for a moment: the servers stay.
-        if let Ok(text) = read_resolv_conf(path) {
+        if let Some(text) = look.text {
             self.known = parse_resolv_conf(&text, self.config.port);
             self.tcp_only = wants_tcp(&text);
             log::debug!("DNS servers: {:?}", self.known);
@@ -87,10 +110,33 @@ impl Servers {
     }
 }
 
-fn read_resolv_conf(path: &Path) -> io::Result<String> {
-    let bytes = std::fs::read(path)?;
-    let bytes = &bytes[..bytes.len().min(RESOLV_CONF_LEN_MAX)];
-    Ok(String::from_utf8_lossy(bytes).into_owned())
+/// What a look at the file found.
+struct Look {
+    modified: Option<SystemTime>,
+    /// Its contents, where they may have changed.
+    text: Option<String>,
+}
+
+/// Looks at the file by a thread of its own, of which there is one at a time: a file system that does not
+/// answer must not hold up queries.
+fn begin_look(path: PathBuf, known: Option<SystemTime>) -> Receiver<Look> {
+    let (found, look) = sync_channel(1);
+    let looking = move || {
+        let metadata = std::fs::metadata(&path);
+        let modified = metadata.and_then(|metadata| metadata.modified()).ok();
+        let text = match modified == known && modified.is_some() {
+            true => None,
+            false => small_file::read_text(&path, RESOLV_CONF_LEN_MAX).ok(),
+        };
+        // Nobody waits any more: the network has ended.
+        let _ = found.send(Look { modified, text });
+    };
+    // Without a thread the receiver hears at once that nothing comes.
+    let named = std::thread::Builder::new().name("lanlet-resolv".to_owned());
+    if let Err(error) = named.spawn(looking) {
+        log::debug!("resolv.conf is not looked at: {error}");
+    }
+    look
 }
 
 /// The `nameserver` lines (resolv.conf(5)).
@@ -167,6 +213,37 @@ mod tests {
         assert_eq!(order(&mut servers, 6), [address(3)]);
         std::fs::remove_file(&path).unwrap();
         assert_eq!(order(&mut servers, 8), [address(3)], "being replaced");
+    }
+
+    #[test]
+    fn what_is_no_file_or_endless_blocks_nobody() {
+        let directory = std::env::temp_dir().join(format!("lanlet-servers-{}", std::process::id()));
+        std::fs::create_dir(&directory).unwrap();
+        let path = directory.join("resolv.conf");
+        let servers = |path: &std::path::Path| {
+            let mut servers = Servers::new(ResolverConfig {
+                resolv_conf: path.to_owned(),
+                ..ResolverConfig::default()
+            });
+            let begun = Instant::now();
+            let found = servers.in_order(begun);
+            // Far from a block, whatever the machine has to do.
+            assert!(begun.elapsed() < Duration::from_secs(20), "{path:?}");
+            found
+        };
+        let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+        let fifo = rustix::fs::FileType::Fifo;
+        rustix::fs::mknodat(rustix::fs::CWD, &path, fifo, mode, 0).unwrap();
+        for special in [&*path, &*directory, std::path::Path::new("/dev/zero")] {
+            assert_eq!(servers(special), [], "{special:?}");
+        }
+        std::fs::remove_file(&path).unwrap();
+        // 1 TiB, of which the beginning is read.
+        std::fs::write(&path, "nameserver 10.0.0.1\n").unwrap();
+        let file = std::fs::File::options().write(true).open(&path).unwrap();
+        file.set_len(1 << 40).unwrap();
+        assert_eq!(servers(&path), [([10, 0, 0, 1], 53).into()]);
+        std::fs::remove_dir_all(directory).unwrap();
     }
 
     #[test]

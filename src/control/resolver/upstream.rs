@@ -151,6 +151,7 @@ impl Upstream {
     ) -> io::Result<Bytes> {
         let mut asked = query.to_vec();
         asked[..2].copy_from_slice(&self.ids.next().to_be_bytes());
+        message::limit_payload(&mut asked);
         let answer = async {
             match transport {
                 Transport::Udp => over_udp(&asked, server).await,

@@ -19,6 +19,8 @@ pub const HEADER_LEN: usize = 12;
 pub const QUERY_LEN_MAX: usize = 1_232;
 /// Largest UDP message without EDNS (RFC 1035 4.2.1).
 pub const PAYLOAD_MAX_PLAIN: u16 = 512;
+/// Largest UDP message that servers are asked for (RFC 9715 3.2).
+pub const UPSTREAM_PAYLOAD_MAX: u16 = 1_232;
 /// Longest name on the wire (RFC 1035 2.3.4).
 const NAME_LEN_MAX: usize = 255;
 /// Longest label; larger values of its byte are pointers or reserved (RFC 1035 4.1.4).
@@ -120,6 +122,22 @@ impl Query {
             question_end: end,
             payload_max: payload_max.unwrap_or(PAYLOAD_MAX_PLAIN),
         })
+    }
+}
+
+/// Lowers the size of UDP messages that a checked query takes to [`UPSTREAM_PAYLOAD_MAX`]: a longer
+/// answer may come in fragments, which get lost and can be forged (RFC 9715 3.2). One that is signed stays
+/// as it is.
+pub fn limit_payload(query: &mut [u8]) {
+    let Some(end) = question_end(query) else {
+        return;
+    };
+    let Some(record) = Record::parse(query, end) else {
+        return;
+    };
+    if record.kind == TYPE_OPT && record.end == query.len() && record.class > UPSTREAM_PAYLOAD_MAX {
+        let class = record.fixed_at + 2;
+        query[class..class + 2].copy_from_slice(&UPSTREAM_PAYLOAD_MAX.to_be_bytes());
     }
 }
 

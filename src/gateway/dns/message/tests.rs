@@ -271,3 +271,31 @@ fn the_costliest_message_is_read_quickly() {
     let took = started.elapsed();
     assert!(took.as_millis() < 2_000, "{took:?} for {count} records");
 }
+
+#[test]
+fn servers_are_asked_for_what_fits_every_path() {
+    let query = |payload: u16, additional: u8, more: &[u8]| {
+        let mut bytes = vec![0, 1, 1, 0, 0, 1, 0, 0, 0, 0, 0, additional];
+        bytes.extend_from_slice(&[1, b'x', 0, 0, 1, 0, 1]);
+        bytes.extend_from_slice(&[0, 0, 41]);
+        bytes.extend_from_slice(&payload.to_be_bytes());
+        bytes.extend_from_slice(&[0, 0, 0, 0, 0, 0]);
+        bytes.extend_from_slice(more);
+        bytes
+    };
+    let limited = |mut bytes: Vec<u8>| {
+        limit_payload(&mut bytes);
+        bytes
+    };
+    assert_eq!(limited(query(4096, 1, &[])), query(1232, 1, &[]));
+    assert_eq!(limited(query(65_535, 1, &[])), query(1232, 1, &[]));
+    for small in [512, 1232] {
+        assert_eq!(limited(query(small, 1, &[])), query(small, 1, &[]));
+    }
+    // A signature covers it; no OPT at all, and what is no query.
+    let signed = query(4096, 2, &[0, 0, 250, 0, 255, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(limited(signed.clone()), signed);
+    for bytes in [query(4096, 0, &[])[..19].to_vec(), vec![0; 12], Vec::new()] {
+        assert_eq!(limited(bytes.clone()), bytes);
+    }
+}

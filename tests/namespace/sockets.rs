@@ -128,7 +128,7 @@ fn a_guest_that_takes_all_files_does_not_get_past_the_control_sockets_check() {
         guest greet "$SOCK" 160 900 &
         within test -e flooded
         say policy="$("$LANLET" policy show --name n | grep -c 'guest port=ci')"
-        say status="$("$LANLET" status --name n --json | grep -c '"web"')"
+        say status="$("$LANLET" status --name n --json | grep -q '"web"' && echo 1)"
         # Descriptors are left for another guest, its port, its queries and for a listener.
         say second="$("$LANLET" exec --name n --guest-name ci -- true; echo $?)"
         say listener="$("$LANLET" forward add --name n 18099:web:80 >/dev/null; echo $?)"
@@ -214,7 +214,7 @@ fn silent_clients_do_not_keep_others_out() {
 #[test]
 fn a_network_outlives_its_runtime_directory_and_keeps_its_name() {
     let script = r#"
-        answers() { [ "$("$LANLET" status --name n --json | grep -c '"stays"')" = 1 ]; }
+        answers() { "$LANLET" status --name n --json | grep -q '"stays"'; }
         mkdir -m 700 top
         export LANLET_RUNTIME_DIR=$PWD/top/run
         up

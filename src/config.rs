@@ -6,6 +6,7 @@
 
 mod host;
 mod host_entry;
+pub mod memory;
 mod port;
 pub mod subnet4;
 mod subnet6;
@@ -95,6 +96,8 @@ pub struct NetworkConfig {
     /// TCP flows of the NAT at most. UDP and ping mappings have limits of their own
     /// ([`crate::nat::udp::LIMITS`], [`crate::nat::icmp::LIMITS`]).
     pub flows_max: usize,
+    /// Memory of all TCP flows' buffers, bytes.
+    pub tcp_memory: usize,
     /// What of the host guests reach.
     pub host: HostAccess,
     /// Where guests' traffic leaves from.
@@ -135,6 +138,7 @@ impl Default for NetworkConfig {
             workers: Workers::default(),
             busy_poll: Duration::ZERO,
             flows_max: 16_384,
+            tcp_memory: memory::tcp_memory_default(),
             host: HostAccess::default(),
             outbound: Outbound::default(),
             udp: UdpBehaviour::default(),
@@ -195,6 +199,8 @@ pub struct Settings {
     pub busy_poll: Option<Duration>,
     /// Limit of TCP flows.
     pub flows_max: Option<usize>,
+    /// Memory of TCP's buffers, bytes.
+    pub tcp_memory: Option<usize>,
     /// What of the host guests reach, and where their traffic leaves from.
     pub host: HostSettings,
     /// Mapping and filtering of UDP.
@@ -231,6 +237,7 @@ impl Settings {
             workers: self.workers.unwrap_or(default.workers),
             busy_poll: self.busy_poll.unwrap_or(default.busy_poll),
             flows_max: self.flows_max.unwrap_or(default.flows_max),
+            tcp_memory: self.tcp_memory.unwrap_or(default.tcp_memory),
             host: self.host.access(),
             outbound: self.host.outbound()?,
             udp: self.udp,
@@ -349,6 +356,10 @@ impl NetworkConfig {
         if self.busy_poll > BUSY_POLL_MAX {
             let reason = format!("{:?} is more than {BUSY_POLL_MAX:?}", self.busy_poll);
             return Err(ConfigError::new("busy-poll", reason));
+        }
+        if !(memory::TCP_MEMORY_MIN..=memory::TCP_MEMORY_MAX).contains(&self.tcp_memory) {
+            let reason = format!("{} bytes is not between 16M and 64G", self.tcp_memory);
+            return Err(ConfigError::new("tcp-memory", reason));
         }
         if !(FLOWS_MIN..=FLOWS_MAX).contains(&self.flows_max) {
             let reason = format!(

@@ -221,6 +221,9 @@ pub trait Uplink {
     /// Why the connection failed.
     fn tcp_connected(&mut self, socket: SockId) -> Result<bool, HostError>;
 
+    /// From here on the socket takes no more than `bytes` that it can't send yet.
+    fn tcp_bound_unsent(&mut self, socket: SockId, bytes: u32);
+
     /// Receives into `buffer`.
     fn tcp_recv(&mut self, socket: SockId, buffer: &mut [u8]) -> Io;
 
@@ -376,7 +379,12 @@ impl Nat {
         let mut udp = udp::UdpNat::new(lan.clone(), udp::LIMITS);
         udp.set_behaviour(behaviour);
         Self {
-            tcp: tcp::TcpNat::sharing(lan.clone(), flows_max, Arc::clone(&common.flows), now),
+            tcp: tcp::TcpNat::sharing(
+                lan.clone(),
+                flows_max,
+                (Arc::clone(&common.flows), Arc::clone(&common.memory)),
+                now,
+            ),
             udp,
             icmp: icmp::PingNat::new(lan.clone(), icmp::LIMITS),
             egress: Egress::new(lan.clone(), host),

@@ -578,6 +578,16 @@ impl Uplink for HostUplink {
         }
     }
 
+    fn tcp_bound_unsent(&mut self, socket: SockId, bytes: u32) {
+        if let Some(Socket {
+            fd, is_tcp: true, ..
+        }) = self.socket(socket)
+        {
+            // A refinement: without it the kernel's own bound holds.
+            let _ = socket::set_unsent_max(fd.as_fd(), bytes);
+        }
+    }
+
     fn tcp_recv(&mut self, socket: SockId, buffer: &mut [u8]) -> Io {
         let Some(socket) = self.socket(socket) else {
             return Io::Failed(NOT_OPEN);

@@ -126,6 +126,11 @@ pub(super) struct NetworkOptions {
     #[arg(long, value_name = "N")]
     max_flows: Option<usize>,
 
+    /// Memory that the buffers of all TCP connections may take, like 64M or 1G: beyond, connections get
+    /// slower [default: an eighth of the machine's or the control group's, 16M to 1G]
+    #[arg(long, value_name = "SIZE", value_parser = config::memory::parse_memory)]
+    tcp_memory: Option<usize>,
+
     /// Threads that carry the traffic, 1 to 64, or 'auto' for as many as there are CPUs; ports are
     /// spread over them [default: 1]
     #[arg(long, value_name = "N|auto")]
@@ -217,6 +222,7 @@ impl NetworkOptions {
                 .busy_poll
                 .map(|micros| Duration::from_micros(micros.into())),
             flows_max: self.max_flows,
+            tcp_memory: self.tcp_memory,
             udp: UdpBehaviour {
                 mapping: self.udp_mapping.unwrap_or(udp.mapping),
                 filtering: self.udp_filtering.unwrap_or(udp.filtering),
@@ -281,6 +287,7 @@ impl NetworkOptions {
             ("--workers", self.workers.is_some()),
             ("--busy-poll", self.busy_poll.is_some()),
             ("--max-flows", self.max_flows.is_some()),
+            ("--tcp-memory", self.tcp_memory.is_some()),
             ("--host-access", self.host_access),
             ("--udp-mapping", self.udp_mapping.is_some()),
             ("--udp-filtering", self.udp_filtering.is_some()),

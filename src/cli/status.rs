@@ -74,8 +74,12 @@ fn render(status: &Status, columns: usize) -> String {
     let _ = match &status.incomplete {
         None => writeln!(
             text,
-            "flows: {} TCP, {} UDP, {} ICMP",
-            flows.tcp, flows.udp, flows.icmp
+            "flows: {} TCP, {} UDP, {} ICMP; {} of {} for TCP's buffers",
+            flows.tcp,
+            flows.udp,
+            flows.icmp,
+            bytes(flows.tcp_memory as u64),
+            bytes(flows.tcp_memory_max as u64)
         ),
         Some(why) => writeln!(text, "flows: unknown, {why}"),
     };
@@ -293,6 +297,8 @@ mod tests {
                 tcp: 4,
                 udp: 1,
                 icmp: 0,
+                tcp_memory: 3 << 20,
+                tcp_memory_max: 1 << 30,
             },
             forwards: vec![ForwardStatus {
                 id: 1,
@@ -316,7 +322,7 @@ mod tests {
 network lab (pid 7), up 1d 02:03:04, 2 workers
 subnet 10.0.0.0/24, gateway 10.0.0.1, MTU 1500
 IPv6 fd12::/64, gateway fd12::1, fe80::1, no default route (the host has no IPv6)
-flows: 4 TCP, 1 UDP, 0 ICMP
+flows: 4 TCP, 1 UDP, 0 ICMP; 3.0 MiB of 1.0 GiB for TCP's buffers
 
 NAME  ADDRESS   IPv6  MAC                KIND  RX  TX  DROPS  SINCE
 vm1   10.0.0.2  -     52:54:00:00:00:01  vmm    0   0      0     0s

@@ -11,6 +11,7 @@ use crate::frame::{PortId, WorkerId};
 use crate::gateway::LanConfig;
 use crate::gateway::neighbor::Neighbors;
 use crate::nat::shares::Held;
+use crate::nat::tcp::budget::{self, Budget};
 use crate::switch::PORTS_MAX;
 
 /// The home of each port; of one that is not there, the first worker.
@@ -48,6 +49,8 @@ pub struct Common {
     pub homes: Arc<Homes>,
     /// Who has the TCP flows of all workers.
     pub flows: Arc<Held>,
+    /// Memory of those flows' rings.
+    pub memory: Arc<Budget>,
     /// Where guests are. Locked for ARP, Neighbor Discovery and by forwards, never for a guest's data nor
     /// while anything is sent.
     neighbors: Arc<Mutex<Neighbors>>,
@@ -60,7 +63,16 @@ impl Common {
             worker: WorkerId::default(),
             homes,
             flows: Arc::default(),
+            memory: Arc::new(Budget::new(budget::DEFAULT)),
             neighbors: Arc::new(Mutex::new(Neighbors::new(lan.clone()))),
+        }
+    }
+
+    /// The same with another budget.
+    pub fn with_memory(self, tcp_memory: usize) -> Self {
+        Self {
+            memory: Arc::new(Budget::new(tcp_memory)),
+            ..self
         }
     }
 

@@ -19,7 +19,8 @@ use crate::nat::mapping::GRANULARITY;
 use crate::switch::PORTS_MAX;
 
 const NIL: u32 = u32::MAX;
-const HOLDERS_MAX: usize = PORTS_MAX + FORWARDS_MAX;
+/// Holders that are told apart.
+pub const HOLDERS_MAX: usize = PORTS_MAX + FORWARDS_MAX;
 
 /// Who has an entry: a port, for what its guests began, or a forward. Numbers of forwards are never given
 /// twice; of two whose numbers are [`FORWARDS_MAX`] apart both have one share.
@@ -51,7 +52,8 @@ impl Holder {
         Some(PortId(self.0)).filter(|_| !self.is_forward())
     }
 
-    fn index(self) -> usize {
+    /// Its number, below [`HOLDERS_MAX`].
+    pub fn index(self) -> usize {
         usize::from(self.0)
     }
 }
@@ -166,6 +168,13 @@ impl Shares {
     /// The counts of all workers.
     pub fn held(&self) -> &Held {
         &self.held
+    }
+
+    /// Who has a slot.
+    #[inline]
+    pub fn holder(&self, slot: u32) -> Option<Holder> {
+        let link = self.links.get(slot as usize)?.as_ref()?;
+        Some(link.holder)
     }
 
     /// Entries that a holder has in this table.

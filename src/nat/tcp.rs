@@ -37,6 +37,7 @@
 //! can't exceed its rings, can't reach another guest's flow (the key has its address, the switch guards
 //! that) and, should it make the engine panic, loses that flow only.
 
+pub mod budget;
 mod device;
 mod engine;
 mod flow;
@@ -57,9 +58,10 @@ use std::sync::Arc;
 
 use hashbrown::HashMap;
 
+use self::budget::Budget;
 use self::engine::{Phase, SmolEngine, TcpEngine};
 use self::flow::{Flow, FlowKey, IDLE_RELEASE, Rest, State};
-use self::limits::PortLoad;
+use self::limits::{PortLoad, RELEASE_MIN, unsent_max};
 use self::syn::{Peer, SavedSyn};
 use super::egress::{Egress, Protocol};
 use super::flow_table::{FlowTable, TimerWheel};
@@ -107,6 +109,8 @@ pub struct TcpCounters {
     pub reset: u64,
     /// Flows ended by an idle timer.
     pub idled_out: u64,
+    /// Flows whose windows were bounded for lack of memory.
+    pub short: u64,
     /// Flows ended to make room for new ones.
     pub evicted: u64,
     /// Flows ended because the host lost the address they came from.
@@ -128,6 +132,7 @@ impl TcpCounters {
             narrowed,
             reset,
             idled_out,
+            short,
             evicted,
             readdressed,
             revoked,
@@ -141,6 +146,7 @@ impl TcpCounters {
             ("tcp_narrowed", narrowed),
             ("tcp_reset", reset),
             ("tcp_idled_out", idled_out),
+            ("tcp_short_of_memory", short),
             ("tcp_evicted", evicted),
             ("tcp_readdressed", readdressed),
             ("tcp_revoked", revoked),
@@ -160,6 +166,8 @@ pub struct TcpNat {
     flows_max: usize,
     /// Who has the flows.
     shares: Shares,
+    /// Memory of their rings.
+    memory: Arc<Budget>,
     /// Who has those whose host connect is under way.
     connecting: Shares,
     /// What only another worker can make room for.
@@ -186,11 +194,18 @@ pub enum Target<'a> {
 impl TcpNat {
     /// No flows yet, `flows_max` at most.
     pub fn new(lan: LanConfig, flows_max: usize, now: Instant) -> Self {
-        Self::sharing(lan, flows_max, Arc::default(), now)
+        let memory = Arc::new(Budget::new(budget::DEFAULT));
+        Self::sharing(lan, flows_max, (Arc::default(), memory), now)
     }
 
-    /// No flows yet, `flows_max` at most together with all others that count theirs in `held`.
-    pub fn sharing(lan: LanConfig, flows_max: usize, held: Arc<Held>, now: Instant) -> Self {
+    /// No flows yet, `flows_max` at most together with all others that count theirs in `held` and their
+    /// rings in `memory`.
+    pub fn sharing(
+        lan: LanConfig,
+        flows_max: usize,
+        (held, memory): (Arc<Held>, Arc<Budget>),
+        now: Instant,
+    ) -> Self {
         Self {
             lan,
             flows: FlowTable::new(flows_max + OVERDRAFT),
@@ -200,6 +215,7 @@ impl TcpNat {
             wheel: TimerWheel::new(now),
             flows_max,
             shares: Shares::new(held),
+            memory,
             connecting: Shares::new(Arc::default()),
             give_way: Vec::new(),
             warned: false,
@@ -271,6 +287,8 @@ impl TcpNat {
             let before = std::mem::replace(&mut flow.port, packet.ingress);
             let busy = std::mem::take(&mut flow.busy);
             if !flow.from_outside {
+                let charged = std::mem::take(&mut flow.charged);
+                self.memory.charge(before.into(), charged, 0);
                 self.shares.insert(id.slot, packet.ingress.into(), now);
             }
             if flow.is_connecting() {
@@ -291,6 +309,7 @@ impl TcpNat {
             }
             State::Open(engine) => {
                 flow.touched |= !tcp.payload.is_empty();
+                flow.walked.0 += tcp.payload.len();
                 if flow.from_outside
                     && tcp.flags & (Tcp::SYN | Tcp::ACK) == Tcp::SYN | Tcp::ACK
                     && engine.phase() == Phase::Handshake
@@ -483,6 +502,7 @@ impl TcpNat {
             return Err(DropReason::Limit);
         };
         up.hand_over(host, SockOwner::Tcp(id));
+        up.tcp_bound_unsent(host, unsent_max(self.load(port).flows));
         self.keys.insert(key, id);
         self.shares.insert(id.slot, forward.into(), now);
         self.load(port).flows += 1;
@@ -552,6 +572,9 @@ impl TcpNat {
                     flow.state = State::Open(Box::new(engine));
                     flow.active_at = now;
                     flow.host_writable = true;
+                    let port = self.ports.get(usize::from(flow.port.0));
+                    let unsent = unsent_max(port.map_or(0, |load| load.flows));
+                    up.tcp_bound_unsent(flow.host, unsent);
                     if std::mem::take(&mut flow.is_probe) {
                         up.tcp_free_hops(flow.host);
                     }
@@ -617,10 +640,27 @@ impl TcpNat {
         let was_busy = flow.busy;
         let share =
             (GUEST_SEGMENTS_IN_FLIGHT / load.busy.max(1)).max(1) * usize::from(flow.peer.mss);
+        let Some(holder) = self.shares.holder(id.slot) else {
+            return;
+        };
+        let flows = self.shares.held().of(holder);
+        let limit = self.memory.limit(holder, flows, flow.charged);
+        let share = share.min(limit.unwrap_or(usize::MAX));
+        if !std::mem::replace(&mut flow.is_short, limit.is_some()) && limit.is_some() {
+            self.counters.short += 1;
+        }
         let flushed = guarded(|| {
-            let rest = flow.flush(share, now, up, out);
+            let rest = flow.flush((share, limit), now, up, out);
+            if limit.is_some() && flow.unused_memory() >= RELEASE_MIN {
+                flow.release_memory();
+            }
             (rest, flow.poll_timeout(now))
         });
+        let memory = flow.memory();
+        if memory != flow.charged {
+            self.memory.charge(holder, flow.charged, memory);
+            flow.charged = memory;
+        }
         self.shares.touch(id.slot, flow.active_at);
         match (was_busy, flow.busy) {
             (false, true) => load.busy += 1,
@@ -665,9 +705,9 @@ impl TcpNat {
             }
             if flow.touched
                 && now >= flow.active_at + IDLE_RELEASE
-                && let State::Open(engine) = &mut flow.state
+                && guarded(|| flow.release_memory()).is_some()
             {
-                engine.release_idle_memory();
+                // What data waits in stays; nothing else is to be had until something happens.
                 flow.touched = false;
             }
             self.flush_one(id, now, up, out);
@@ -769,6 +809,9 @@ impl TcpNat {
             return;
         };
         self.keys.remove(&flow.key);
+        if let Some(holder) = self.shares.holder(id.slot) {
+            self.memory.charge(holder, flow.charged, 0);
+        }
         self.shares.remove(id.slot);
         self.connecting.remove(id.slot);
         self.leave(flow.port, flow.busy);

@@ -611,6 +611,10 @@ impl Uplink for FakeUplink {
         }
     }
 
+    fn tcp_bound_unsent(&mut self, socket: SockId, _bytes: u32) {
+        self.tcp(socket);
+    }
+
     fn tcp_recv(&mut self, socket: SockId, buffer: &mut [u8]) -> Io {
         let recv_max = self.recv_max;
         let tcp = self.tcp(socket);

@@ -115,7 +115,7 @@ impl Network {
         let (events, event_queue) = crossbeam_channel::bounded(EVENTS_MAX);
         let (crew, seats) =
             Crew::new(config.workers.count()).map_err(system("set up the workers"))?;
-        let common = Common::new(&lan, Arc::clone(crew.homes()));
+        let common = Common::new(&lan, Arc::clone(crew.homes())).with_memory(config.tcp_memory);
         let worker = |seat: Seat| {
             let config = WorkerConfig {
                 switch: Arc::clone(&switch),

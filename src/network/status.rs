@@ -184,6 +184,12 @@ pub struct FlowStatus {
     pub udp: usize,
     /// ICMP echo mappings.
     pub icmp: usize,
+    /// Memory of the TCP flows' buffers, bytes.
+    #[serde(default)]
+    pub tcp_memory: usize,
+    /// The most that it may be (`--tcp-memory`).
+    #[serde(default)]
+    pub tcp_memory_max: usize,
 }
 
 impl Shared {
@@ -316,6 +322,8 @@ impl Shared {
                 tcp: snapshot.tcp,
                 udp: snapshot.udp,
                 icmp: snapshot.icmp,
+                tcp_memory: snapshot.tcp_memory.0,
+                tcp_memory_max: snapshot.tcp_memory.1,
             },
             forwards: self.forward_status(&snapshot.forwards),
             policy: snapshot.policy,

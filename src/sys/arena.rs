@@ -19,6 +19,8 @@ use smoltcp::socket::tcp;
 pub const RX_RING_BYTES: usize = 512 * 1024;
 /// Host to guest: bounds what is in flight to the guest. 1 MiB gave 26-33 Gbit/s, 512 KiB 18-23.
 pub const TX_RING_BYTES: usize = 1024 * 1024;
+/// What memory is given back in, at least.
+pub const PAGE_BYTES: usize = 4096;
 const SLOT_BYTES: usize = RX_RING_BYTES + TX_RING_BYTES;
 /// Slots mapped at a time: 48 MiB of address space, no memory.
 const CHUNK_SLOTS: usize = 32;
@@ -214,6 +216,33 @@ fn discard(slot: Slot) {
     let _ = unsafe { madvise(slot.0.as_ptr().cast(), SLOT_BYTES, Advice::LinuxDontNeed) };
 }
 
+/// Returns the pages of a ring at `base` to the system that hold nothing of the `len` bytes from `head` on.
+#[allow(unsafe_code)]
+fn discard_free(base: NonNull<u8>, ring_bytes: usize, head: usize, len: usize) {
+    let (start, end) = (head + len, head + ring_bytes);
+    // The free bytes, of a ring that goes on at its beginning.
+    let pieces = [
+        (start, end.min(ring_bytes)),
+        (start.max(ring_bytes) - ring_bytes, end - ring_bytes),
+    ];
+    for (start, end) in pieces {
+        let start = start.next_multiple_of(PAGE_BYTES);
+        let end = end / PAGE_BYTES * PAGE_BYTES;
+        if start < end {
+            // SAFETY: base..base + ring_bytes is a ring of a live slot, page-aligned, and 0 <= start < end <=
+            // ring_bytes. Nothing that the socket will read again lies in the range; as in `discard`, the
+            // socket's slices live on over zeros that are written before they are read.
+            let _ = unsafe {
+                madvise(
+                    base.add(start).as_ptr().cast(),
+                    end - start,
+                    Advice::LinuxDontNeed,
+                )
+            };
+        }
+    }
+}
+
 /// One smoltcp TCP socket in a set of its own, on arena memory.
 pub struct TcpSocket {
     // Dropped first: it holds the slices into the slot.
@@ -240,15 +269,32 @@ impl TcpSocket {
         f(self.set.get_mut(self.handle))
     }
 
-    /// Gives the rings' pages back to the system while the socket lives on. The caller asserts that
-    /// no out-of-order data lies in the receive ring; queued data refuses. Returns whether it was done.
-    pub fn discard_rings(&mut self) -> bool {
-        let socket = self.get();
-        let empty = socket.recv_queue() == 0 && socket.send_queue() == 0;
-        if empty {
-            discard(self.slot);
-        }
-        empty
+    /// Gives the rings' pages back to the system that no data is in, while the socket lives on. `ahead`:
+    /// bytes behind the received ones within which out-of-order data may lie. Returns what is still in use
+    /// of the receive and the send ring; `None`: it stays as it is.
+    #[allow(unsafe_code)]
+    pub fn discard_free(&mut self, ahead: usize) -> (Option<usize>, Option<usize>) {
+        let base = self.slot.0;
+        // SAFETY: the send ring begins RX_RING_BYTES into the slot.
+        let tx_base = unsafe { base.add(RX_RING_BYTES) };
+        let socket = self.set.get_mut::<tcp::Socket<'static>>(self.handle);
+        let (rx_bytes, received) = (socket.recv_capacity(), socket.recv_queue());
+        let (tx_bytes, queued) = (socket.send_capacity(), socket.send_queue());
+        let received = (received + ahead).min(rx_bytes);
+        // Both show where they are, and take or give nothing. They refuse before the connection is made and
+        // after its end; where nothing is in the ring then, nothing will be.
+        let head = socket.recv(|bytes| (0, bytes.as_ptr().addr() - base.addr().get()));
+        let tail = socket.send(|room| (0, room.as_ptr().addr() - tx_base.addr().get()));
+        let rx_used = head.ok().or((received == 0).then_some(0)).map(|head| {
+            discard_free(base, rx_bytes, head, received);
+            received
+        });
+        let tx_used = tail.ok().or((queued == 0).then_some(0)).map(|tail| {
+            let head = (tail + tx_bytes - queued) % tx_bytes;
+            discard_free(tx_base, tx_bytes, head, queued);
+            queued
+        });
+        (rx_used, tx_used)
     }
 }
 
@@ -315,12 +361,40 @@ mod tests {
     }
 
     #[test]
+    fn pages_without_data_are_given_back_and_no_others() {
+        let ring = 8 * PAGE_BYTES;
+        let mut slots = Slots {
+            chunks: Vec::new(),
+            hot: Vec::new(),
+            hot_lowest: 0,
+            cold: Vec::new(),
+            slots_max: CHUNK_SLOTS,
+        };
+        let slot = slots.take().unwrap();
+        for head in [0, 1, 4095, 4096, 20_000, ring - 1] {
+            for len in [0, 1, 4096, 9_000, ring - 4096, ring] {
+                let (bytes, _) = ring_slices(slot);
+                bytes[..ring + 1].fill(7);
+                discard_free(slot.0, ring, head, len);
+                let (bytes, _) = ring_slices(slot);
+                for at in 0..len {
+                    assert_eq!(bytes[(head + at) % ring], 7, "{head} {len}");
+                }
+                assert_eq!(bytes[ring], 7, "beyond the ring");
+                let kept = bytes[..ring].iter().filter(|&&byte| byte == 7).count();
+                assert!(kept < len + 2 * PAGE_BYTES, "{head} {len}: {kept}");
+            }
+        }
+    }
+
+    #[test]
     fn a_socket_outlives_the_arena_handle_and_its_rings_can_be_discarded() {
         let arena = Arena::new(1);
         let mut socket = arena.socket(RX_RING_BYTES).unwrap();
         drop(arena);
         assert_eq!(socket.get().recv_capacity(), RX_RING_BYTES);
         assert_eq!(socket.get().send_capacity(), TX_RING_BYTES);
-        assert!(socket.discard_rings());
+        assert_eq!(socket.discard_free(0), (Some(0), Some(0)));
+        assert_eq!(socket.discard_free(1), (None, Some(0)), "who knows where");
     }
 }

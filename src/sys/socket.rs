@@ -153,6 +153,17 @@ pub fn set_bind_address_no_port(fd: BorrowedFd<'_>) -> io::Result<()> {
     set_int(fd, libc::IPPROTO_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1)
 }
 
+/// TCP_NOTSENT_LOWAT: a send blocks, and the socket is not writable, while so many bytes wait that were never
+/// sent (tcp(7); net/ipv4/tcp.c, `tcp_sendmsg_locked` asks `sk_stream_memory_free`). What is in flight does not
+/// count.
+///
+/// # Errors
+/// This is no TCP socket.
+pub fn set_unsent_max(fd: BorrowedFd<'_>, bytes: u32) -> io::Result<()> {
+    let bytes = i32::try_from(bytes).unwrap_or(i32::MAX);
+    set_int(fd, libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, bytes)
+}
+
 /// IPV6_V6ONLY: the socket has nothing to do with IPv4.
 ///
 /// # Errors

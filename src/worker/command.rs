@@ -161,6 +161,8 @@ pub struct Snapshot {
     pub icmp: usize,
     /// Counters of services and NAT by name.
     pub counters: Vec<(String, u64)>,
+    /// Memory of TCP flows' rings, of all workers: in use, and at most.
+    pub tcp_memory: (usize, usize),
     /// Host sockets open.
     pub host_sockets: usize,
     /// What each forward has done.
@@ -176,6 +178,8 @@ impl Snapshot {
         self.udp += other.udp;
         self.icmp += other.icmp;
         self.host_sockets += other.host_sockets;
+        // Each tells of the same.
+        self.tcp_memory = self.tcp_memory.max(other.tcp_memory);
         for (name, more) in other.counters {
             match self.counters.iter_mut().find(|(own, _)| *own == name) {
                 Some((_, count)) => *count += more,

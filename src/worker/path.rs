@@ -419,6 +419,7 @@ impl Path {
                 .chain(self.fragments.counters().iter())
                 .map(|(name, count)| (name.to_owned(), count))
                 .collect(),
+            tcp_memory: (self.common.memory.used(), self.common.memory.max()),
             host_sockets: self.uplink.open_count(),
             forwards: self.nat.forwards().collect(),
             policy,

@@ -182,3 +182,56 @@ exec 5>&- 6>&-
         ],
     );
 }
+
+/// Connections by the hundred whose server does not read: what lanlet holds of them stays within its budget, a
+/// neighbour's connection goes on, and every byte arrives in the end.
+#[test]
+fn connections_that_nobody_reads_stay_within_the_memory_budget() {
+    let world = World::new().limit(std::time::Duration::from_secs(100));
+    let Some(outcome) = scenario(
+        &world,
+        r#"
+network --tcp-memory 16M
+rss() { awk '/^VmRSS/ {print $2}' /proc/$NETWORK/status; }
+mkfifo go_server go_client
+outside python3 peer.py serve_stalled 7000 250 <go_server >server.log 2>&1 &
+exec 5>go_server
+listening tcp 7000 outside
+outside python3 peer.py serve_echo 7001 >/dev/null 2>&1 &
+listening tcp 7001 outside
+before=$(rss)
+"$LAB/as-user" "$LANLET" exec --name default -- python3 peer.py fill 203.0.113.1 7000 250 <go_client >client.log 2>&1 &
+exec 6>go_client
+wait_for client.log filled
+say growth=$(($(rss) - before)) used=$(status_of "s['flows']['tcp_memory']") max=$(status_of "s['flows']['tcp_memory_max']")
+say short=$(status_of "s['totals']['tcp_short_of_memory'] > 0") shown=$(lanlet status | grep -c 'for TCP')
+lanlet exec --name default -- python3 peer.py many_flows 203.0.113.1 7001 <<<$'open 5\ntrips 50'
+echo >&6
+wait_for client.log sent=
+echo >&5
+wait_for server.log read=
+say equal=$([ "$(grep -o 'read=[0-9]*' server.log | cut -d= -f2)" = "$(grep -o ' sent=[0-9]*' client.log | cut -d= -f2)" ] && echo yes)
+"#,
+    ) else {
+        return;
+    };
+    let outcome = outcome.passed();
+    assert_said(
+        &outcome,
+        &[
+            ("max", "16777216"),
+            ("short", "True"),
+            ("shown", "1"),
+            ("trips", "50"),
+            ("equal", "yes"),
+        ],
+    );
+    let markers = outcome.markers();
+    println!(
+        "growth {} KiB, used {}",
+        markers.number("growth"),
+        markers.number("used")
+    );
+    // The budget, a page or two of each ring, and what else a flow takes.
+    assert!(markers.number("growth") < 28_000.0, "{}", outcome.text());
+}

@@ -205,6 +205,44 @@ def hold(host, port):
     time.sleep(60)
 
 
+def serve_stalled(port, count):
+    """Accepts clients and neither reads nor sends, until a line says so: then it reads all to their end."""
+    raise_file_limit()
+    server = listen(int(port))
+    connections = [server.accept()[0] for _ in range(int(count))]
+    say(accepted=len(connections))
+    sys.stdin.readline()
+    total = 0
+    for connection in connections:
+        connection.settimeout(30)
+        while data := connection.recv(BLOCK):
+            total += len(data)
+    say(read=total)
+
+
+def fill(host, port, count):
+    """Opens connections and sends by each as much as is taken within a while; ends them when a line says so."""
+    raise_file_limit()
+    clients = [connect(host, int(port)) for _ in range(int(count))]
+    sent, idle = 0, time.monotonic()
+    for client in clients:
+        client.setblocking(False)
+    while time.monotonic() < idle + 2:
+        for client in clients:
+            try:
+                sent += client.send(bytes(65536))
+                idle = time.monotonic()
+            except BlockingIOError:
+                pass
+        time.sleep(0.01)
+    say(filled=sent)
+    sys.stdin.readline()
+    for client in clients:
+        client.shutdown(socket.SHUT_WR)
+    say(sent=sent)
+    time.sleep(60)
+
+
 # UDP.
 
 

@@ -15,7 +15,7 @@ const ENGINE_MTU: usize = 65_535;
 
 /// Answers a segment of no flow, or a refused SYN, with RST (RFC 9293 3.10.7.1).
 pub fn reset<O: Outbox + ?Sized>(packet: &[u8], peer: &Peer, now: Instant, out: &mut O) {
-    let mut device = Device::new(Some(packet), peer, out, 0);
+    let mut device = Device::new(Some(packet), peer, out, Window::ANY);
     let mut set = SocketSet::new(Vec::new());
     interface(0, now).poll_ingress_single(now, &mut device, &mut set);
 }
@@ -27,6 +27,36 @@ pub fn interface(seed: u64, now: Instant) -> Interface {
     let mut interface = Interface::new(config, &mut Capabilities, now);
     interface.set_any_ip(true);
     interface
+}
+
+/// The window to show.
+#[derive(Clone, Copy)]
+pub struct Window {
+    /// Our window scale.
+    pub shift: u8,
+    /// The largest.
+    pub max: u32,
+    /// Right edge of the newest one that was shown: a window never shrinks (RFC 9293 3.8.6).
+    pub edge: u32,
+}
+
+impl Window {
+    /// Whatever the engine says.
+    const ANY: Self = Self {
+        shift: 0,
+        max: u32::MAX,
+        edge: 0,
+    };
+
+    /// What to show of `window`, which is scaled by `scale`, beside this acknowledgment.
+    fn bound(self, window: u32, scale: u8, acknowledged: u32) -> u32 {
+        if self.max == u32::MAX {
+            return window;
+        }
+        let shown = self.edge.wrapping_sub(acknowledged) as i32;
+        let shown = shown.max(0).cast_unsigned().div_ceil(1 << scale);
+        window.min((self.max >> scale).max(shown))
+    }
 }
 
 /// What a sent segment told the guest.
@@ -42,6 +72,8 @@ pub struct Shown {
     pub edge: u32,
     /// Our window scale.
     pub window_shift: u8,
+    /// The window is less than what the engine has room for.
+    pub is_bounded: bool,
 }
 
 /// smoltcp's device for the length of one call: at most one packet in, frames out as they are made.
@@ -49,19 +81,19 @@ pub struct Device<'a, O: ?Sized> {
     input: Option<&'a [u8]>,
     peer: &'a Peer,
     out: &'a mut O,
-    window_shift: u8,
+    window: Window,
     /// The newest segment that went out, if it was no RST.
     pub shown: Option<Shown>,
 }
 
 impl<'a, O: Outbox + ?Sized> Device<'a, O> {
     /// A device that gives `input` and sends to `peer` through `out`.
-    pub fn new(input: Option<&'a [u8]>, peer: &'a Peer, out: &'a mut O, window_shift: u8) -> Self {
+    pub fn new(input: Option<&'a [u8]>, peer: &'a Peer, out: &'a mut O, window: Window) -> Self {
         Self {
             input,
             peer,
             out,
-            window_shift,
+            window,
             shown: None,
         }
     }
@@ -91,7 +123,7 @@ impl<O: Outbox + ?Sized> phy::Device for Device<'_, O> {
         let token = TxToken {
             peer: self.peer,
             out: self.out,
-            window_shift: self.window_shift,
+            window: self.window,
             shown: &mut self.shown,
         };
         Some((RxToken(packet), token))
@@ -101,7 +133,7 @@ impl<O: Outbox + ?Sized> phy::Device for Device<'_, O> {
         Some(TxToken {
             peer: self.peer,
             out: self.out,
-            window_shift: self.window_shift,
+            window: self.window,
             shown: &mut self.shown,
         })
     }
@@ -124,7 +156,7 @@ impl phy::RxToken for RxToken<'_> {
 pub struct TxToken<'a, O: ?Sized> {
     peer: &'a Peer,
     out: &'a mut O,
-    window_shift: u8,
+    window: Window,
     shown: &'a mut Option<Shown>,
 }
 
@@ -136,7 +168,7 @@ impl<O: Outbox + ?Sized> phy::TxToken for TxToken<'_, O> {
         if !is_tcp(&frame[ETH_HEADER_LEN..]) {
             return result;
         }
-        let (offload, shown) = finish(frame, self.peer, self.window_shift);
+        let (offload, shown) = finish(frame, self.peer, self.window);
         *self.shown = shown;
         self.out.send(ETH_HEADER_LEN + len, offload);
         result
@@ -154,7 +186,7 @@ fn is_tcp(packet: &[u8]) -> bool {
 
 /// Turns the IP packet behind a frame's Ethernet header, as smoltcp wrote it, into a frame for the
 /// guest.
-fn finish(frame: &mut [u8], peer: &Peer, window_shift: u8) -> (Offload, Option<Shown>) {
+fn finish(frame: &mut [u8], peer: &Peer, show: Window) -> (Offload, Option<Shown>) {
     let family = family_of(&frame[ETH_HEADER_LEN..]);
     let ethertype = match family {
         Family::V4 => ETHERTYPE_IPV4,
@@ -177,16 +209,16 @@ fn finish(frame: &mut [u8], peer: &Peer, window_shift: u8) -> (Offload, Option<S
     let flags = tcp[13];
     let acknowledged = be32(tcp, 8);
     let window = u32::from(be16(tcp, 14));
-    let mut shift = window_shift;
+    let mut shift = show.shift;
     if flags & Tcp::SYN != 0 {
         shift = show_our_mss(&mut tcp[TCP_HEADER_LEN..header_len], peer.our_mss);
     }
     // The window of a SYN is never scaled (RFC 7323 2.2).
-    let scaled = if flags & Tcp::SYN != 0 {
-        window
-    } else {
-        window << shift
-    };
+    let scale = if flags & Tcp::SYN != 0 { 0 } else { shift };
+    let bounded = show.bound(window, scale, acknowledged);
+    // The checksum is still to come.
+    tcp[14..16].copy_from_slice(&(bounded as u16).to_be_bytes());
+    let scaled = bounded << scale;
     let sequence = be32(tcp, 4);
     let shown = (flags & Tcp::RST == 0).then(|| Shown {
         sequence,
@@ -194,6 +226,7 @@ fn finish(frame: &mut [u8], peer: &Peer, window_shift: u8) -> (Offload, Option<S
         acknowledged,
         edge: acknowledged.wrapping_add(scaled),
         window_shift: shift,
+        is_bounded: bounded < window,
     });
     let gso = if tcp.len() - header_len > usize::from(peer.mss) {
         match family {

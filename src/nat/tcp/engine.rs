@@ -18,8 +18,8 @@ use std::net::SocketAddr;
 use smoltcp::iface::{Interface, PollResult};
 use smoltcp::socket::tcp;
 
-use super::device::{Device, Shown, interface};
-use super::syn::{Peer, SYN_LEN_MAX, SavedSyn, be32, set_cut};
+use super::device::{Device, Shown, Window, interface};
+use super::syn::{self, Peer, SYN_LEN_MAX, SavedSyn, be32, set_cut};
 use crate::frame::Instant;
 use crate::gateway::Outbox;
 use crate::sys::arena::TcpSocket;
@@ -91,8 +91,16 @@ pub trait TcpEngine {
     /// Sends RST.
     fn abort(&mut self);
 
-    /// Gives memory that holds no data back to the system.
-    fn release_idle_memory(&mut self);
+    /// Gives memory that holds no data back to the system. Returns what of the receive and the send ring
+    /// is still in use, bytes; `None`: as much as before.
+    fn release_memory(&mut self) -> (Option<usize>, Option<usize>);
+
+    /// Bounds what may wait to be taken; `None`: by the receive ring alone. The guest is shown no window that
+    /// goes beyond, but none that it was shown is taken back.
+    fn set_receive_max(&mut self, max: Option<usize>);
+
+    /// Shows the guest a window that has opened again, where the last one was bounded.
+    fn announce<O: Outbox + ?Sized>(&mut self, now: Instant, peer: &Peer, out: &mut O);
 }
 
 /// [`TcpEngine`] on smoltcp.
@@ -113,6 +121,12 @@ pub struct SmolEngine {
     highest: u32,
     /// Our window scale, once the SYN-ACK has offered it.
     window_shift: u8,
+    /// What may wait in the receive ring; `None`: all that fits.
+    receive_max: Option<usize>,
+    /// The newest window was less than the ring has room for.
+    is_bounded: bool,
+    /// What the guest acknowledged last.
+    guest_acknowledged: u32,
     /// A RST came or went: what is left in the rings means nothing.
     reset: bool,
     /// The FIN of TIME-WAIT was acknowledged; polling on would let smoltcp's timer clear data that
@@ -143,13 +157,16 @@ impl SmolEngine {
         let mut engine = Self {
             interface: interface(seed, now),
             socket,
-            edge: 0,
+            edge: syn.sequence().wrapping_add(1),
             sequence: 0,
             sent: 0,
             taken: 0,
             acknowledged: 0,
             highest: syn.sequence().wrapping_add(1),
             window_shift: 0,
+            receive_max: None,
+            is_bounded: false,
+            guest_acknowledged: 0,
             reset: false,
             parked: false,
         };
@@ -186,13 +203,17 @@ impl SmolEngine {
             acknowledged: 0,
             highest: 0,
             window_shift: 0,
+            receive_max: None,
+            is_bounded: false,
+            guest_acknowledged: 0,
             reset: false,
             parked: false,
         })
     }
 
     fn feed<O: Outbox + ?Sized>(&mut self, packet: &[u8], now: Instant, peer: &Peer, out: &mut O) {
-        let mut device = Device::new(Some(packet), peer, out, self.window_shift);
+        let window = self.window();
+        let mut device = Device::new(Some(packet), peer, out, window);
         let interface = &mut self.interface;
         self.socket.with(|set| {
             interface.poll_ingress_single(now, &mut device, set);
@@ -233,7 +254,24 @@ impl SmolEngine {
             self.edge = shown.edge;
             self.acknowledged = shown.acknowledged;
             self.window_shift = shown.window_shift;
+            self.is_bounded = shown.is_bounded;
         }
+    }
+
+    fn window(&self) -> Window {
+        Window {
+            shift: self.window_shift,
+            max: self.window_max(),
+            edge: self.edge,
+        }
+    }
+
+    /// The largest window to be shown.
+    fn window_max(&self) -> u32 {
+        let max = self
+            .receive_max
+            .map(|max| max.saturating_sub(self.received()));
+        max.map_or(u32::MAX, |max| max as u32)
     }
 }
 
@@ -251,6 +289,9 @@ impl TcpEngine for SmolEngine {
         peer: &Peer,
         out: &mut O,
     ) {
+        if tcp.flags & Tcp::ACK != 0 {
+            self.guest_acknowledged = be32(tcp.header, 8);
+        }
         let fresh = tcp.flags & (Tcp::SYN | Tcp::ACK) == Tcp::SYN;
         if fresh && self.phase() == Phase::Open {
             self.challenge(ip, tcp, now, peer, out);
@@ -262,6 +303,10 @@ impl TcpEngine for SmolEngine {
                 if answer && !syn.scales() {
                     // Neither side scales unless both do.
                     self.window_shift = 0;
+                }
+                if answer {
+                    // No window was shown yet: our SYN acknowledged nothing.
+                    self.edge = tcp.sequence.wrapping_add(1);
                 }
                 let mut copy = [0; SYN_LEN_MAX];
                 self.feed(
@@ -317,7 +362,8 @@ impl TcpEngine for SmolEngine {
             return;
         }
         loop {
-            let mut device = Device::new(None, peer, out, self.window_shift);
+            let window = self.window();
+            let mut device = Device::new(None, peer, out, window);
             let interface = &mut self.interface;
             let result = self
                 .socket
@@ -423,9 +469,40 @@ impl TcpEngine for SmolEngine {
         self.socket.with_socket(|socket| socket.abort());
     }
 
-    fn release_idle_memory(&mut self) {
-        if self.highest == self.acknowledged {
-            self.socket.discard_rings();
+    fn release_memory(&mut self) -> (Option<usize>, Option<usize>) {
+        let ahead = self.highest.wrapping_sub(self.acknowledged) as i32;
+        self.socket
+            .discard_free(usize::try_from(ahead).unwrap_or(0))
+    }
+
+    fn set_receive_max(&mut self, max: Option<usize>) {
+        self.receive_max = max;
+    }
+
+    fn announce<O: Outbox + ?Sized>(&mut self, now: Instant, peer: &Peer, out: &mut O) {
+        if !self.is_bounded || self.phase() != Phase::Open {
+            return;
         }
+        let socket = self.socket.get();
+        let (Some(local), Some(remote)) = (socket.local_endpoint(), socket.remote_endpoint())
+        else {
+            return;
+        };
+        let room = socket.recv_capacity() - socket.recv_queue();
+        let room = room.min(self.window_max() as usize);
+        let shown = self.edge.wrapping_sub(self.acknowledged) as usize;
+        // RFC 9293 3.8.6.2.2: by a segment, or half of what there is.
+        let step = usize::from(peer.our_mss).min(socket.recv_capacity() / 2);
+        let step = self.receive_max.map_or(step, |max| step.min(max / 2));
+        if room < shown + step.max(1) {
+            return;
+        }
+        // The engine takes no window that it did not make for less than it is. A byte that it has already
+        // makes it say again what it has room for.
+        let probe = syn::segment(
+            (remote.into(), local.into()),
+            (self.acknowledged.wrapping_sub(1), self.guest_acknowledged),
+        );
+        self.feed(&probe, now, peer, out);
     }
 }

@@ -7,6 +7,7 @@ use super::syn::{Peer, SavedSyn};
 use crate::frame::{Duration, Instant, PortId};
 use crate::gateway::Outbox;
 use crate::nat::{Io, SockId, Uplink};
+use crate::sys::arena::{PAGE_BYTES, RX_RING_BYTES, TX_RING_BYTES};
 
 /// RFC 5382 REQ-5: an established connection may idle for 2 hours 4 minutes.
 pub const ESTABLISHED_IDLE: Duration = Duration::from_secs(2 * 3600 + 4 * 60);
@@ -67,6 +68,12 @@ pub struct Flow {
     pub dirty: bool,
     /// Data moved since ring memory was last given back.
     pub touched: bool,
+    /// What of the receive and the send ring data has gone over since then, bytes.
+    pub walked: (usize, usize),
+    /// Ring memory that the flow is charged for.
+    pub charged: usize,
+    /// Its windows are bounded for lack of memory.
+    pub is_short: bool,
     /// Its SYN went a few hops only, and its host socket still sends so.
     pub is_probe: bool,
     /// The guest sends keep-alives, so the host's socket does too.
@@ -116,6 +123,9 @@ impl Flow {
             busy: false,
             dirty: false,
             touched: false,
+            walked: (0, 0),
+            charged: 0,
+            is_short: false,
             is_probe: false,
             watched: false,
             active_at: now,
@@ -124,10 +134,10 @@ impl Flow {
     }
 
     /// Moves what can be moved both ways and lets the engine answer. At most `share` bytes are on
-    /// their way to the guest afterwards.
+    /// their way to the guest afterwards, and `receive_max` wait for the host.
     pub fn flush<U: Uplink + ?Sized, O: Outbox + ?Sized>(
         &mut self,
-        share: usize,
+        (share, receive_max): (usize, Option<usize>),
         now: Instant,
         up: &mut U,
         out: &mut O,
@@ -135,6 +145,7 @@ impl Flow {
         let State::Open(engine) = &mut self.state else {
             return Rest::Idle;
         };
+        engine.set_receive_max(receive_max);
 
         // Guest to host. What a broken connection can't take is lost, as behind a kernel's socket.
         while engine.received() > 0 && (self.host_writable || self.broken_at.is_some()) {
@@ -198,6 +209,7 @@ impl Flow {
             });
             if received > 0 {
                 budget = budget.saturating_sub(received);
+                self.walked.1 += received;
                 self.active_at = now;
                 self.touched = true;
             }
@@ -214,6 +226,7 @@ impl Flow {
             None => {}
         }
         engine.poll_egress(now, &self.peer, out);
+        engine.announce(now, &self.peer, out);
 
         self.busy = engine.unacknowledged() > 0;
         match engine.phase() {
@@ -225,6 +238,34 @@ impl Flow {
             _ if budget == 0 => Rest::Backlog,
             _ => Rest::Idle,
         }
+    }
+
+    /// Gives back the pages of the rings that no data is in.
+    pub fn release_memory(&mut self) {
+        if let State::Open(engine) = &mut self.state {
+            let (receive, send) = engine.release_memory();
+            self.walked.0 = receive.unwrap_or(self.walked.0);
+            self.walked.1 = send.unwrap_or(self.walked.1);
+            self.touched = self.walked != (0, 0);
+        }
+    }
+
+    /// The ring memory that data has gone over, in pages: it may begin and end within one.
+    pub fn memory(&self) -> usize {
+        let pages = |bytes: usize, ring: usize| match bytes {
+            0 => 0,
+            bytes => (bytes.next_multiple_of(PAGE_BYTES) + PAGE_BYTES).min(ring),
+        };
+        pages(self.walked.0, RX_RING_BYTES) + pages(self.walked.1, TX_RING_BYTES)
+    }
+
+    /// What of [`Flow::memory`] no data waits in.
+    pub fn unused_memory(&self) -> usize {
+        let State::Open(engine) = &self.state else {
+            return 0;
+        };
+        let held = engine.received() + engine.unacknowledged();
+        self.memory().saturating_sub(held)
     }
 
     /// Whether the host's connect is under way.

@@ -1,10 +1,10 @@
 //! The SYN of a flow: kept while the host connects, and what it says of the guest.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use crate::frame::Mac;
 use crate::wire::ipv6::{IPV6_HEADER_LEN, address_at};
-use crate::wire::{Family, IPV4_HEADER_LEN, Ip, Tcp, be16};
+use crate::wire::{Family, IPV4_HEADER_LEN, Ip, PROTO_TCP, Tcp, be16};
 
 /// Largest payload of a super-frame: with its Ethernet, IP and TCP headers 65,535 bytes, the most
 /// that a tap passes whole (its gso_max_size is 65,536).
@@ -219,6 +219,37 @@ fn options_of(header: &[u8]) -> impl Iterator<Item = &[u8]> {
         rest = behind;
         Some(option)
     })
+}
+
+/// A segment of one byte from one endpoint to the other, with a sequence and an acknowledgment number;
+/// without checksums.
+pub fn segment((from, to): (SocketAddr, SocketAddr), numbers: (u32, u32)) -> Vec<u8> {
+    let family = Family::of(from.ip());
+    let ip_len = ip_header_len(family);
+    let mut packet = vec![0; ip_len + TCP_HEADER_LEN + 1];
+    match (from.ip(), to.ip()) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => {
+            (packet[0], packet[8], packet[9]) = (0x45, 64, PROTO_TCP);
+            packet[12..16].copy_from_slice(&from.octets());
+            packet[16..20].copy_from_slice(&to.octets());
+        }
+        (IpAddr::V6(from), IpAddr::V6(to)) => {
+            (packet[0], packet[6], packet[7]) = (0x60, PROTO_TCP, 64);
+            packet[8..24].copy_from_slice(&from.octets());
+            packet[24..40].copy_from_slice(&to.octets());
+        }
+        // No connection has such ends.
+        _ => {}
+    }
+    set_len(&mut packet);
+    let tcp = &mut packet[ip_len..];
+    tcp[..2].copy_from_slice(&from.port().to_be_bytes());
+    tcp[2..4].copy_from_slice(&to.port().to_be_bytes());
+    tcp[4..8].copy_from_slice(&numbers.0.to_be_bytes());
+    tcp[8..12].copy_from_slice(&numbers.1.to_be_bytes());
+    tcp[12] = (TCP_HEADER_LEN / 4 << 4) as u8;
+    tcp[13] = Tcp::ACK;
+    packet
 }
 
 /// Clears FIN and sets the IP header's length to the copy's length.

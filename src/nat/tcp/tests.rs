@@ -1138,3 +1138,79 @@ fn a_syn_that_goes_a_few_hops_tells_of_who_ended_it() {
         assert_eq!(lab.nat.len(), 4);
     }
 }
+
+/// Flows that all stall, either way: what their rings take stays within the budget and a page or two each,
+/// no flow ends, and everything arrives once the readers are back.
+#[test]
+fn ring_memory_is_bounded_and_windows_close_instead() {
+    const BUDGET: usize = 2 << 20;
+    const FLOWS: u16 = 40;
+    for down in [false, true] {
+        let mut lab = Lab::new();
+        let memory = Arc::new(Budget::new(BUDGET));
+        let shared = (Arc::default(), Arc::clone(&memory));
+        lab.nat = TcpNat::sharing(testing::lan(), 64, shared, lab.now);
+        lab.up.send_room = 1_000;
+        let handles: Vec<_> = (0..FLOWS)
+            .map(|n| {
+                let handle = lab.connect(1_000 + n);
+                lab.settle();
+                handle
+            })
+            .collect();
+        let hosts: Vec<_> = lab.up.open_sockets().iter().map(|&(id, _)| id).collect();
+        let data = pattern(400_000, 3);
+        let mut sent = vec![0; handles.len()];
+        let mut got = vec![Vec::new(); handles.len()];
+        let mut most = 0;
+        if down {
+            for &host in &hosts {
+                lab.up.peer_send(host, &data);
+            }
+        }
+        // Nobody reads.
+        for _ in 0..5 {
+            for (&handle, sent) in handles.iter().zip(&mut sent) {
+                if !down {
+                    *sent += lab.socket(handle).send_slice(&data[*sent..]).unwrap();
+                }
+            }
+            lab.sleep(Duration::from_millis(640));
+            most = most.max(memory.used());
+        }
+        let slack = usize::from(FLOWS) * 16 * 1024;
+        assert!(most > BUDGET / 4, "{most}");
+        assert!(most <= BUDGET + slack, "{most}");
+        assert!(lab.nat.counters().short > 0);
+        assert_eq!(lab.nat.len(), usize::from(FLOWS));
+        // They do again.
+        for round in 0..100_000 {
+            for (place, (&handle, &host)) in handles.iter().zip(&hosts).enumerate() {
+                if down {
+                    let take = |bytes: &mut [u8]| (bytes.len(), bytes.to_vec());
+                    got[place].extend(lab.socket(handle).recv(take).unwrap_or_default());
+                } else {
+                    got[place].extend(lab.up.peer_recv(host));
+                    let rest = &data[sent[place]..];
+                    sent[place] += lab.socket(handle).send_slice(rest).unwrap();
+                }
+            }
+            lab.settle();
+            most = most.max(memory.used());
+            if got.iter().all(|got| got.len() == data.len()) {
+                break;
+            }
+            if round % 20 == 19 {
+                lab.now += Duration::from_millis(64);
+            }
+        }
+        for got in &got {
+            let differs = got.iter().zip(&data).position(|(got, sent)| got != sent);
+            assert_eq!((differs, got.len()), (None, data.len()), "down: {down}");
+        }
+        assert!(most <= BUDGET + slack, "{most}");
+        lab.sleep(IDLE_RELEASE * 2);
+        assert_eq!(memory.used(), 0);
+        drop(lab);
+    }
+}

@@ -247,7 +247,7 @@ pub fn segment((from, to): (SocketAddr, SocketAddr), numbers: (u32, u32)) -> Vec
     tcp[2..4].copy_from_slice(&to.port().to_be_bytes());
     tcp[4..8].copy_from_slice(&numbers.0.to_be_bytes());
     tcp[8..12].copy_from_slice(&numbers.1.to_be_bytes());
-    tcp[12] = (TCP_HEADER_LEN / 4 << 4) as u8;
+    tcp[12] = ((TCP_HEADER_LEN / 4) << 4) as u8;
     tcp[13] = Tcp::ACK;
     packet
 }

@@ -14,7 +14,7 @@ use super::attachment::Attachment;
 use super::find::{self, not_running};
 use super::forward::ForwardFlags;
 use super::options::{NameOption, NetworkOptions, parse_name};
-use super::signals::Signals;
+use super::signals::{Signals, WISHES};
 use super::{Failure, child, complete};
 use crate::config::{self, NAME_DEFAULT, NetworkConfig};
 use crate::control::RuntimeDir;
@@ -261,7 +261,7 @@ impl Lan {
             let polled = rustix::event::poll(&mut fds, timeout.as_ref());
             if polled.is_ok_and(|ready| ready > 0)
                 && let Some(received) = received.next()?
-                && received.signal != libc::SIGWINCH
+                && WISHES.contains(&received.signal)
             {
                 log::info!("the network ends by {received}");
                 break;

@@ -35,7 +35,7 @@ const END_TIME_MAX: Duration = Duration::from_secs(5);
 const SAME_WISH: Duration = Duration::from_millis(300);
 
 /// Signals that are a wish to end; the others that a command passes on are none.
-const WISHES: [i32; 4] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT];
+pub(super) const WISHES: [i32; 4] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT];
 /// Pause between two looks for one behind others that nobody reads yet.
 const LOOK: Duration = Duration::from_millis(100);
 

@@ -14,16 +14,13 @@ use super::daemon::{self, Detached, Half, tell_service_manager};
 use super::find::connect;
 use super::forward::ForwardFlags;
 use super::options::{NameOption, NetworkOptions, NewNameOption};
-use super::signals::Signals;
+use super::signals::{Signals, WISHES};
 use super::{Failure, check, child, logger, print};
 use crate::config::{NetworkConfig, PREFIX6_LEN, PortSpec, format_duration};
 use crate::control::RuntimeDir;
 use crate::control::server::Server;
 use crate::network::Network;
 use crate::sys::signal::{Received, SignalFd};
-
-/// The signals that end a network. A second one, of any of them, ends the process at once.
-const ENDING: [i32; 4] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT];
 
 /// How long 'down' waits for the process. It ends itself by force after half of that.
 const STOP_TIME_MAX: Duration = Duration::from_secs(10);
@@ -104,7 +101,7 @@ pub(super) fn up(args: &Args) -> Result<ExitCode, Failure> {
         (false, Some(number)) => Ready::Waiter(daemon::take_ready_fd(number)?),
         (false, None) => Ready::Reader,
     };
-    let signals = Signals::hold(&ENDING)?;
+    let signals = Signals::hold(&WISHES)?;
     let name = args.name.get();
     let default_leases = state_file(&format!("{name}.leases"));
     if default_leases.is_none() {

@@ -139,7 +139,7 @@ pub struct GuestAddress {
 }
 
 /// A guest's IPv6: the address that it would make by SLAAC, for use at once.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct GuestAddress6 {
     /// The guest's address.
     pub address: Ipv6Addr,
@@ -147,6 +147,12 @@ pub struct GuestAddress6 {
     pub prefix: u8,
     /// The gateway's link-local address, where that is the way to the outside.
     pub gateway: Option<Ipv6Addr>,
+    /// The gateway's link-local address.
+    #[serde(default)]
+    pub router: Option<Ipv6Addr>,
+    /// Prefixes that it leads to where it is no way to the outside.
+    #[serde(default)]
+    pub routes: Vec<(Ipv6Addr, u8)>,
 }
 
 /// What the threads and the handle share.
@@ -169,6 +175,8 @@ struct Shared {
     policy: Mutex<Option<Arc<Policy>>>,
     /// Whether the host has a way to the IPv6 outside.
     host_ipv6: AtomicBool,
+    /// Prefixes that guests are told of where it has none.
+    host_prefixes6: Mutex<Arc<[(Ipv6Addr, u8)]>>,
     stop: Notify,
     end: Mutex<Option<End>>,
     ended: Condvar,
@@ -438,6 +446,8 @@ impl Shared {
             address: with_interface_id(lan.address, mac),
             prefix: lan.prefix,
             gateway: has_default.then_some(lan.link_local),
+            router: Some(lan.link_local),
+            routes: lock(&self.host_prefixes6).to_vec(),
         })
     }
 }

@@ -318,9 +318,13 @@ impl Worker {
                 }
                 Command::DnsAnswer(answer) => self.path.answer_dns(&answer),
                 Command::DnsAbandoned(id) => self.path.gateway.dns.abandon(id),
-                Command::HostIpv6(has_default) => {
+                Command::HostIpv6 {
+                    has_default,
+                    prefixes,
+                } => {
                     let ndp = &mut self.path.gateway.ndp;
                     ndp.set_default_route(has_default, self.path.now);
+                    ndp.set_prefixes(&prefixes, self.path.now);
                 }
                 Command::SetPolicy { policy, done } => {
                     self.path.set_policy(policy);

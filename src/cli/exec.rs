@@ -394,11 +394,13 @@ fn configure(guest: &mut Guest, start: &Start) -> Result<(), Failure> {
         gateway: address.gateway,
         mtu: address.mtu,
     })?;
-    if let Some(v6) = address.v6 {
+    if let Some(v6) = &address.v6 {
         let configured = guest.configure6(&GuestConfig6 {
             address: v6.address,
             prefix: v6.prefix,
             gateway: v6.gateway,
+            router: v6.router,
+            routes: v6.routes.clone(),
         });
         if let Err(error) = configured {
             log::warn!("{error}; the guest has IPv4 only");
@@ -431,7 +433,10 @@ fn hosts(name: &str, address: &GuestAddress) -> String {
         || name.to_owned(),
         |domain| format!("{name}.{domain} {name}"),
     );
-    let v6 = address.v6.map(|v6| format!("{} {names}\n", v6.address));
+    let v6 = address
+        .v6
+        .as_ref()
+        .map(|v6| format!("{} {names}\n", v6.address));
     format!("{} {names}\n{}", address.address, v6.unwrap_or_default())
 }
 

@@ -38,7 +38,7 @@ mod ra;
 use std::net::Ipv6Addr;
 
 use self::message::{ALL_NODES, ALL_ROUTERS, MESSAGE_AT, Message};
-pub use self::ra::Route;
+pub use self::ra::{ROUTES_MAX, Route, RoutedPrefix};
 use super::{Handled, Lan6, LanConfig, Outbox, Service, service_counters};
 use crate::frame::{Duration, Instant, Mac};
 use crate::offload::Offload;
@@ -92,6 +92,8 @@ struct Router {
     advertisement: ra::Advertisement,
     /// Whether the host has a way to the IPv6 outside.
     has_default: bool,
+    /// Where the host leads without a default route (RFC 4191), and what it does not lead to any more.
+    prefixes: Vec<RoutedPrefix>,
     /// Whether there is a port that hears advertisements.
     heard: bool,
     /// When the next advertisement to all nodes is due; holds while anybody hears it.
@@ -121,6 +123,7 @@ impl Ndp {
             mac: lan.mac,
             advertisement: ra::Advertisement::new(v6, lan.mac, lan.mtu, domain),
             has_default: false,
+            prefixes: Vec::new(),
             heard: false,
             due: Instant::ZERO,
             settled: None,
@@ -164,12 +167,36 @@ impl Ndp {
         };
         if router.has_default != has_default {
             router.has_default = has_default;
-            router.initial_left = INITIAL_COUNT;
-            // Before a first port is settled, the advertisement for it tells it.
-            if router.sent.is_some() {
-                router.due = router.earliest(now);
-            }
+            router.tell(now);
         }
+    }
+
+    /// The prefixes that guests reach by the gateway where it gives no default route, [`ROUTES_MAX`] of them
+    /// at most. A change is told at once, and what is gone is withdrawn.
+    pub fn set_prefixes(&mut self, prefixes: &[(Ipv6Addr, u8)], now: Instant) {
+        let Some(router) = &mut self.router else {
+            return;
+        };
+        let routed = |&(prefix, len): &(Ipv6Addr, u8)| RoutedPrefix {
+            prefix,
+            len,
+            is_there: true,
+        };
+        let mut wanted: Vec<_> = prefixes.iter().take(ROUTES_MAX).map(routed).collect();
+        let is_there = |routed: &&RoutedPrefix| routed.is_there;
+        if router.prefixes.iter().filter(is_there).eq(&wanted) {
+            return;
+        }
+        let is_same = |one: &RoutedPrefix, other: &RoutedPrefix| {
+            (one.prefix, one.len) == (other.prefix, other.len)
+        };
+        let mut gone = std::mem::take(&mut router.prefixes);
+        gone.retain(|before| !wanted.iter().any(|routed| is_same(routed, before)));
+        gone.iter_mut().for_each(|routed| routed.is_there = false);
+        wanted.extend(gone);
+        wanted.truncate(ROUTES_MAX);
+        router.prefixes = wanted;
+        router.tell(now);
     }
 
     /// When [`Ndp::handle_timeout`] has something to do next.
@@ -197,6 +224,9 @@ impl Ndp {
             router.sent = Some(now);
             router.settled = None;
             router.due = now + router.next_interval();
+            if router.initial_left == 0 {
+                router.prefixes.retain(|routed| routed.is_there);
+            }
         }
     }
 
@@ -242,6 +272,15 @@ impl Router {
         }
     }
 
+    /// Tells of a change at once, and again as in the beginning.
+    fn tell(&mut self, now: Instant) {
+        self.initial_left = INITIAL_COUNT;
+        // Before a first port is settled, the advertisement for it tells it.
+        if self.sent.is_some() {
+            self.due = self.earliest(now);
+        }
+    }
+
     fn next_advertisement(&self) -> Instant {
         self.settled
             .map_or(self.due, |settled| settled.min(self.due))
@@ -275,7 +314,8 @@ impl Router {
 
     fn send_advertisement(&self, to: (Mac, Ipv6Addr), route: Route, out: &mut dyn Outbox) {
         let buffer = out.buffer();
-        let len = self.advertisement.write(&mut buffer[MESSAGE_AT..], route);
+        let message = &mut buffer[MESSAGE_AT..];
+        let len = self.advertisement.write(message, route, &self.prefixes);
         // Only a link-local source makes an advertisement valid (RFC 4861 6.1.2).
         let len = message::finish(buffer, (self.mac, self.lan.link_local), to, len);
         out.send(len, Offload::default());

@@ -1,6 +1,7 @@
 //! What has to be looked after while a network runs: the lease file, the host's IPv6, the workers' load,
 //! and memory that nobody wants any more.
 
+use std::net::Ipv6Addr;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
@@ -11,8 +12,11 @@ use crate::config::Subnet;
 use crate::control::lease_file::LeaseFile;
 use crate::dhcp::lease::{LEASES_MAX, LeaseRecord, LeaseTable};
 use crate::frame;
+use crate::gateway::Lan6;
+use crate::gateway::ndp::ROUTES_MAX;
 use crate::port::vhost_user::allowance;
 use crate::sys::arena;
+use crate::uplink::networks;
 use crate::uplink::route::RouteTable;
 use crate::worker::Command;
 
@@ -88,25 +92,65 @@ impl LeaseKeeper {
     }
 }
 
-/// Whether the host has a way to the IPv6 outside, as its routing table says.
+/// Whether the host has a way to the IPv6 outside, as its routing table says, and where else it leads.
 pub(super) struct HostIpv6 {
     routes: RouteTable,
+    lan: Option<Lan6>,
     has_default: bool,
+    prefixes: Arc<[(Ipv6Addr, u8)]>,
+    warned: bool,
 }
 
 impl HostIpv6 {
     /// Nothing is known yet.
-    pub(super) fn open() -> std::io::Result<Self> {
+    pub(super) fn open(lan: Option<Lan6>) -> std::io::Result<Self> {
         Ok(Self {
             routes: RouteTable::open()?,
+            lan,
             has_default: false,
+            prefixes: Arc::default(),
+            warned: false,
         })
     }
 
-    /// Looks again.
+    /// Looks again; whether anything has changed.
     pub(super) fn look(&mut self) -> bool {
-        self.has_default = self.routes.has_default6();
-        self.has_default
+        let Some(lan) = self.lan else {
+            return false;
+        };
+        let has_default = self.routes.has_default6();
+        let mut prefixes = match has_default {
+            true => Vec::new(),
+            false => networks::routed6(),
+        };
+        prefixes.retain(|(prefix, len)| {
+            let common = u32::from(lan.prefix.min(*len));
+            (prefix.to_bits() ^ lan.address.to_bits()).leading_zeros() < common
+        });
+        let is_over = prefixes.len() > ROUTES_MAX;
+        if is_over && !std::mem::replace(&mut self.warned, true) {
+            log::warn!(
+                "the host has routes to {} IPv6 prefixes: guests are told of the {ROUTES_MAX} widest",
+                prefixes.len()
+            );
+        }
+        prefixes.truncate(ROUTES_MAX);
+        let before = (self.has_default, std::mem::take(&mut self.prefixes));
+        (self.has_default, self.prefixes) = (has_default, prefixes.into());
+        before != (self.has_default, Arc::clone(&self.prefixes))
+    }
+
+    /// What workers are to know.
+    pub(super) fn command(&self) -> Command {
+        Command::HostIpv6 {
+            has_default: self.has_default,
+            prefixes: Arc::clone(&self.prefixes),
+        }
+    }
+
+    /// The prefixes that the last look found.
+    pub(super) fn prefixes(&self) -> Arc<[(Ipv6Addr, u8)]> {
+        Arc::clone(&self.prefixes)
     }
 
     /// What the last look found.
@@ -117,20 +161,19 @@ impl HostIpv6 {
     /// Tells of a change.
     fn follow(&mut self, shared: &Shared) {
         let before = self.has_default;
-        if self.look() == before || shared.lan.v6.is_none() {
+        if !self.look() {
             return;
         }
-        log::info!(
-            "{}",
-            match self.has_default {
-                true => "the host has IPv6: guests are given a default route",
-                false => "the host has lost IPv6: guests are told to drop their default route",
+        match (before, self.has_default, self.prefixes.len()) {
+            (false, true, _) => log::info!("the host has IPv6: guests are given a default route"),
+            (true, false, _) => {
+                log::info!("the host has lost IPv6: guests are told to drop their default route")
             }
-        );
+            (_, _, count) => log::info!("guests are given routes to {count} IPv6 prefixes"),
+        }
         shared.host_ipv6.store(self.has_default, Ordering::Relaxed);
-        shared
-            .crew
-            .tell_all(|_| Command::HostIpv6(self.has_default));
+        *lock(&shared.host_prefixes6) = self.prefixes();
+        shared.crew.tell_all(|_| self.command());
     }
 }
 

@@ -139,9 +139,9 @@ impl Network {
         let workers: Result<Vec<_>, _> = seats.into_iter().map(worker).collect();
         let workers = workers.map_err(system("set up a worker"))?;
         drop(events);
-        let mut host_ipv6 = HostIpv6::open().map_err(system("ask for the host's routes"))?;
-        let has_ipv6 = host_ipv6.look();
-        crew.tell_all(|_| Command::HostIpv6(has_ipv6));
+        let mut host_ipv6 = HostIpv6::open(lan.v6).map_err(system("ask for the host's routes"))?;
+        host_ipv6.look();
+        crew.tell_all(|_| host_ipv6.command());
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .thread_name("lanlet-leases")
@@ -197,6 +197,7 @@ impl Network {
             helper: Mutex::new(None),
             policy: Mutex::new(policy),
             host_ipv6: AtomicBool::new(host_ipv6.has_default()),
+            host_prefixes6: Mutex::new(host_ipv6.prefixes()),
             stop: Notify::new(),
             end: Mutex::new(None),
             ended: Condvar::new(),

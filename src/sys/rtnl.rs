@@ -23,6 +23,7 @@ const IFA_LOCAL: u16 = 2;
 const RTA_OIF: u16 = 4;
 const RTA_GATEWAY: u16 = 5;
 const RTA_PRIORITY: u16 = 6;
+const RTA_DST: u16 = 1;
 const RTA_EXPIRES: u16 = 23;
 const TCA_KIND: u16 = 1;
 const TCA_OPTIONS: u16 = 2;
@@ -178,21 +179,22 @@ impl RouteSocket {
         self.request(message).map(drop)
     }
 
-    /// Adds an IPv6 default route by `gateway`, which goes after `expires_secs`. The higher of two
+    /// Adds an IPv6 route to a network (`::/0` for all) by a gateway on a link, which goes after
+    /// `expires_secs`. The higher of two
     /// metrics yields; those of router advertisements have 1,024.
     ///
     /// # Errors
     /// As [`RouteSocket::default_route_add`].
-    pub fn default_route_add6(
+    pub fn route_add6(
         &mut self,
-        index: u32,
-        gateway: Ipv6Addr,
+        (index, gateway): (u32, Ipv6Addr),
+        (network, prefix): (Ipv6Addr, u8),
         metric: u32,
         expires_secs: u32,
     ) -> Result<(), NetlinkError> {
         let mut message = Message::new(libc::RTM_NEWROUTE, CREATE);
         message
-            .put(&[libc::AF_INET6 as u8, 0, 0, 0])
+            .put(&[libc::AF_INET6 as u8, prefix, 0, 0])
             .put(&[
                 libc::RT_TABLE_MAIN,
                 libc::RTPROT_BOOT,
@@ -200,6 +202,7 @@ impl RouteSocket {
                 libc::RTN_UNICAST,
             ])
             .put(&0u32.to_ne_bytes())
+            .attribute(RTA_DST, &network.octets())
             .attribute(RTA_GATEWAY, &gateway.octets())
             .attribute(RTA_OIF, &index.to_ne_bytes())
             .attribute(RTA_PRIORITY, &metric.to_ne_bytes())

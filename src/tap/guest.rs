@@ -40,10 +40,12 @@ const PING_GROUP_RANGE: &str = "/proc/sys/net/ipv4/ping_group_range";
 /// How the kernel makes IPv6 work on the guest's link, as written to [`IPV6_CONF`]: no wait for
 /// duplicates of an address that is made from a MAC of the network's own; the router is asked for
 /// its advertisement at once, and believed also by a guest that routes for containers of its own.
-const IPV6_SETTINGS: [(&str, &str); 3] = [
+const IPV6_SETTINGS: [(&str, &str); 4] = [
     ("accept_dad", "0"),
     ("router_solicitation_delay", "0"),
     ("accept_ra", "2"),
+    // Prefixes of any length (RFC 4191): by default the kernel takes none.
+    ("accept_ra_rt_info_max_plen", "128"),
 ];
 const IPV6_CONF: &str = "/proc/sys/net/ipv6/conf";
 /// The default route is there for use at once, and yields to that of the first router advertisement,
@@ -69,7 +71,7 @@ pub struct GuestConfig {
 }
 
 /// A guest's IPv6.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct GuestConfig6 {
     /// Its address: the one that the kernel makes too, when it hears a router advertisement.
     pub address: Ipv6Addr,
@@ -77,6 +79,10 @@ pub struct GuestConfig6 {
     pub prefix: u8,
     /// The gateway's link-local address, if that is the way to the outside.
     pub gateway: Option<Ipv6Addr>,
+    /// The same, for what follows.
+    pub router: Option<Ipv6Addr>,
+    /// Prefixes that the gateway leads to besides.
+    pub routes: Vec<(Ipv6Addr, u8)>,
 }
 
 /// What the network needs of a guest.
@@ -238,13 +244,21 @@ impl Guest {
         };
         set(self.route.address_add6(index, address, prefix))
             .map_err(step(format!("address {address}/{prefix}")))?;
-        let Some(gateway) = config.gateway else {
-            return Ok(());
-        };
-        let route = self
-            .route
-            .default_route_add6(index, gateway, ROUTE6_METRIC, ROUTE6_SECS);
-        set(route).map_err(step(format!("default route by {gateway}")))
+        let default = config
+            .gateway
+            .map(|gateway| (gateway, Ipv6Addr::UNSPECIFIED, 0));
+        let routes = config
+            .routes
+            .iter()
+            .filter_map(|&(network, prefix)| Some((config.router?, network, prefix)));
+        for (gateway, network, prefix) in default.into_iter().chain(routes) {
+            let to = (network, prefix);
+            let route = self
+                .route
+                .route_add6((index, gateway), to, ROUTE6_METRIC, ROUTE6_SECS);
+            set(route).map_err(step(format!("route to {network}/{prefix} by {gateway}")))?;
+        }
+        Ok(())
     }
 
     /// Gives this process and its children an /etc in which these files are as they should be, by

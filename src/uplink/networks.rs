@@ -15,6 +15,7 @@ const RTA_DST: u16 = 1;
 const RTA_TABLE: u16 = 15;
 const IFA_ADDRESS: u16 = 1;
 const RT_TABLE_MAIN: u32 = 254;
+const RTPROT_KERNEL: u8 = 2;
 /// ifaddrmsg; rtmsg.
 const IFADDRMSG_LEN: usize = 8;
 const RTMSG_LEN: usize = 12;
@@ -31,7 +32,7 @@ pub struct HostNetwork {
     pub network: IpAddr,
     /// Its prefix length.
     pub prefix: u8,
-    /// It is a route of the main table, not only an address.
+    /// It is a route of the main table that somebody set: not one that follows from an address.
     pub is_routed: bool,
 }
 
@@ -64,6 +65,28 @@ pub fn of_host() -> Vec<HostNetwork> {
     })
 }
 
+/// The prefixes of IPv6 that the host has routes to, the widest first, and none inside another.
+pub fn routed6() -> Vec<(Ipv6Addr, u8)> {
+    let of_host = of_host().into_iter().filter(|network| network.is_routed);
+    let mut prefixes: Vec<_> = of_host
+        .filter_map(|network| match network.network {
+            IpAddr::V6(prefix) => Some((network.prefix, prefix)),
+            IpAddr::V4(_) => None,
+        })
+        .collect();
+    prefixes.sort_unstable();
+    let mut widest: Vec<(Ipv6Addr, u8)> = Vec::new();
+    for (len, prefix) in prefixes {
+        let holds = |&(other, other_len): &(Ipv6Addr, u8)| {
+            (other.to_bits() ^ prefix.to_bits()).leading_zeros() >= u32::from(other_len)
+        };
+        if !widest.iter().any(holds) {
+            widest.push((prefix, len));
+        }
+    }
+    widest
+}
+
 /// Whether one of `networks` has addresses of this one.
 pub fn overlaps(networks: &[HostNetwork], network: IpAddr, prefix: u8) -> bool {
     networks.iter().any(|other| {
@@ -88,7 +111,7 @@ fn of_address(body: &[u8]) -> Option<HostNetwork> {
 }
 
 fn of_route(body: &[u8]) -> Option<HostNetwork> {
-    let &[_, prefix, _, _, table, _, _, kind, ..] = body else {
+    let &[_, prefix, _, _, table, protocol, _, kind, ..] = body else {
         return None;
     };
     let attributes_of = body.get(RTMSG_LEN..)?;
@@ -97,7 +120,8 @@ fn of_route(body: &[u8]) -> Option<HostNetwork> {
         .and_then(|(_, value)| u32_at(value, 0))
         .unwrap_or(table.into());
     let network = attribute(attributes_of, RTA_DST)?;
-    let network = host_network(network, prefix, table == RT_TABLE_MAIN);
+    let is_routed = table == RT_TABLE_MAIN && protocol != RTPROT_KERNEL;
+    let network = host_network(network, prefix, is_routed);
     network.filter(|_| kind == RTN_UNICAST)
 }
 

@@ -1,5 +1,6 @@
 //! What other threads ask of a worker, and what it tells them.
 
+use std::net::Ipv6Addr;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 
@@ -99,8 +100,13 @@ pub enum Command {
     DnsAnswer(DnsAnswer),
     /// The resolver took on no more: the guest's query is forgotten.
     DnsAbandoned(QueryId),
-    /// Whether the host has a way to the IPv6 outside.
-    HostIpv6(bool),
+    /// Whether the host has a way to the IPv6 outside, and if not, the prefixes that it has routes to.
+    HostIpv6 {
+        /// A default route.
+        has_default: bool,
+        /// Prefixes.
+        prefixes: Arc<[(Ipv6Addr, u8)]>,
+    },
     /// Put another egress policy in force, or none.
     SetPolicy {
         /// The policy.

@@ -364,7 +364,10 @@ fn guests_are_told_of_the_router_and_of_its_end() {
     let guest = lab.guests[0].0;
     lab.send(0, &to_routers(guest, ROUTER_SOLICITATION, false));
     assert_eq!(heard(&lab.guests[0].1), [(134, 0)]);
-    lab.crew.tell_all(|_| Command::HostIpv6(true));
+    lab.crew.tell_all(|_| Command::HostIpv6 {
+        has_default: true,
+        prefixes: Arc::default(),
+    });
     lab.send(0, &to_routers(guest, ROUTER_SOLICITATION, false));
     assert_eq!(heard(&lab.guests[0].1), [(134, 1800)]);
     // RFC 6980: not in fragments.

@@ -116,6 +116,59 @@ fn a_command_has_ipv6_from_its_first_moment() {
     );
 }
 
+/// A host with routes to some prefixes (a VPN's) and none to the rest.
+#[test]
+fn routes_of_a_host_without_a_default_one_are_its_guests() {
+    let Some(outcome) = scenario(
+        &World::new(),
+        &format!(
+            "{PRELUDE}{}",
+            r#"
+            host6 off
+            ip -6 route add 2001:db8:2::/48 via 2001:db8:1::2
+            ip -6 route add 2001:db8:2:5::/64 via 2001:db8:1::2
+            network --subnet6 fd12:3456:789a:1::/64
+            "$LAB/as-user" "$LANLET" exec --name default -- bash -c '. ./look.sh
+                ip -6 route show | grep -q "^2001:db8:2::/48"; say at_once=$? router="$(routers)"
+                # Nobody listens there, and who says so is beyond the host.
+                nc -v -w 5 2001:db8:2::1 9 2>&1 | grep -q refused; say reached=$?
+                ping -6 -c 1 -W 1 2001:db8:77::1 2>&1 | grep -qi unreachable; say elsewhere=$?
+                until_true 10 sh -c "ip -6 route show | grep 2001:db8:2::/48 | grep -q proto.ra"; say kernel=$?
+                rdisc6 -1 eth0 >rdisc6.txt; say named="$(grep -c "Route.*2001:db8:2::/48" rdisc6.txt)" \
+                    lifetime="$(grep -c "Router lifetime *: *0 " rdisc6.txt)"
+                ip -6 route flush root 2001:db8::/32 metric 2048
+                touch ready
+                until_true 20 sh -c "! ip -6 route show | grep -q ^2001:db8:2:"; say withdrawn=$?
+                touch withdrawn
+                until_true 20 has_router; say default=$?' &
+            until_true 20 test -e ready
+            ip -6 route del 2001:db8:2::/48
+            ip -6 route del 2001:db8:2:5::/64
+            until_true 30 test -e withdrawn
+            host6 on
+            wait $!
+            say drops="$(drops)"
+            "#
+        ),
+    ) else {
+        return;
+    };
+    assert_said(
+        &outcome.passed(),
+        &[
+            ("at_once", "0"),
+            ("router", ""),
+            ("reached", "0"),
+            ("elsewhere", "0"),
+            ("kernel", "0"),
+            ("named", "1"),
+            ("lifetime", "1"),
+            ("withdrawn", "0"),
+            ("default", "0"),
+        ],
+    );
+}
+
 #[test]
 fn a_kernel_configures_itself() {
     let world = World::new();

@@ -17,11 +17,12 @@ pub const NEIGHBOR_SOLICITATION: u8 = 135;
 pub const NEIGHBOR_ADVERTISEMENT: u8 = 136;
 pub const REDIRECT: u8 = 137;
 
-/// Options (RFC 4861 4.6, RFC 8106 5).
+/// Options (RFC 4861 4.6, RFC 4191 2.3, RFC 8106 5).
 pub const SOURCE_LINK_LAYER: u8 = 1;
 pub const TARGET_LINK_LAYER: u8 = 2;
 pub const PREFIX_INFORMATION: u8 = 3;
 pub const MTU: u8 = 5;
+pub const ROUTE_INFORMATION: u8 = 24;
 pub const RDNSS: u8 = 25;
 pub const DNSSL: u8 = 31;
 

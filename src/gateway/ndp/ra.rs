@@ -1,11 +1,13 @@
-//! What a router advertisement says (RFC 4861 4.2, RFC 8106).
+//! What a router advertisement says (RFC 4861 4.2, RFC 4191, RFC 8106).
 //!
 //! Everything but the lifetimes that end with the network stays the same while it runs, so the
 //! message is made once. Preference is medium (RFC 4191 2.1), the zero of its field: this router is
 //! the LAN's only one. No flag for DHCPv6 (M, O) is set: addresses come by SLAAC, names by RDNSS.
 
+use std::net::Ipv6Addr;
+
 use super::message::{DNSSL, MTU, PREFIX_INFORMATION, RDNSS, ROUTER_ADVERTISEMENT};
-use super::message::{SOURCE_LINK_LAYER, link_layer};
+use super::message::{ROUTE_INFORMATION, SOURCE_LINK_LAYER, link_layer};
 use crate::frame::{Duration, Mac};
 use crate::gateway::Lan6;
 
@@ -33,6 +35,24 @@ const HOP_LIMIT_DEFAULT: u8 = 64;
 const PREFIX_FLAGS: u8 = 0xc0;
 /// Place of the router lifetime.
 const LIFETIME_AT: usize = 6;
+
+/// Prefixes that one advertisement names at most, those that are withdrawn included. With them and the longest
+/// search domain it fits the least MTU that IPv6 has.
+pub const ROUTES_MAX: usize = 16;
+/// A Route Information option with a whole prefix.
+const ROUTE_LEN: usize = 24;
+const _: () = assert!(40 + 16 + 8 + 8 + 32 + 24 + 8 + 256 + ROUTES_MAX * ROUTE_LEN <= 1280);
+
+/// A prefix that the gateway leads to, or leads to no more.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct RoutedPrefix {
+    /// Its first address.
+    pub prefix: Ipv6Addr,
+    /// Its length.
+    pub len: u8,
+    /// Whether it still leads there.
+    pub is_there: bool,
+}
 
 /// Whether the gateway is guests' way to the outside.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -89,8 +109,9 @@ impl Advertisement {
         }
     }
 
-    /// Writes the message to the front of `buffer`; returns its length.
-    pub fn write(&self, buffer: &mut [u8], route: Route) -> usize {
+    /// Writes the message, with the prefixes that the gateway leads to besides, to the front of `buffer`;
+    /// returns its length.
+    pub fn write(&self, buffer: &mut [u8], route: Route, prefixes: &[RoutedPrefix]) -> usize {
         let message = &mut buffer[..self.message.len()];
         message.copy_from_slice(&self.message);
         let lifetime = match route {
@@ -103,7 +124,20 @@ impl Advertisement {
                 message[at..at + 4].fill(0);
             }
         }
-        self.message.len()
+        let mut len = self.message.len();
+        for routed in prefixes.iter().take(ROUTES_MAX) {
+            let option = &mut buffer[len..len + ROUTE_LEN];
+            let lifetime = match route == Route::Ending || !routed.is_there {
+                true => 0,
+                false => u32::from(ROUTER_LIFETIME_SECS),
+            };
+            // Preference medium, as for the default route.
+            option[..4].copy_from_slice(&[ROUTE_INFORMATION, 3, routed.len, 0]);
+            option[4..8].copy_from_slice(&lifetime.to_be_bytes());
+            option[8..].copy_from_slice(&routed.prefix.octets());
+            len += ROUTE_LEN;
+        }
+        len
     }
 }
 

@@ -392,6 +392,49 @@ fn a_change_of_the_host_is_told_at_once() {
 }
 
 #[test]
+fn prefixes_are_named_and_withdrawn() {
+    let mut lab = Lab::new();
+    let prefix = |text: &str| -> (Ipv6Addr, u8) { (text.parse().unwrap(), 48) };
+    let (one, two) = (prefix("2001:db8:1::"), prefix("2001:db8:2::"));
+    let routes = |ra: &Answer| -> Vec<(Vec<u8>, u32)> {
+        let options = ra.options(16);
+        let routes = options.iter().filter(|(kind, _)| *kind == 24);
+        let read = |option: &[u8]| {
+            assert_eq!(option[1..4], [3, 48, 0], "medium preference");
+            let lifetime = u32::from_be_bytes(option[4..8].try_into().unwrap());
+            (option[8..24].to_vec(), lifetime)
+        };
+        routes.map(|(_, option)| read(option)).collect()
+    };
+    let named = |(prefix, _): (Ipv6Addr, u8), secs: u32| (prefix.octets().to_vec(), secs);
+    lab.ndp.port_added(lab.now);
+    lab.ndp.set_prefixes(&[one, two], lab.now);
+    let ra = lab.next().1;
+    assert_eq!(ra.router_lifetime(), 0);
+    assert_eq!(routes(&ra), [named(one, 1800), named(two, 1800)]);
+    lab.now += Duration::from_secs(60);
+    lab.ndp.set_prefixes(&[two], lab.now);
+    for _ in 0..3 {
+        assert_eq!(routes(&lab.next().1), [named(two, 1800), named(one, 0)]);
+    }
+    assert_eq!(
+        routes(&lab.next().1),
+        [named(two, 1800)],
+        "it was said often enough"
+    );
+    let due = lab.ndp.poll_timeout();
+    lab.ndp.set_prefixes(&[two], lab.now);
+    assert_eq!(lab.ndp.poll_timeout(), due, "the same again is no change");
+    let many: Vec<_> = (0..40)
+        .map(|n| (Ipv6Addr::new(0x2001, 0xdb8, n, 0, 0, 0, 0, 0), 48))
+        .collect();
+    lab.ndp.set_prefixes(&many, lab.now);
+    assert_eq!(routes(&lab.next().1).len(), ROUTES_MAX);
+    lab.ndp.stop(&mut lab.out);
+    assert!(routes(&lab.answer()).iter().all(|(_, secs)| *secs == 0));
+}
+
+#[test]
 fn the_end_is_told() {
     let mut lab = Lab::new();
     lab.ndp.set_default_route(true, lab.now);

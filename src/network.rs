@@ -68,6 +68,8 @@ pub struct PortOptions {
     pub group: Option<GroupName>,
     /// The guest's MAC where lanlet knows it (it made it up for `{mac}`).
     pub mac: Option<Mac>,
+    /// Its MAC where none is said and no other port has it: a VM that starts again is the same guest.
+    pub usual_mac: Option<Mac>,
     /// The guest's address, kept for it as long as the port lives; needs a MAC for a namespace guest.
     pub ip: Option<Ipv4Addr>,
     /// No virtio-net header and no offloads (a plain tap).
@@ -191,7 +193,7 @@ impl Network {
     /// # Errors
     /// What is missing, with the remedy.
     pub fn attach_vmm(&self, options: PortOptions) -> Result<VmmPort, NetworkError> {
-        let mac = options.mac.unwrap_or_else(|| self.make_mac());
+        let mac = self.mac_for(&options);
         check_queues(&options)?;
         let (opened, end) = self.shared.open_wire(WireOptions {
             plain: options.no_offload,
@@ -339,6 +341,14 @@ impl Network {
         if id != PortId::GATEWAY {
             self.shared.detach(id);
         }
+    }
+
+    /// The MAC of a VMM's guest.
+    fn mac_for(&self, options: &PortOptions) -> Mac {
+        let usual = options
+            .usual_mac
+            .filter(|&mac| self.shared.wait_for_mac(mac));
+        options.mac.or(usual).unwrap_or_else(|| self.make_mac())
     }
 
     /// A MAC for a guest, random and locally administered in QEMU's range 52:54:00.

@@ -306,7 +306,8 @@ impl NetworkOptions {
 /// The guest's side of a port.
 #[derive(Args, Debug)]
 pub(super) struct PortFlags {
-    /// MAC address of the guest [default: a random one, 52:54:00:…]
+    /// MAC address of the guest [default: a random one, 52:54:00:…; of 'qemu' one that follows from
+    /// --guest-name or else from the first disk]
     #[arg(long, value_name = "MAC", value_parser = guest_mac)]
     pub(super) mac: Option<Mac>,
 
@@ -380,12 +381,18 @@ impl PortFlags {
         self.queues.unwrap_or(1)
     }
 
+    /// What the guest is called, where that was said.
+    pub(super) fn name(&self) -> Option<&GuestName> {
+        self.guest_name.as_ref()
+    }
+
     /// How a port is attached.
     pub(super) fn port(&self, mac: Option<Mac>) -> PortOptions {
         PortOptions {
             name: self.guest_name.clone(),
             group: self.group.clone(),
             mac,
+            usual_mac: None,
             ip: self.ip,
             no_offload: self.no_offload,
             queues: self.queues(),

@@ -1,5 +1,6 @@
 //! `lanlet qemu`: QEMU with a network card on the LAN.
 
+mod identity;
 mod memory;
 
 use std::ffi::{OsStr, OsString};
@@ -24,7 +25,7 @@ const VHOST_USER_CARD_WITHOUT_KVM: &str = ",rx_queue_size=1024,tx_queue_size=102
 /// Run QEMU with a virtio network card on the network
 ///
 /// Finds qemu-system for this machine and adds -netdev tap and a virtio-net device with a MAC
-/// address of its own. Where QEMU-ARGS have a -device with netdev=lanlet0, that is the card and none
+/// address of its own, which follows from --guest-name or else from the first disk. Where QEMU-ARGS have a -device with netdev=lanlet0, that is the card and none
 /// is added. A network that ends and is started again gets its port back. With -daemonize it does not, and the
 /// VM needs a network that runs already, and no -p.
 ///
@@ -68,7 +69,8 @@ pub(super) fn qemu(args: &Args) -> Result<ExitCode, Failure> {
     if daemonizes(&args.arguments) {
         check_daemonize(args, &lan)?;
     }
-    let flags = (&args.port, &args.vmm, &args.forwards);
+    let own_mac = identity::mac(args.port.name(), &args.arguments);
+    let flags = (&args.port, own_mac, &args.vmm, &args.forwards);
     with_link(lan, &signals, flags, |link| {
         command(&program, &args.arguments, link)
     })

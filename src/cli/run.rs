@@ -9,7 +9,8 @@ use super::lan::{Lan, LanFlags};
 use super::options::{NetworkOptions, PortFlags, VmmFlags};
 use super::signals::Signals;
 use super::{Failure, child, complete, replace_in};
-use crate::network::{VhostUserSocket, VmmPort};
+use crate::frame::Mac;
+use crate::network::{PortOptions, VhostUserSocket, VmmPort};
 
 /// Run a VMM (or any command) with a tap of the network as an inherited descriptor
 ///
@@ -52,7 +53,7 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args) -> Result<ExitCode, Failure> {
     let signals = child::block_signals()?;
     let lan = Lan::open("run", &args.lan, &args.network)?;
-    let flags = (&args.port, &args.vmm, &args.forwards);
+    let flags = (&args.port, None, &args.vmm, &args.forwards);
     with_link(lan, &signals, flags, |link| {
         let fill = |argument: &OsString| {
             let names = link.names();
@@ -133,13 +134,18 @@ impl Link {
 pub(super) fn with_link(
     mut lan: Lan,
     signals: &Signals,
-    (port, vmm, forwards): (&PortFlags, &VmmFlags, &ForwardFlags),
+    (port, own_mac, vmm, forwards): (&PortFlags, Option<Mac>, &VmmFlags, &ForwardFlags),
     command: impl FnOnce(&Link) -> Result<Vec<OsString>, Failure>,
 ) -> Result<ExitCode, Failure> {
+    let options = PortOptions {
+        usual_mac: own_mac,
+        ..port.port(port.mac)
+    };
     if let Some(socket) = vmm.vhost_user(port.queues())? {
-        return with_socket(lan, signals, (port, socket, forwards), command);
+        return with_socket(lan, signals, (options, socket, forwards), command);
     }
-    let port = lan.attach_vmm(port.port(port.mac))?;
+    let port = lan.attach_vmm(options)?;
+    note_other_mac(own_mac, port.mac);
     lan.add_forwards(forwards, port.mac)?;
     let link = Link::of_tap(&port);
     let child = child::with_fds(&command(&link)?, &port.fds)?
@@ -156,20 +162,33 @@ pub(super) fn with_link(
     Ok(ended)
 }
 
+/// Says so where a guest does not have the MAC that it has as a rule: its address is then another one too.
+fn note_other_mac(usual: Option<Mac>, mac: Mac) {
+    if let Some(usual) = usual.filter(|&usual| usual != mac) {
+        log::info!(
+            "a guest with the MAC {usual} runs already: this one has {mac}, and another address"
+        );
+    }
+}
+
 fn with_socket(
     mut lan: Lan,
     signals: &Signals,
-    (flags, socket, forwards): (&PortFlags, VhostUserSocket, &ForwardFlags),
+    (options, socket, forwards): (PortOptions, VhostUserSocket, &ForwardFlags),
     command: impl FnOnce(&Link) -> Result<Vec<OsString>, Failure>,
 ) -> Result<ExitCode, Failure> {
     let path = socket.name.clone();
-    let port = lan.attach_vhost_user(socket, flags.port(flags.mac))?;
+    let port = lan.attach_vhost_user(socket, options.clone())?;
+    note_other_mac(
+        options.usual_mac.filter(|_| options.mac.is_none()),
+        port.mac,
+    );
     lan.add_forwards(forwards, port.mac)?;
     let link = Link {
         mac: port.mac.to_string(),
         by: By::VhostUser {
             socket: path,
-            queues: flags.queues(),
+            queues: options.queues,
         },
     };
     let child = child::init_command()

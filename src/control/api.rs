@@ -55,6 +55,9 @@ pub struct PortRequest {
     /// The guest's MAC.
     #[serde(default)]
     pub mac: Option<String>,
+    /// Its MAC where none is said and no other port has it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub usual_mac: Option<String>,
     /// The guest's address, kept for it as long as the port lives.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ip: Option<Ipv4Addr>,
@@ -83,6 +86,7 @@ impl From<&PortOptions> for PortRequest {
                 .unwrap_or_default(),
             group: options.group.as_ref().map(GroupName::to_string),
             mac: options.mac.map(|mac| mac.to_string()),
+            usual_mac: options.usual_mac.map(|mac| mac.to_string()),
             ip: options.ip,
             no_offload: options.no_offload,
             queues: options.queues,
@@ -104,10 +108,12 @@ impl PortRequest {
         let group = self.group.as_deref().map(str::parse).transpose();
         let group = group.map_err(|error: NameError| format!("group: {error}"))?;
         let mac = self.mac.as_deref().map(guest_mac).transpose()?;
+        let usual_mac = self.usual_mac.as_deref().map(guest_mac).transpose()?;
         Ok(PortOptions {
             name,
             group,
             mac,
+            usual_mac,
             ip: self.ip,
             no_offload: self.no_offload,
             queues: self.queues,

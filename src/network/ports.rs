@@ -247,6 +247,17 @@ impl Shared {
         waited.unwrap_or_else(PoisonError::into_inner).0
     }
 
+    /// Whether no port has this MAC, or none has once [`SUCCESSION_WAIT`] is over.
+    pub(super) fn wait_for_mac(&self, mac: Mac) -> bool {
+        let ports = lock(&self.ports);
+        let is_taken = |ports: &Ports| ports.by_id.values().any(|port| port.mac == Some(mac));
+        let waited = self
+            .port_removed
+            .wait_timeout_while(ports, SUCCESSION_WAIT, |ports| is_taken(ports));
+        let ports = waited.unwrap_or_else(PoisonError::into_inner).0;
+        !is_taken(&ports)
+    }
+
     /// Tells the lease table of a port, and gets its guest's address or has it kept.
     fn open_leases(
         &self,

@@ -69,7 +69,7 @@ impl Network {
         socket: VhostUserSocket,
         options: PortOptions,
     ) -> Result<VhostUserPort, NetworkError> {
-        let mac = options.mac.unwrap_or_else(|| self.make_mac());
+        let mac = self.mac_for(&options);
         let failed = system("attach a vhost-user socket");
         listen::check_listening(&socket.fd).map_err(&failed)?;
         let counters = Arc::<PortCounters>::default();

@@ -472,3 +472,62 @@ fn leases_outlive_the_server() {
         all.push(leases[0].clone());
     }
 }
+
+/// A VM that is started again is the same guest, and of two with one disk only one can be.
+#[test]
+fn a_vm_keeps_its_mac_by_its_name_or_disk() {
+    let world = World::new();
+    let Some(outcome) = scenario(
+        &world,
+        r#"
+        cat >vmm <<'END'
+#!/bin/sh
+echo "$@" | sed -n 's/.*mac=\([0-9a-f:]*\).*/\1/p' >"$TMP/$OUT.new" && mv "$TMP/$OUT.new" "$TMP/$OUT"
+[ -z "$STAY" ] || until [ -e "$TMP/over" ]; do sleep 0.05; done
+END
+        chmod 755 vmm
+        touch disk.img other.img
+        network --lease-file none
+        vm() { OUT=$1 lanlet qemu --name default --qemu "$TMP/vmm" "${@:2}"; }
+        vm first -- -m 1G -hda disk.img
+        vm again -- -m 1G -drive "file=$TMP/disk.img,if=virtio"
+        vm other -- -m 1G -hda other.img
+        vm named --guest-name web -- -hda disk.img
+        vm diskless -- -m 1G
+        vm diskless_again -- -m 1G
+        STAY=1 vm running -- -hda disk.img &
+        until_true 20 test -e running
+        vm beside -- -hda disk.img 2>beside.err
+        say said="$(grep -c 'runs already' beside.err)"
+        touch over
+        wait %2
+        for vm in first again other named diskless diskless_again running beside; do say $vm=$(cat $vm); done
+        "#,
+    ) else {
+        return;
+    };
+    let outcome = outcome.passed();
+    let markers = outcome.markers();
+    let mac = |vm: &str| {
+        markers
+            .get(vm)
+            .unwrap_or_else(|| panic!("{vm}: {}", outcome.text()))
+    };
+    assert_eq!(
+        (mac("again"), mac("running")),
+        (mac("first"), mac("first")),
+        "{}",
+        outcome.text()
+    );
+    let others = [
+        "first",
+        "other",
+        "named",
+        "diskless",
+        "diskless_again",
+        "beside",
+    ];
+    let macs: std::collections::BTreeSet<_> = others.map(mac).into_iter().collect();
+    assert_eq!(macs.len(), others.len(), "{}", outcome.text());
+    assert_said(&outcome, &[("said", "1"), ("named", "52:54:00:e8:30:40")]);
+}

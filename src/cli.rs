@@ -41,6 +41,7 @@ use clap::{ArgAction, CommandFactory, Parser, Subcommand};
 use crate::config::ConfigError;
 use crate::control::ControlError;
 use crate::network::NetworkError;
+use crate::sys::harden;
 use crate::tap::TapError;
 
 /// Exit status for a wrong command line, as clap has it.
@@ -249,6 +250,7 @@ pub fn main() -> ExitCode {
     };
     logger::init(cli.verbose, cli.quiet);
     crate::tap::use_own_program();
+    harden(&cli.command);
     let result = match cli.command {
         Command::Up(args) => up::up(&args),
         Command::Run(args) => run::run(&args),
@@ -290,10 +292,34 @@ fn finish(result: Result<ExitCode, Failure>) -> ExitCode {
     }
 }
 
+/// Gives up what the command does not need. Who starts commands of the user's gives up new privileges once
+/// they run ([`child::supervise`]); `bench` and `demo` only start others, and `check` tries what these do.
+fn harden(command: &Command) {
+    if matches!(
+        command,
+        Command::Demo(_) | Command::Bench(_) | Command::Check(_)
+    ) {
+        return;
+    }
+    child::give_up_core_files();
+    if let Err(error) = harden::not_dumpable() {
+        log::debug!("this process can be traced: {error}");
+    }
+    let starts_command = matches!(
+        command,
+        Command::Exec(_) | Command::Run(_) | Command::Qemu(_) | Command::Join(_)
+    );
+    if !starts_command {
+        child::give_up_new_privileges();
+    }
+}
+
 /// The helper shares lanlet's terminal, but lives exactly as long as lanlet: Ctrl-C must not end it
 /// before.
 fn netns_helper() -> Result<ExitCode, Failure> {
     child::hold_signals()?;
+    child::give_up_core_files();
+    child::give_up_new_privileges();
     crate::tap::helper::run_on_stdin()?;
     Ok(ExitCode::SUCCESS)
 }

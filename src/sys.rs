@@ -10,6 +10,7 @@ pub mod error_queue;
 pub mod eventfd;
 pub mod fd_pass;
 pub mod fork;
+pub mod harden;
 pub mod inherited;
 pub mod late_close;
 pub mod memory_limit;

@@ -23,6 +23,7 @@ use rustix::process::{Pid, PidfdFlags, Resource, Rlimit, Signal, getrlimit, setr
 use super::Failure;
 use super::attachment::Attachment;
 use super::signals::Signals;
+use crate::sys::harden;
 use crate::sys::signal::{self, Received};
 
 /// The signals passed on to a command: those that people and service managers send on purpose.
@@ -71,6 +72,24 @@ static HELD: OnceLock<Vec<i32>> = OnceLock::new();
 /// The soft limit of open files that lanlet was started with.
 static OPEN_FILES: OnceLock<u64> = OnceLock::new();
 
+/// The soft limit of core files' sizes that lanlet was started with; no limit is the largest number.
+static CORE_LIMIT: OnceLock<u64> = OnceLock::new();
+
+/// Sets the limit of core files to zero. Commands get the old one back.
+pub(super) fn give_up_core_files() {
+    match harden::no_core_files() {
+        Ok(soft) => drop(CORE_LIMIT.set(soft.unwrap_or(u64::MAX))),
+        Err(error) => log::debug!("core files are possible: {error}"),
+    }
+}
+
+/// Nothing that this thread starts from here on gains privileges.
+pub(super) fn give_up_new_privileges() {
+    if let Err(error) = harden::no_new_privileges() {
+        log::debug!("programs may gain privileges: {error}");
+    }
+}
+
 /// Raises the limit of open files as far as it goes: each flow of the NAT takes one. Commands get the
 /// old limit back, as select(2) still breaks at 1,024.
 pub(super) fn raise_open_files() {
@@ -95,6 +114,9 @@ pub(super) struct Origin {
     /// Soft limit of open files to go back to.
     #[arg(long)]
     open_files: Option<u64>,
+    /// Soft limit of core files to go back to; the largest number is none.
+    #[arg(long)]
+    core: Option<u64>,
     /// Signals to let through again.
     #[arg(long, value_delimiter = ',')]
     held: Vec<i32>,
@@ -108,8 +130,10 @@ impl Origin {
             let numbers: Vec<_> = held.iter().map(i32::to_string).collect();
             format!("--held={}", numbers.join(","))
         });
+        let core = CORE_LIMIT.get().map(|soft| format!("--core={soft}"));
+        let limit = limit.into_iter().chain(core);
         let parent = std::process::id().to_string();
-        limit.into_iter().chain(held).chain([parent]).collect()
+        limit.chain(held).chain([parent]).collect()
     }
 
     /// Goes back to signals and limits as lanlet found them.
@@ -117,6 +141,12 @@ impl Origin {
     /// # Errors
     /// Of pthread_sigmask.
     pub(super) fn restore(&self) -> Result<(), Failure> {
+        if let Some(soft) = self.core {
+            let soft = Some(soft).filter(|&soft| soft != u64::MAX);
+            if let Err(error) = harden::set_core_limit(soft) {
+                log::warn!("cannot set the limit of core files back: {error}");
+            }
+        }
         if let Some(soft) = self.open_files {
             let maximum = getrlimit(Resource::Nofile).maximum;
             let old = Rlimit {
@@ -236,6 +266,8 @@ pub(super) fn supervise(
     mut attachment: Option<&mut Attachment>,
 ) -> Result<ExitCode, Failure> {
     let received = signals.running();
+    // Not before: the command would have it, too.
+    give_up_new_privileges();
     let failed = |error: rustix::io::Errno| Failure::io("cannot watch the command")(error.into());
     let pid = Pid::from_child(&child);
     let process = rustix::process::pidfd_open(pid, PidfdFlags::empty()).map_err(failed)?;

@@ -20,9 +20,9 @@ use super::client::{HELPER_SUBCOMMAND, use_own_program};
 use super::protocol::{self, Event, Reply, Request};
 use super::wire::{self, WireEnds};
 use super::{TapError, WireOptions};
-use crate::sys::namespace;
 use crate::sys::netlink::RouteSocket;
 use crate::sys::rtnl::parse_link;
+use crate::sys::{harden, namespace};
 
 /// First fd after the standard ones.
 const FIRST_EXTRA_FD: u32 = 3;
@@ -79,6 +79,8 @@ pub fn run(control: OwnedFd) -> io::Result<()> {
     let parent = getppid().and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
     match Server::start() {
         Ok(mut server) => {
+            // Its maps of ids are written.
+            harden::not_dumpable()?;
             protocol::send(control.as_fd(), &Reply::Done, &[])?;
             server.serve(control.as_fd(), events.as_fd(), parent.as_ref())
         }

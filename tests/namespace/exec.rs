@@ -228,6 +228,9 @@ fn subordinate_ids_are_there() {
         say ambient="$(awk '/^CapAmb/ {print $2}' /proc/self/status)" eth0="$(ip -br link show dev eth0 | cut -d' ' -f1)"
         say nobody="$(setpriv --reuid nobody --regid nogroup --init-groups sh -c 'echo $(id -u):$(id -g)' 2>/dev/null)"
         say owner="$(stat -c %U:%G home)"
+        privileges() { awk '/^NoNewPrivs/ {print $2}' /proc/$1/status; }
+        for i in 1 2 3 4 5 6 7 8 9 10; do [ "$(privileges $PPID)" = 0 ] || break; sleep 0.2; done
+        say privileges="$(privileges self):$(privileges $PPID)"
 END
         member "$LANLET" exec sh look.sh
         member "$LANLET" exec --root sh -c '. ./look.sh
@@ -237,7 +240,7 @@ END
             wait $!; say tcpdump=$?' | sed 's/ \([a-z0-9]*\)=/ root_\1=/g'
         # Without the program there is the own id alone.
         mkdir bin
-        for each in sh awk cat whoami ip setpriv stat env cut id; do ln -s "$(command -v $each)" bin; done
+        for each in sh sleep awk cat whoami ip setpriv stat env cut id; do ln -s "$(command -v $each)" bin; done
         member env PATH="$TMP/bin" "$LANLET" exec sh look.sh | sed 's/ \([a-z0-9]*\)=/ alone_\1=/g'
         "#,
     );
@@ -262,6 +265,8 @@ END
             ("eth0", "eth0"),
             ("nobody", "65534:65534"),
             ("owner", "member:member"),
+            // lanlet gains none any more, once the command runs, which may.
+            ("privileges", "0:1"),
             ("ambient", alone_all),
             ("root_who", "root"),
             ("root_su", "65534:65534"),
@@ -272,6 +277,52 @@ END
             ("alone_nobody", ""),
         ],
     );
+}
+
+/// lanlet's own processes can't be traced, gain no rights and leave no core files; commands are as ever.
+#[test]
+fn what_is_lanlets_own_is_hardened() {
+    let Some(outcome) = scenario(
+        &World::new(),
+        r#"
+        ulimit -Sc 1000
+        network
+        cat >user.sh <<'END'
+        own() {
+            local pid=$1 traced=no
+            readlink /proc/$pid/exe >/dev/null 2>&1 && [ -r /proc/$pid/environ ] && cat /proc/$pid/environ >/dev/null 2>&1 && traced=yes
+            echo "$(awk '/^NoNewPrivs/ {print $2}' /proc/$pid/status):$(awk '/core file/ {print $5}' /proc/$pid/limits):$traced"
+        }
+        "$LANLET" exec sh -c 'echo "$(awk "/^NoNewPrivs/ {print \$2}" /proc/self/status):$(ulimit -Sc)"; sleep 60' >command &
+        "$LANLET" run sh -c 'echo "$(awk "/^NoNewPrivs/ {print \$2}" /proc/self/status):$(ulimit -Sc)"; sleep 60' >vm &
+        until [ -s command ] && [ -s vm ]; do sleep 0.05; done
+        sleep 0.2
+        echo "@@LANLET exec=$(own %EXEC) run=$(own $!) helper=$(own $(pgrep -f netns-helper | head -1)) up=$(own $NETWORK)"
+        echo "@@LANLET of_exec=$(cat command) of_run=$(cat vm)"
+        kill $(jobs -p)
+END
+        sed -i 's/own %EXEC/own $(jobs -p | head -1)/' user.sh
+        export NETWORK
+        user bash user.sh
+        before=$(awk '/^NoNewPrivs/ {print $2}' /proc/self/status)
+        # dash counts half as much as bash.
+        say before=$before:2000
+        "#,
+    ) else {
+        return;
+    };
+    let outcome = outcome.passed();
+    let markers = outcome.markers();
+    let before = markers.get("before").expect("the scenario's own");
+    for own in ["exec", "run", "helper", "up"] {
+        assert_eq!(
+            markers.get(own),
+            Some("1:0:no"),
+            "{own}: {}",
+            outcome.text()
+        );
+    }
+    assert_said(&outcome, &[("of_exec", before), ("of_run", before)]);
 }
 
 #[test]

@@ -13,7 +13,7 @@ pub const PRELUDE: &str = r#"
 guest() {
     local name=$1 commands=$2
     shift 2
-    "$LAB/as-user" "$LANLET" exec --name "${NETWORK_NAME:-default}" "$@" -- bash -c "
+    "$LAB/as-user" "$LANLET" exec ${WHICH_NETWORK:---name default} "$@" -- bash -c "
         ip -4 -o address show dev eth0 | awk '{sub(\"/.*\", \"\", \$4); print \$4}' >$name.address
         ip -6 -o address show dev eth0 scope global | awk '{sub(\"/.*\", \"\", \$4); print \$4}' >$name.address6
         $commands
@@ -381,7 +381,7 @@ fn a_command_with_a_network_of_its_own_and_ipv6_guests() {
             "{PRELUDE}{}",
             r#"
             served web
-            NETWORK_NAME=none guest web "$(http web 80)" -p 127.0.0.1:8300:80
+            WHICH_NETWORK=--private guest web "$(http web 80)" -p 127.0.0.1:8300:80
             say own=$(get http://127.0.0.1:8300/)
             touch web.over; wait
             say ended=$(get http://127.0.0.1:8300/)

@@ -431,7 +431,7 @@ END
         say silent="$(status_of "sum(p['drops'].get('silently_denied', 0) for p in s['ports']) == 0")"
         say guests="$(status_of "','.join(sorted({d['guest'] or '-' for d in s['policy']['denied']}))")"
         # A network of the command's own has its own policy.
-        lanlet exec --policy groups.policy --name mine --group build -- bash try.sh mine
+        lanlet exec --policy groups.policy --private --group build -- bash try.sh mine
         say running="$(lanlet exec --name default --policy groups.policy -- true 2>&1 | grep -o -- '--policy is for one that starts' | tr ' ' _)"
     "#;
     let Some(outcome) = scenario(&world, script) else {

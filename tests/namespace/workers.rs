@@ -32,7 +32,7 @@ fn several_workers_are_one_network() {
             lanlet forward remove 127.0.0.1:8083:192.168.122.250:80; say removed=$(get http://127.0.0.1:8083/)
             # Between guests, and out of each, with several queues too.
             for queues in 1 1 2; do
-                "$LAB/as-user" "$LANLET" exec --queues $queues -- bash -c "
+                "$LAB/as-user" "$LANLET" exec --name default --queues $queues -- bash -c "
                     curl -sS http://$one/ http://$two/; dig +short outside.test A
                     ping -c 2 -i 0.1 -q 203.0.113.1 | grep -o '2 received'
                     iperf3 -c outside.test -t 1 -P 4 -J | grep -c sum_received" >>guests.log 2>&1

@@ -52,7 +52,10 @@ const CLAIM_PAUSE: Duration = Duration::from_millis(20);
 #[derive(Debug, thiserror::Error)]
 pub enum ControlError {
     /// The runtime directory can't be used.
-    #[error("runtime directory {}: {reason}; set LANLET_RUNTIME_DIR to a directory of your own", path.display())]
+    #[error(
+        "runtime directory {}: {reason}; set LANLET_RUNTIME_DIR to a directory of your own",
+        path.display()
+    )]
     RuntimeDirectory {
         /// The directory.
         path: PathBuf,

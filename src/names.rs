@@ -62,6 +62,12 @@ impl GuestName {
         Self(format!("{self}-{nth}").into())
     }
 
+    /// What a host's own name calls it: the whole, or where that is too long or otherwise none, its first label.
+    pub fn of_host(name: &str) -> Option<Self> {
+        let first_label = || name.split('.').next()?.parse().ok();
+        name.parse().ok().or_else(first_label)
+    }
+
     /// The text.
     pub fn as_str(&self) -> &str {
         &self.0
@@ -140,6 +146,22 @@ mod tests {
         }
         let fqdn: GuestName = "web.lab.test".parse().unwrap();
         assert_eq!(fqdn.first_label(), "web");
+    }
+
+    #[test]
+    fn a_host_has_its_whole_name_or_its_first_label() {
+        let long = format!("Web.{}.test", "x".repeat(63));
+        for (name, called) in [
+            ("web.lab.test", Some("web.lab.test")),
+            (&long, Some("web")),
+            ("web.lab.test.", Some("web")),
+            ("10.0.0.5", None),
+            ("Alice's laptop.lan", None),
+            ("", None),
+        ] {
+            let host = GuestName::of_host(name);
+            assert_eq!(host.as_ref().map(GuestName::as_str), called, "{name}");
+        }
     }
 
     #[test]

@@ -143,6 +143,10 @@ struct Socket {
     sends: Sends,
 }
 
+/// Refused clients of a unix socket at a time, at some 5 us each; its forward rests then. A legitimate client behind
+/// a full queue of them (4,096) waits some 3 s.
+const REFUSALS_MAX: usize = 128;
+
 /// Options of a datagram socket that every datagram has its own wish for.
 #[derive(Clone, Copy, PartialEq, Eq, Default)]
 struct Sends {
@@ -536,6 +540,39 @@ fn open(
     socket_with(domain, kind, flags, protocol).map_err(host_error)
 }
 
+/// The next client in a listener's queue, past those of a unix socket that are refused.
+fn accept_admitted(
+    listener: &Socket,
+) -> Result<Option<(OwnedFd, Option<rustix::net::SocketAddrAny>)>, HostError> {
+    for _ in 0..REFUSALS_MAX {
+        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+        let (fd, peer) = match acceptfrom_with(&listener.fd, flags) {
+            Ok(accepted) => accepted,
+            // Or the client is gone again, or a firewall was (accept(2)).
+            Err(
+                Errno::AGAIN
+                | Errno::INTR
+                | Errno::CONNABORTED
+                | Errno::PERM
+                | Errno::PROTO
+                | Errno::HOSTUNREACH
+                | Errno::NETUNREACH
+                | Errno::TIMEDOUT,
+            ) => return Ok(None),
+            Err(errno) => return Err(host_error(errno)),
+        };
+        let admitted = match listener.takes_unix {
+            Some(allow_guests) => peer::check(fd.as_fd(), allow_guests.0),
+            None => Ok(()),
+        };
+        match admitted {
+            Ok(()) => return Ok(Some((fd, peer))),
+            Err(refusal) => log::warn!("{refusal} at a forward from a unix socket"),
+        }
+    }
+    Err(HostError::Prohibited)
+}
+
 /// Options of every TCP socket.
 fn tune(fd: &OwnedFd) -> rustix::io::Result<()> {
     // The guest's stack has already decided what to send when; Nagle here would add its delay.
@@ -652,30 +689,10 @@ impl Uplink for HostUplink {
             return Err(host_error(Errno::MFILE));
         }
         drop(next);
-        let (family, takes_unix) = (listener.family, listener.takes_unix);
-        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-        let (fd, peer) = match acceptfrom_with(&listener.fd, flags) {
-            Ok(accepted) => accepted,
-            // Or the client is gone again, or a firewall was (accept(2)).
-            Err(
-                Errno::AGAIN
-                | Errno::INTR
-                | Errno::CONNABORTED
-                | Errno::PERM
-                | Errno::PROTO
-                | Errno::HOSTUNREACH
-                | Errno::NETUNREACH
-                | Errno::TIMEDOUT,
-            ) => return Ok(None),
-            Err(errno) => return Err(host_error(errno)),
-        };
-        if let Some(allow_guests) = takes_unix
-            && let Err(refusal) = peer::check(fd.as_fd(), allow_guests.0)
-        {
-            log::warn!("{refusal} at a forward from a unix socket");
-            // The next one is heard of again: listeners are level-triggered.
+        let family = listener.family;
+        let Some((fd, peer)) = accept_admitted(listener)? else {
             return Ok(None);
-        }
+        };
         let peer = peer.and_then(|peer| SocketAddr::try_from(peer).ok());
         if peer.is_some() {
             // The client may have reset it already, which the first receive tells.

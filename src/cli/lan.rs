@@ -283,7 +283,7 @@ impl Lan {
     pub(super) fn drain(&mut self) {
         if let Lan::Embedded { server, network } = self {
             server.take();
-            // Nobody comes in any more for whom there is nobody.
+            // Forwards before ports, so that no connection arrives for a guest that is gone.
             for forward in network.forwards() {
                 network.remove_forward(ForwardId(forward.id));
             }

@@ -2,9 +2,9 @@
 //!
 //! One thread with a current-thread tokio runtime serves all clients; what asks the network for
 //! something runs on a small blocking pool, since attaching a port waits for the kernel. A client
-//! that sends nonsense is answered once and cut off. A client that has asked for something has one of
-//! [`CLIENTS_MAX`] seats; who has not has one of a few places, and a few seconds to ask. Who is not to be
-//! served ([`peer::check`](crate::sys::peer::check)) gets neither.
+//! that sends nonsense is answered once and cut off. A client holds one of [`CLIENTS_MAX`] seats once it
+//! has asked for something. Until then it holds one of a few places, and is cut off after a few seconds.
+//! A client that may not be served ([`peer::check`](crate::sys::peer::check)) gets neither.
 
 mod accept;
 
@@ -31,8 +31,9 @@ use crate::network::{
 use crate::sys::signal::Process;
 use crate::sys::socket;
 
-/// Threads that wait for the kernel on behalf of clients. Attaching takes milliseconds.
-const BLOCKING_THREADS: usize = 2;
+/// Threads that wait on behalf of clients: for the kernel, which takes milliseconds, or a second for a guest
+/// whose name is taken, so that a few of those hold nobody else up.
+const BLOCKING_THREADS: usize = 16;
 /// Of a longer command line the beginning is told.
 const COMMAND_CHARS_MAX: usize = 1000;
 /// How long a client may take to ask for something, so that silent ones make room. One that has nothing to
@@ -275,7 +276,7 @@ struct Owned {
 
 impl Drop for Owned {
     fn drop(&mut self) {
-        // Before their guests: nobody comes in any more for whom there is nobody.
+        // Forwards before ports, so that no connection arrives for a guest that is gone.
         for &forward in &self.forwards {
             self.target.remove_forward(forward);
         }
@@ -426,6 +427,63 @@ fn perform(
 ) -> Result<(Reply, Vec<OwnedFd>), String> {
     Ok(match request {
         Request::Status {} => (Reply::Status(Box::new(target.status())), Vec::new()),
+        Request::AttachVmm(_)
+        | Request::AttachWire { .. }
+        | Request::AttachTap(_)
+        | Request::AttachVhostUser(_) => attach(target, request, fds)?,
+        Request::GuestProcess { guest } => {
+            (Reply::GuestProcess {}, vec![target.guest_process(&guest)?])
+        }
+        Request::Detach { port } => {
+            if PortId(port) == PortId::GATEWAY {
+                return Err("the gateway can't be detached".to_owned());
+            }
+            target.detach(PortId(port));
+            (Reply::Done {}, Vec::new())
+        }
+        Request::ForwardAdd { forward, .. } => {
+            let spec: ForwardSpec = forward
+                .parse()
+                .map_err(|error| format!("forward {forward}: {error}"))?;
+            (Reply::Forward(target.add_forward(spec)?), Vec::new())
+        }
+        Request::ForwardList {} => {
+            let forwards = target.forwards();
+            (Reply::Forwards { forwards }, Vec::new())
+        }
+        Request::ForwardRemove { forward } => {
+            target.remove_forward(target.find_forward(&forward)?);
+            (Reply::Done {}, Vec::new())
+        }
+        Request::Policy {} => (
+            Reply::Policy {
+                text: target.policy(),
+            },
+            Vec::new(),
+        ),
+        Request::SetPolicy { text } => {
+            target.set_policy(Some(&text))?;
+            (Reply::Done {}, Vec::new())
+        }
+        Request::ClearPolicy {} => {
+            target.set_policy(None)?;
+            (Reply::Done {}, Vec::new())
+        }
+        Request::Stay {} => (Reply::Done {}, Vec::new()),
+        Request::Stop {} => {
+            let guests = target.guests();
+            (Reply::Stopping { guests }, Vec::new())
+        }
+    })
+}
+
+/// Attaches a port of whichever kind.
+fn attach(
+    target: &dyn Target,
+    request: Request,
+    fds: Vec<OwnedFd>,
+) -> Result<(Reply, Vec<OwnedFd>), String> {
+    Ok(match request {
         Request::AttachVmm(port) => {
             let port = target.attach_vmm(port.options()?)?;
             let mut fds = port.fds;
@@ -504,49 +562,7 @@ fn perform(
             };
             (reply, Vec::new())
         }
-        Request::GuestProcess { guest } => {
-            (Reply::GuestProcess {}, vec![target.guest_process(&guest)?])
-        }
-        Request::Detach { port } => {
-            if PortId(port) == PortId::GATEWAY {
-                return Err("the gateway can't be detached".to_owned());
-            }
-            target.detach(PortId(port));
-            (Reply::Done {}, Vec::new())
-        }
-        Request::ForwardAdd { forward, .. } => {
-            let spec: ForwardSpec = forward
-                .parse()
-                .map_err(|error| format!("forward {forward}: {error}"))?;
-            (Reply::Forward(target.add_forward(spec)?), Vec::new())
-        }
-        Request::ForwardList {} => {
-            let forwards = target.forwards();
-            (Reply::Forwards { forwards }, Vec::new())
-        }
-        Request::ForwardRemove { forward } => {
-            target.remove_forward(target.find_forward(&forward)?);
-            (Reply::Done {}, Vec::new())
-        }
-        Request::Policy {} => (
-            Reply::Policy {
-                text: target.policy(),
-            },
-            Vec::new(),
-        ),
-        Request::SetPolicy { text } => {
-            target.set_policy(Some(&text))?;
-            (Reply::Done {}, Vec::new())
-        }
-        Request::ClearPolicy {} => {
-            target.set_policy(None)?;
-            (Reply::Done {}, Vec::new())
-        }
-        Request::Stay {} => (Reply::Done {}, Vec::new()),
-        Request::Stop {} => {
-            let guests = target.guests();
-            (Reply::Stopping { guests }, Vec::new())
-        }
+        _ => return Err("this attaches nothing".to_owned()),
     })
 }
 

@@ -154,9 +154,7 @@ impl Request {
             OptionCode::Hostname => {
                 // Some clients send a trailing NUL (RFC 2132 2 says to accept it).
                 let text = data.strip_suffix(&[0]).unwrap_or(data);
-                self.hostname = std::str::from_utf8(text)
-                    .ok()
-                    .and_then(|text| text.parse().ok());
+                self.hostname = std::str::from_utf8(text).ok().and_then(GuestName::of_host);
             }
             _ => {}
         }

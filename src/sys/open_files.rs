@@ -10,8 +10,8 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 
-/// Files left to control clients, ports and listeners: an `exec` takes four (connection, tap, netlink,
-/// and one to look at the namespace).
+/// Files left to control clients, ports and listeners: an `exec` takes five (connection, tap, netlink, the
+/// guest's process, and one to look at the namespace).
 pub const CONTROL_FILES: u64 = 64;
 /// Files left to DNS queries, each of which has a socket of its own: a name is asked for before a flow begins.
 pub const DNS_FILES: u64 = 64;

@@ -46,6 +46,11 @@ impl ActiveForwards {
                 Err(None) => return,
                 Err(Some(HostError::Exhausted))
                     if tcp.give_up_file_for_client(listener.forward, now, (up, out)) => {}
+                // Too many at once that are refused.
+                Err(Some(HostError::Prohibited)) => {
+                    self.rest(id, listener.socket, now, up);
+                    return;
+                }
                 Err(Some(error)) => {
                     if !std::mem::replace(&mut self.warned, true) {
                         log::warn!(

@@ -31,6 +31,7 @@ pub mod outbound;
 pub mod overlap;
 pub mod port_owner;
 pub mod route;
+pub mod used_up;
 
 use std::collections::VecDeque;
 use std::io;
@@ -59,6 +60,7 @@ use addresses::{AddressWatch, Change};
 use local_ports::LocalPorts;
 use outbound::Outbound;
 use route::HostAddresses;
+use used_up::{Used, UsedUp};
 
 /// The token of the host's address changes ([`HostUplink::poll_addresses`]).
 pub const TOKEN_ADDRESSES: u64 = 20 << 56;
@@ -196,6 +198,7 @@ pub struct HostUplink {
     outbound: Outbound,
     addresses: AddressWatch,
     local_ports: LocalPorts,
+    used_up: UsedUp,
     /// File numbers from here on are not the guests' to use.
     file_max: i32,
     sockets: Vec<Option<Socket>>,
@@ -229,6 +232,7 @@ impl HostUplink {
             outbound,
             addresses,
             local_ports: LocalPorts::read(),
+            used_up: UsedUp::default(),
             file_max: open_files::flows_max(0),
             sockets: Vec::new(),
             free: Vec::new(),
@@ -296,19 +300,22 @@ impl HostUplink {
     }
 
     /// The kernel has no port left of its range toward `to`, or no source address: the latter is what UDP
-    /// finds, too. Ports outside the range may be free.
-    fn connect_outside_range(
-        &mut self,
-        to: SocketAddr,
-        hops: Option<u8>,
-    ) -> Result<OwnedFd, HostError> {
+    /// finds, too.
+    fn check_source(&self, to: SocketAddr) -> Result<(), HostError> {
         let family = Family::of(to.ip());
         let probe = open(family, SocketType::DGRAM, None)?;
         if !to.ip().is_loopback() {
             self.leave_from(&probe, family)?;
         }
-        connect(&probe, &to).map_err(host_error)?;
-        drop(probe);
+        connect(&probe, &to).map_err(host_error)
+    }
+
+    /// Begins a connection from a port outside the kernel's range, where some may be free.
+    fn connect_outside_range(
+        &mut self,
+        to: SocketAddr,
+        hops: Option<u8>,
+    ) -> Result<OwnedFd, HostError> {
         warn_of_ports(to);
         let seed = self.random();
         for port in self.local_ports.outside(seed) {
@@ -319,6 +326,7 @@ impl HostUplink {
                 (_, Err(errno)) => return Err(host_error(errno)),
             }
         }
+        self.used_up.remember(to, Used::All);
         Err(HostError::NoPort)
     }
 
@@ -588,10 +596,18 @@ impl Uplink for HostUplink {
         hops: Option<u8>,
         owner: SockOwner,
     ) -> Result<SockId, HostError> {
-        let fd = match self.connect(to, hops, None)? {
-            (fd, Ok(())) => fd,
-            (_, Err(Errno::ADDRNOTAVAIL)) => self.connect_outside_range(to, hops)?,
-            (_, Err(errno)) => return Err(host_error(errno)),
+        let fd = match self.used_up.toward(to) {
+            Some(Used::All) => return Err(HostError::NoPort),
+            Some(Used::Range) => self.connect_outside_range(to, hops)?,
+            None => match self.connect(to, hops, None)? {
+                (fd, Ok(())) => fd,
+                (_, Err(Errno::ADDRNOTAVAIL)) => {
+                    self.check_source(to)?;
+                    self.used_up.remember(to, Used::Range);
+                    self.connect_outside_range(to, hops)?
+                }
+                (_, Err(errno)) => return Err(host_error(errno)),
+            },
         };
         self.keep_stream((fd, true), Family::of(to.ip()), owner)
     }

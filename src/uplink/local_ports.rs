@@ -20,7 +20,8 @@ const TRIES: u64 = 32;
 /// The host's port ranges, as they were at start.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct LocalPorts {
-    range: (u16, u16),
+    /// First and last of those that the kernel chooses from.
+    pub(super) range: (u16, u16),
     reserved: Vec<RangeInclusive<u16>>,
 }
 
@@ -37,7 +38,7 @@ impl LocalPorts {
         )
     }
 
-    fn parse(range: &str, reserved: &str) -> Self {
+    pub(super) fn parse(range: &str, reserved: &str) -> Self {
         let mut ends = range.split_whitespace().map(str::parse);
         let range = match (ends.next(), ends.next()) {
             (Some(Ok(low)), Some(Ok(high))) if low <= high => (low, high),

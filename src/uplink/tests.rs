@@ -176,6 +176,27 @@ fn a_closed_port_refuses() {
 }
 
 #[test]
+fn a_destination_that_no_port_is_left_for_costs_no_search() {
+    let mut up = uplink();
+    let (server, address) = listener();
+    let (_other, elsewhere) = listener();
+    up.used_up.remember(address, Used::All);
+    assert_eq!(up.tcp_connect(address, None, TCP), Err(HostError::NoPort));
+    assert!(up.tcp_connect(elsewhere, None, TCP).is_ok(), "another one");
+    // The kernel is not asked for a port of its range again either.
+    up.local_ports = LocalPorts::parse("1 65535", "");
+    up.used_up.remember(address, Used::Range);
+    assert_eq!(up.tcp_connect(address, None, TCP), Err(HostError::NoPort));
+    assert_eq!(up.used_up.toward(address), Some(Used::All), "as was found");
+    up.local_ports = LocalPorts::read();
+    up.used_up.remember(address, Used::Range);
+    up.tcp_connect(address, None, TCP).unwrap();
+    let port = server.accept().unwrap().1.port();
+    let range = up.local_ports.range;
+    assert!(!(range.0..=range.1).contains(&port), "{port}");
+}
+
+#[test]
 fn slots_are_reused_and_sockets_close() {
     let mut up = uplink();
     let ids: Vec<_> = (0..3)

@@ -773,7 +773,8 @@ impl TcpNat {
         }
     }
 
-    /// Ends a flow with RST on both sides.
+    /// Ends a flow with RST on both sides. Of one that is still connecting the guest hears nothing: its next
+    /// SYN is treated as a first one.
     fn abort<U: Uplink + ?Sized, O: Outbox + ?Sized>(
         &mut self,
         id: FlowId,
@@ -783,14 +784,11 @@ impl TcpNat {
     ) {
         if let Some(flow) = self.flows.get_mut(id) {
             let peer = &flow.peer;
-            match &mut flow.state {
-                State::Connecting(syn) => reset(syn.packet(), peer, now, out),
-                State::Open(engine) => {
-                    guarded(|| {
-                        engine.abort();
-                        engine.poll_egress(now, peer, out);
-                    });
-                }
+            if let State::Open(engine) = &mut flow.state {
+                guarded(|| {
+                    engine.abort();
+                    engine.poll_egress(now, peer, out);
+                });
             }
             self.remove(id, up, true);
         }

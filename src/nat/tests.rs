@@ -322,6 +322,9 @@ fn connects_that_hang_lock_nobody_out() {
     assert_eq!(lab.connect(3, 0, NOW), Ok(()));
     assert_eq!(lab.connect(3, 1, NOW), Ok(()));
     assert_eq!(lab.nat.flows().0, tcp::CONNECTING_MAX);
+    // Who gave way is not told that nobody listens: the SYN comes again.
+    assert_eq!(lab.nat.tcp.counters().evicted, 2);
+    assert!(lab.out.frames.is_empty());
 }
 
 #[test]

@@ -5,8 +5,9 @@
 //! all flows at most, and so have all forwards together: clients from outside leave the guests' own
 //! flows a quarter. At the limit a newcomer takes the place of the longest idle flow of whoever has
 //! most, if that is more than the newcomer's side has with it. It does not matter how idle that flow is: a
-//! guest that keeps thousands fresh has no right to more than others. Both of its sides are reset. Who
-//! has most itself gets a place only for one of its own flows that idled for [`EVICTABLE_IDLE`].
+//! guest that keeps thousands fresh has no right to more than others. Both of its sides are reset, unless its
+//! host connect is under way: then it is as if its SYN had been refused. Who has most itself gets a place
+//! only for one of its own flows that idled for [`EVICTABLE_IDLE`].
 //!
 //! # Refusals
 //! A SYN that is refused is dropped and counted, so that the guest repeats it and gets through once

@@ -9,14 +9,15 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
+use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
 use super::Failure;
-use crate::control::RuntimeDir;
 use crate::control::client::Client;
+use crate::control::{ControlError, RuntimeDir};
 use crate::frame::{FRAME_BUFFER_LEN, PortId};
 use crate::nat::forward::ForwardSpec;
 use crate::network::{
@@ -59,6 +60,9 @@ enum Port {
     Socket(PathBuf, Option<SocketFile>, PortOptions),
 }
 
+/// The connection to the network, if that runs; or why the port is not attached.
+type Tried = Result<Option<Client>, String>;
+
 enum State {
     Attached(Box<Client>),
     Away {
@@ -70,7 +74,7 @@ enum State {
     Trying {
         since: Instant,
         told: Option<String>,
-        thread: JoinHandle<(What, Result<Option<Client>, String>)>,
+        thread: JoinHandle<Option<(What, Tried)>>,
         /// Closed by the thread at its end.
         done: OwnedFd,
     },
@@ -122,12 +126,10 @@ impl Attachment {
     pub(super) fn attach_tap(
         &mut self,
         tap: GuestTap,
-        mut options: PortOptions,
+        options: PortOptions,
     ) -> Result<(PortId, Option<GuestAddress>), Failure> {
         let (client, what) = self.parts()?;
         let (id, address) = client.attach_tap(&tap, &options)?;
-        // It is in use from here on, whatever leases the network has then.
-        options.ip = address.as_ref().map(|lease| lease.address);
         what.port = Some(Port::Guest(tap, options, address.clone()));
         Ok((id, address))
     }
@@ -211,11 +213,11 @@ impl Attachment {
                 thread,
                 ..
             } if ready => match thread.join() {
-                Ok((what, tried)) => {
+                Ok(Some((what, tried))) => {
                     self.what = Some(what);
                     self.tried(since, told, tried)
                 }
-                Err(_) => State::Over,
+                Ok(None) | Err(_) => State::Over,
             },
             unchanged => unchanged,
         };
@@ -241,34 +243,38 @@ impl Attachment {
 
     /// Looks for the network, and attaches where it is there.
     fn attempt(&mut self, since: Instant, told: Option<String>) -> State {
-        let mut start = || -> std::io::Result<(JoinHandle<_>, OwnedFd)> {
+        // The thread is there before it is given what must not be lost where none can be had.
+        let (give, given) = mpsc::channel::<What>();
+        let start = || -> std::io::Result<(JoinHandle<_>, OwnedFd)> {
             let (done, ours) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
-            let mut what = self.what.take().ok_or(std::io::ErrorKind::NotFound)?;
             let thread = std::thread::Builder::new().name("lanlet-attach".to_owned());
             let thread = thread.spawn(move || {
+                let mut what = given.recv().ok()?;
                 let tried = what.attach();
                 drop(ours);
-                (what, tried)
+                Some((what, tried))
             })?;
             Ok((thread, done))
         };
         match start() {
-            Ok((thread, done)) => State::Trying {
-                since,
-                told,
-                thread,
-                done,
-            },
+            Ok((thread, done)) => {
+                // It waits for this, and so takes it.
+                if let Some(what) = self.what.take() {
+                    let _ = give.send(what);
+                }
+                State::Trying {
+                    since,
+                    told,
+                    thread,
+                    done,
+                }
+            }
+            // Out of threads or descriptors.
             Err(_) => self.later(since, told),
         }
     }
 
-    fn tried(
-        &mut self,
-        since: Instant,
-        told: Option<String>,
-        tried: Result<Option<Client>, String>,
-    ) -> State {
+    fn tried(&mut self, since: Instant, told: Option<String>, tried: Tried) -> State {
         let name = self.what.as_ref().map_or("", |what| &what.name);
         match tried {
             Ok(Some(client)) => {
@@ -307,7 +313,7 @@ impl Attachment {
 
 impl What {
     /// Attaches the port to the network, if that runs.
-    fn attach(&mut self) -> Result<Option<Client>, String> {
+    fn attach(&mut self) -> Tried {
         let client =
             Client::connect_now(&self.dir, &self.name).map_err(|error| error.to_string())?;
         let Some(mut client) = client else {
@@ -315,15 +321,31 @@ impl What {
         };
         match &mut self.port {
             Some(Port::Guest(tap, options, address)) => {
-                let (_, lease) = client
-                    .attach_tap(tap, options)
-                    .map_err(|error| error.to_string())?;
-                let gateway = |lease: &GuestAddress| (lease.prefix, lease.gateway);
-                if lease.as_ref().map(gateway) != address.as_ref().map(gateway) {
+                // Its address is in use, whatever leases the network has. Where that is refused, a guest that
+                // others reach by its MAC alone is better than none.
+                let wanted = PortOptions {
+                    ip: address.as_ref().map(|lease| lease.address),
+                    ..options.clone()
+                };
+                let attached = match client.attach_tap(tap, &wanted) {
+                    Err(ControlError::Refused(_)) => client.attach_tap(tap, options),
+                    attached => attached,
+                };
+                let (_, lease) = attached.map_err(|error| error.to_string())?;
+                let of = |lease: &GuestAddress| (lease.address, lease.prefix, lease.gateway);
+                if let (Some(lease), Some(address)) = (lease, address)
+                    && of(&lease) != of(address)
+                {
                     log::warn!(
-                        "network '{}' has another gateway or prefix than it had, which the guest does not \
-                         know of: start the command again",
-                        self.name
+                        "network '{}' means the guest to be {}/{} with the gateway {}, and it stays {}/{} with \
+                         {}: start the command again",
+                        self.name,
+                        lease.address,
+                        lease.prefix,
+                        lease.gateway,
+                        address.address,
+                        address.prefix,
+                        address.gateway
                     );
                 }
             }

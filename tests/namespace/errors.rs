@@ -4,13 +4,13 @@
 use crate::common::{Outcome, World};
 use crate::scenario;
 
-/// try NAME CMD...: the status, and the error with blanks as underscores.
+/// try NAME CMD...: the status, and the error with blanks as underscores, without what was logged before.
 const TRY: &str = r#"
 try() {
     local name=$1 status=0 text
     shift
     text=$("$@" 2>&1 >/dev/null) || status=$?
-    say "$name=$status" "$name.says=$(echo "$text" | tr -s ' \n' _)"
+    say "$name=$status" "$name.says=$(echo "$text" | sed -n '/^lanlet: error: /,$p' | tr -s ' \n' _)"
 }
 "#;
 

@@ -421,3 +421,27 @@ fn guests_outlive_a_restart_of_their_network() {
         assert!(ms.parse::<u32>().unwrap() < 15_000, "{}", outcome.text());
     }
 }
+
+/// A network that comes back without the guest's address takes it all the same, and the guest is told.
+#[test]
+fn a_guest_is_attached_again_where_its_address_is_refused() {
+    let Some(outcome) = scenario(
+        &World::new(),
+        r#"
+        network --subnet 10.9.0.0/24
+        "$LAB/as-user" "$LANLET" exec --name default -- sh -c 'echo ready; exec sleep 60' >guest.log 2>&1 &
+        guest=$!
+        wait_for guest.log ready
+        kill -TERM $NETWORK
+        wait $NETWORK
+        network --subnet 10.8.0.0/24
+        wait_for guest.log 'again$'
+        say ports="$(status_of "len(s['ports'])")" told="$(grep -c 'means the guest to be 10.8.0.*it stays 10.9.0' guest.log)"
+        kill $guest
+        cat guest.log >&2
+        "#,
+    ) else {
+        return;
+    };
+    assert_said(&outcome.passed(), &[("ports", "2"), ("told", "1")]);
+}

@@ -15,7 +15,7 @@
 use std::io;
 use std::mem::MaybeUninit;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, fence};
 use std::sync::{Arc, OnceLock};
 
 use super::userfault::Charge;
@@ -42,6 +42,9 @@ struct TooMany;
 
 struct Slot {
     taken: AtomicBool,
+    /// Changes with what is said below, and is odd while that changes. The handler may be held up between any
+    /// two loads, for as long as it takes to free the slot and take it again.
+    version: AtomicUsize,
     /// First address; 0: nothing is guarded.
     start: AtomicUsize,
     len: AtomicUsize,
@@ -49,15 +52,53 @@ struct Slot {
     charge: AtomicPtr<Charge>,
 }
 
-static SLOTS: [Slot; GUARDS_MAX] = [const {
-    Slot {
-        taken: AtomicBool::new(false),
-        start: AtomicUsize::new(0),
-        len: AtomicUsize::new(0),
-        page_len: AtomicUsize::new(0),
-        charge: AtomicPtr::new(std::ptr::null_mut()),
+static SLOTS: [Slot; GUARDS_MAX] = [const { Slot::new() }; GUARDS_MAX];
+
+impl Slot {
+    const fn new() -> Self {
+        Self {
+            taken: AtomicBool::new(false),
+            version: AtomicUsize::new(0),
+            start: AtomicUsize::new(0),
+            len: AtomicUsize::new(0),
+            page_len: AtomicUsize::new(0),
+            charge: AtomicPtr::new(std::ptr::null_mut()),
+        }
     }
-}; GUARDS_MAX];
+
+    /// Says what it guards. For whoever has taken the slot.
+    fn set(&self, start: usize, len: usize, page_len: usize, charge: *const Charge) {
+        let version = self.version.load(Relaxed);
+        self.version.store(version.wrapping_add(1), Relaxed);
+        // Who reads any of what follows finds that the version has changed.
+        fence(Release);
+        self.start.store(start, Relaxed);
+        self.len.store(len, Relaxed);
+        self.page_len.store(page_len, Relaxed);
+        self.charge.store(charge.cast_mut(), Relaxed);
+        self.version.store(version.wrapping_add(2), Release);
+    }
+
+    /// Where an address is in what it guards. A slot that changes meanwhile guards something else: the mapping
+    /// that the access is to is in use, so its slot does not change.
+    fn find(&self, address: usize) -> Option<Place> {
+        let version = self.version.load(Acquire);
+        let start = self.start.load(Relaxed);
+        let (len, page_len) = (self.len.load(Relaxed), self.page_len.load(Relaxed));
+        let charge = self.charge.load(Relaxed);
+        fence(Acquire);
+        if version & 1 != 0 || self.version.load(Relaxed) != version {
+            return None;
+        }
+        let at = address.checked_sub(start).filter(|&at| at < len)?;
+        (start != 0 && page_len != 0).then(|| Place {
+            charge,
+            page: start + at / page_len * page_len,
+            page_len,
+            end: start + len,
+        })
+    }
+}
 
 /// End of the slots that were ever taken: the handler need not look beyond.
 static SLOTS_END: AtomicUsize = AtomicUsize::new(0);
@@ -93,26 +134,22 @@ pub fn guard(start: usize, len: usize, page_len: usize, charge: Charge) -> io::R
         .ok_or_else(|| io::Error::other(TooMany))?;
     // Before the slot says what it guards.
     SLOTS_END.fetch_max(free + 1, Release);
-    let slot = &SLOTS[free];
-    slot.len.store(len, Relaxed);
-    slot.page_len.store(page_len, Relaxed);
     let charge = Arc::new(charge);
-    slot.charge.store(Arc::as_ptr(&charge).cast_mut(), Relaxed);
-    slot.start.store(start, Release);
+    SLOTS[free].set(start, len, page_len, Arc::as_ptr(&charge));
     Ok(Guard { slot: free, charge })
 }
 
 impl Drop for Guard {
     fn drop(&mut self) {
         let slot = &SLOTS[self.slot];
-        slot.start.store(0, Release);
+        slot.set(0, 0, 0, std::ptr::null());
         slot.taken.store(false, Release);
     }
 }
 
 /// Where an access failed.
 struct Place {
-    slot: &'static Slot,
+    charge: *const Charge,
     page: usize,
     page_len: usize,
     /// Of the mapping.
@@ -122,17 +159,7 @@ struct Place {
 /// The page that an address is in, where it is guarded.
 fn page_of(address: usize) -> Option<Place> {
     let mut taken = SLOTS.iter().take(SLOTS_END.load(Acquire));
-    taken.find_map(|slot| {
-        let start = slot.start.load(Acquire);
-        let (len, page_len) = (slot.len.load(Relaxed), slot.page_len.load(Relaxed));
-        let at = address.checked_sub(start).filter(|&at| at < len)?;
-        (start != 0 && page_len != 0).then(|| Place {
-            slot,
-            page: start + at / page_len * page_len,
-            page_len,
-            end: start + len,
-        })
-    })
+    taken.find_map(|slot| slot.find(address))
 }
 
 /// Makes a page that an access failed at accessible. `is_missing`: nothing is wrong with it but that it is
@@ -140,7 +167,7 @@ fn page_of(address: usize) -> Option<Place> {
 fn mend(place: &Place, is_missing: bool) -> bool {
     // SAFETY: the pointer is null or to what the guard of the mapping holds, which lives as long as the
     // mapping is in use: the access that failed uses it.
-    let charge = unsafe { place.slot.charge.load(Relaxed).as_ref() };
+    let charge = unsafe { place.charge.as_ref() };
     if let Some(charge) = charge {
         if is_missing && charge.fill(place.page, place.page_len) {
             return true;
@@ -244,5 +271,28 @@ mod tests {
         assert_eq!(page_of(AT - 1), None);
         drop(guarded);
         assert_eq!(page_of(AT), None);
+    }
+
+    #[test]
+    fn a_slot_that_is_taken_again_is_never_half_read() {
+        // No mapping of a process is here, and what is at the first of them ends before the address.
+        const SMALL: (usize, usize) = (0xffff_9000_0000_0000, 0x1000);
+        const LARGE: (usize, usize) = (0xffff_a000_0000_0000, 0x100_0000);
+        const READS: usize = 1_000_000;
+        const BEYOND: usize = SMALL.0 + SMALL.1;
+        let slot = Slot::new();
+        let is_over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !is_over.load(Relaxed) {
+                    for (start, len) in [SMALL, LARGE] {
+                        slot.set(start, len, 0x1000, std::ptr::null());
+                    }
+                }
+            });
+            let found = (0..READS).filter(|_| slot.find(BEYOND).is_some()).count();
+            is_over.store(true, Relaxed);
+            assert_eq!(found, 0, "of {READS}");
+        });
     }
 }

@@ -204,7 +204,9 @@ impl Charge {
     /// Allocates a page of a mapping that is watched; whether it is there. For signal handlers: atomics and
     /// one system call.
     pub fn fill(&self, page: usize, page_len: usize) -> bool {
-        let number = (page - self.start) / page_len;
+        let Some(number) = page.checked_sub(self.start).map(|at| at / page_len) else {
+            return false;
+        };
         let (Some(Ok(userfault)), Some(word)) = (USERFAULT.get(), self.pages.get(number / 64))
         else {
             return false;

@@ -510,7 +510,7 @@ impl Nat {
         if let Transport::Icmp(message) = ip.transport
             && let Some(report) = TooBig::parse(Family::of(ip.source), message)
         {
-            return self.heed(packet.ingress, &report, now, out);
+            return self.heed(packet.ingress, &report, now, (up, out));
         }
         // An answer to a forward's client is for the gateway where that is whom the guest sees.
         let last_hop = ip.ttl <= 1 && !self.lan.is_gateway(ip.destination);
@@ -575,15 +575,15 @@ impl Nat {
     }
 
     /// A router behind a guest port says that a packet of ours was too big for its next link.
-    fn heed<O: Outbox + ?Sized>(
+    fn heed<U: Uplink + ?Sized, O: Outbox + ?Sized>(
         &mut self,
         port: PortId,
         report: &TooBig,
         now: Instant,
-        out: &mut O,
+        (up, out): (&mut U, &mut O),
     ) -> Result<(), DropReason> {
         match report.quoted {
-            Quoted::Tcp(sequence) => self.tcp.heed(port, report, sequence, now, out),
+            Quoted::Tcp(sequence) => self.tcp.heed(port, (report, sequence), now, (up, out)),
             Quoted::Udp => {
                 let in_session = self.forwards.heed(port, report, now);
                 in_session.unwrap_or_else(|| self.udp.heed(port, report, &self.egress, now))

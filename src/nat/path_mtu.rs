@@ -7,7 +7,8 @@
 //!
 //! # Hostile guests
 //! A report counts for a flow of the port that it came from, and one of TCP for data that is on its way
-//! (RFC 5927 4.1, 7.2); it can make packets smaller, down to [`MIN4`] or what IPv6 requires of every link.
+//! (RFC 5927 4.1, 7.2); it can make packets smaller, down to [`MIN4`] or what IPv6 requires of every link, and
+//! have what is on its way sent again once per [`SEND_AGAIN_INTERVAL`](super::tcp::SEND_AGAIN_INTERVAL).
 //! So a guest can only slow itself down, and who is behind it needs to see its packets to do that.
 
 use std::net::SocketAddr;

@@ -45,7 +45,9 @@ mod limits;
 mod probe;
 mod syn;
 
-pub use self::flow::{DOWN_BYTES_PER_FLUSH, ESTABLISHED_IDLE, TRANSITORY_IDLE};
+pub use self::flow::{
+    DOWN_BYTES_PER_FLUSH, ESTABLISHED_IDLE, SEND_AGAIN_INTERVAL, TRANSITORY_IDLE,
+};
 pub use self::limits::{
     CONNECTING_MAX, EVICTABLE_IDLE, GUEST_SEGMENTS_IN_FLIGHT, GiveWay, OPENS_BURST, OPENS_PER_SEC,
     OVERDRAFT, PORT_CONNECTING_MAX, SHARE, Shortage,
@@ -424,18 +426,17 @@ impl TcpNat {
     }
 
     /// A segment with this sequence number was too big for a link behind the guest: those of its flow get
-    /// smaller, and what is in flight is sent again. A report about data that is not on its way is forged,
-    /// or too late to matter (RFC 5927 4.1).
+    /// smaller, and what is in flight is sent again, once per [`SEND_AGAIN_INTERVAL`]. A report about data that
+    /// is not on its way is forged, or too late to matter (RFC 5927 4.1).
     ///
     /// # Errors
     /// The reason to count the report as dropped for.
-    pub fn heed<O: Outbox + ?Sized>(
+    pub fn heed<U: Uplink + ?Sized, O: Outbox + ?Sized>(
         &mut self,
         port: PortId,
-        report: &TooBig,
-        sequence: u32,
+        (report, sequence): (&TooBig, u32),
         now: Instant,
-        out: &mut O,
+        (up, out): (&mut U, &mut O),
     ) -> Result<(), DropReason> {
         let TooBig { guest, outside, .. } = *report;
         let id = self.keys.get(&FlowKey { guest, outside }).copied();
@@ -452,8 +453,14 @@ impl TcpNat {
             return Ok(());
         }
         self.counters.narrowed += 1;
-        let peer = &flow.peer;
-        if guarded(|| engine.send_again(now, peer, out)).is_none() {
+        flow.send_again_due = true;
+        if now < flow.send_again_from {
+            let at = flow.send_again_from;
+            self.arm(id, at);
+            return Ok(());
+        }
+        if guarded(|| flow.send_again(now, out)).is_none() {
+            self.fault(id, up);
             return Err(DropReason::FlowFault);
         }
         self.mark_dirty(id);
@@ -698,6 +705,13 @@ impl TcpNat {
                 continue;
             }
             flow.armed = None;
+            if flow.send_again_due
+                && now >= flow.send_again_from
+                && guarded(|| flow.send_again(now, out)).is_none()
+            {
+                self.fault(id, up);
+                continue;
+            }
             if now >= flow.active_at + flow.idle_limit() {
                 self.counters.idled_out += 1;
                 self.abort(id, now, up, out);

@@ -24,6 +24,11 @@ pub const IDLE_RELEASE: Duration = Duration::from_secs(2);
 /// in its receive queue already; a guest that reads gets it within milliseconds.
 const BROKEN_LINGER: Duration = Duration::from_secs(2);
 
+/// Time between two times that what is in flight is sent again because it was too big: a link of the guest's
+/// own is milliseconds away, and a guest that says of each size that it is too big gets ten flights a
+/// second for it.
+pub const SEND_AGAIN_INTERVAL: Duration = Duration::from_millis(100);
+
 /// A guest's connection as its segments name it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct FlowKey {
@@ -78,6 +83,10 @@ pub struct Flow {
     pub is_probe: bool,
     /// The guest sends keep-alives, so the host's socket does too.
     pub watched: bool,
+    /// Segments got smaller, and what is in flight has not been sent again since.
+    pub send_again_due: bool,
+    /// When that may be.
+    pub send_again_from: Instant,
     pub active_at: Instant,
     /// When the wheel will call for this flow.
     pub armed: Option<Instant>,
@@ -128,6 +137,8 @@ impl Flow {
             is_short: false,
             is_probe: false,
             watched: false,
+            send_again_due: false,
+            send_again_from: now,
             active_at: now,
             armed: None,
         }
@@ -268,6 +279,15 @@ impl Flow {
         self.memory().saturating_sub(held)
     }
 
+    /// Sends what is in flight again, in segments of the size that it has now.
+    pub fn send_again<O: Outbox + ?Sized>(&mut self, now: Instant, out: &mut O) {
+        self.send_again_due = false;
+        self.send_again_from = now + SEND_AGAIN_INTERVAL;
+        if let State::Open(engine) = &mut self.state {
+            engine.send_again(now, &self.peer, out);
+        }
+    }
+
     /// Whether the host's connect is under way.
     pub fn is_connecting(&self) -> bool {
         matches!(self.state, State::Connecting(_))
@@ -290,6 +310,9 @@ impl Flow {
         let mut next = self.active_at + self.idle_limit();
         if let Some(at) = self.broken_at {
             next = next.min(at + BROKEN_LINGER);
+        }
+        if self.send_again_due {
+            next = next.min(self.send_again_from);
         }
         if self.touched {
             next = next.min(self.active_at + IDLE_RELEASE);

@@ -248,8 +248,8 @@ impl Lab {
             outside,
             quoted: crate::nat::path_mtu::Quoted::Tcp(sequence),
         };
-        self.nat
-            .heed(port, &report, sequence, self.now, &mut self.log)
+        let io = (&mut self.up, &mut self.log);
+        self.nat.heed(port, (&report, sequence), self.now, io)
     }
 
     fn check_frame(&mut self, frame: &[u8], offload: Offload) {
@@ -1065,6 +1065,80 @@ fn a_link_behind_the_guest_makes_segments_smaller_and_they_are_sent_again_at_onc
         let more = pattern(300_000, 4);
         lab.up.peer_send(host, &more);
         assert_eq!(download(&mut lab, handle, more.len()), more);
+    }
+}
+
+/// A connection whose segments do not fit, and what is known of the first of them.
+fn narrow() -> (Lab, SocketHandle, Vec<u8>, (u32, SocketAddr, SocketAddr)) {
+    let mut lab = Lab::new();
+    let handle = lab.connect(1000);
+    lab.settle();
+    let (host, sent) = (lab.host(), pattern(100_000, 3));
+    lab.up.peer_send(host, &sent);
+    lab.path_mtu = 1000;
+    lab.settle();
+    let segment = lab.too_big.take().expect("it was too big");
+    (lab, handle, sent, segment)
+}
+
+#[test]
+fn reports_of_ever_smaller_links_have_one_flight_sent_again_at_a_time() {
+    let (mut lab, handle, sent, segment) = narrow();
+    let flight = |lab: &mut Lab, mtu: u16| {
+        let before = lab.log.count;
+        assert_eq!(lab.report(PortId(1), mtu, segment), Ok(()));
+        lab.log.count - before
+    };
+    assert!(flight(&mut lab, 1400) > 0);
+    for mtu in (1000..1400).rev() {
+        assert_eq!(flight(&mut lab, mtu), 0, "{mtu}");
+    }
+    assert_eq!(lab.nat.flows.iter().next().unwrap().peer.mss, 960);
+    assert_eq!(lab.nat.counters().narrowed, 401);
+    // The first flight does not fit either. What was owed comes with the interval, not with the timer of the
+    // engine, which is a second or more.
+    let before = lab.now;
+    assert_eq!(download(&mut lab, handle, sent.len()), sent);
+    assert!(lab.now - before <= super::SEND_AGAIN_INTERVAL * 2);
+}
+
+#[test]
+fn an_engine_that_fails_at_a_report_loses_its_flow() {
+    struct Panics(FrameLog);
+    impl crate::gateway::Outbox for Panics {
+        fn buffer(&mut self) -> &mut [u8] {
+            self.0.buffer()
+        }
+
+        fn send(&mut self, _: usize, _: Offload) {
+            panic!("as an engine would");
+        }
+    }
+    for is_due in [true, false] {
+        let (mut lab, _, _, (sequence, outside, guest)) = narrow();
+        if !is_due {
+            assert_eq!(
+                lab.report(PortId(1), 1400, (sequence, outside, guest)),
+                Ok(())
+            );
+        }
+        let (mut out, now) = (Panics(FrameLog::default()), lab.now);
+        let report = TooBig {
+            mtu: 1000,
+            guest,
+            outside,
+            quoted: crate::nat::path_mtu::Quoted::Tcp(sequence),
+        };
+        let io = (&mut lab.up, &mut out);
+        let heeded = lab.nat.heed(PortId(1), (&report, sequence), now, io);
+        if !is_due {
+            let due = now + super::SEND_AGAIN_INTERVAL * 2;
+            lab.nat.handle_timeout(due, &mut lab.up, &mut out);
+        }
+        let faulted = is_due.then_some(DropReason::FlowFault).map_or(Ok(()), Err);
+        assert_eq!(heeded, faulted);
+        assert_eq!((lab.nat.counters().faults, lab.nat.len()), (1, 0));
+        assert!(!lab.nat.has_flow(guest, outside));
     }
 }
 

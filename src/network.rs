@@ -432,12 +432,8 @@ impl Shared {
     /// The port of the guest with this name or address.
     fn port_of(&self, guest: &str) -> Option<PortId> {
         match guest.parse::<IpAddr>() {
-            Ok(IpAddr::V4(address)) => {
-                let leases = lock(&self.leases);
-                leases
-                    .holder(address, self.now())
-                    .and_then(|(_, port)| port)
-            }
+            // A guest may lease what it likes: only a port's own address says whose it is.
+            Ok(IpAddr::V4(address)) => lock(&self.leases).attached_port(address),
             Ok(address) => {
                 let has = |mac| self.guest6(mac).is_some_and(|v6| v6.address == address);
                 let ports = lock(&self.ports);

@@ -197,8 +197,12 @@ pub struct LeaseTable {
     /// Offers and quarantined addresses by end: swept when an address is chosen.
     transient: BTreeSet<(Instant, Ipv4Addr)>,
     generation: u64,
+    /// When a port was last found to claim too many.
+    refused: HashMap<PortId, Instant>,
     /// It was warned of a full pool.
     warned: bool,
+    /// It was warned of a station that uses an address of another's.
+    warned_of_claim: bool,
 }
 
 impl LeaseTable {
@@ -231,7 +235,9 @@ impl LeaseTable {
             ends: BTreeSet::new(),
             transient: BTreeSet::new(),
             generation: 0,
+            refused: HashMap::new(),
             warned: false,
+            warned_of_claim: false,
         })
     }
 
@@ -345,9 +351,7 @@ impl LeaseTable {
         };
         let former = self.remove(address).and_then(|entry| entry.former);
         if let Some(mut former) = former.filter(|former| former.key.mac == claim.station.mac) {
-            // Whose lease it was is still there.
-            self.claims.remove(&address);
-            former.port = Some(claim.station.port);
+            // Whose lease it was is still there, and the claim keeps it from the next.
             former.seen = now;
             self.insert(address, *former);
         }
@@ -410,7 +414,7 @@ impl LeaseTable {
                     return Err(Refusal::Reserved);
                 }
                 let is_used = self.claim_against(address, client.mac).is_some();
-                if is_used || !self.is_free(address, now) {
+                if is_used || !self.is_nobodys(address, client.mac, now) {
                     return Err(Refusal::Taken);
                 }
                 self.check_limits(client, now)?;
@@ -529,9 +533,10 @@ impl LeaseTable {
             Some(owner) => owner == client.port,
             None => !self.is_declared_elsewhere(client.mac, client.port),
         };
-        // Who came back late finds another station there.
-        let is_lost =
-            !entry.state.is_live(now) && self.claim_against(address, client.mac).is_some();
+        // Who came back late finds another station there; but ARP takes nothing from a guest that is known.
+        let is_lost = !entry.state.is_live(now)
+            && self.claim_against(address, client.mac).is_some()
+            && !self.is_declared_at(client.mac, client.port);
         is_its && !is_lost
     }
 
@@ -544,6 +549,15 @@ impl LeaseTable {
         self.entries
             .get(&address)
             .is_none_or(|entry| !entry.state.is_live(now))
+    }
+
+    /// In no live entry, and remembered for no client of another MAC: who is gone for a moment finds its
+    /// address, whoever asks for it meanwhile.
+    fn is_nobodys(&self, address: Ipv4Addr, mac: Mac, now: Instant) -> bool {
+        self.entries.get(&address).is_none_or(|entry| {
+            let is_quarantined = matches!(entry.state, State::Quarantined { .. });
+            !entry.state.is_live(now) && (entry.key.mac == mac || is_quarantined)
+        })
     }
 
     /// Makes `address` the client's, in a state; who had it before has it no more.

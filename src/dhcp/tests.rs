@@ -770,6 +770,15 @@ fn what_is_no_request_is_dropped_with_its_reason() {
 }
 
 #[test]
+fn of_a_long_name_the_hosts_part_is_kept() {
+    let mut lab = Lab::new();
+    let long = format!("Web-1.{}", "a-department.".repeat(6)) + "example";
+    lab.ask(&sent(1).option(12, long.as_bytes()));
+    let views = lab.server.leases().snapshot(lab.now);
+    assert_eq!(views[0].hostname, "web-1".parse().ok());
+}
+
+#[test]
 fn harmless_oddities_are_served() {
     let mut lab = Lab::new();
     let mut no_end = sent(1);

@@ -66,8 +66,9 @@ impl LeaseTable {
         wanted: Option<Ipv4Addr>,
         now: Instant,
     ) -> Result<Ipv4Addr, Refusal> {
-        let wanted =
-            wanted.filter(|&wanted| self.is_for(wanted, key.mac) && self.is_free(wanted, now));
+        let wanted = wanted.filter(|&wanted| {
+            self.is_for(wanted, key.mac) && self.is_nobodys(wanted, key.mac, now)
+        });
         if let Some(address) = wanted.or_else(|| self.untouched(key)) {
             self.make_room(address, now)?;
             return Ok(address);

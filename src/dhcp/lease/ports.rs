@@ -6,12 +6,16 @@
 //! owner, and the first port with its client gets it: a guest that was started anew finds its address. Where
 //! lanlet knows the MAC of a port's guest, no other port takes up what that MAC had.
 //!
+//! lanlet's knowledge comes before who was first: a port whose guest's MAC is known takes over what another port
+//! got by that MAC.
+//!
 //! A port's number is used again in time; nothing of its former bearer is left then, since both ends of a
 //! port's life take its number from the entries.
 //!
 //! # Claims
 //! [`LeaseTable::heard`] learns from guests' ARP which addresses are used by whom. What is used without a
-//! lease is not given to others. A hostile guest could claim every address, so a port's claims count
+//! lease is not given to others. ARP is anybody's word: it gives nobody a lease, keeps no guest whose MAC is
+//! known from what it had, and yields to an address that the user names. A hostile guest could claim every address, so a port's claims count
 //! against its share, [`CLAIMS_PER_PORT_MAX`] at most; and of an address with a live lease there is no claim.
 
 use std::net::Ipv4Addr;
@@ -27,6 +31,9 @@ pub const CLAIMS_PER_PORT_MAX: usize = 16;
 /// When a claim is no hindrance any more if no other address is left: a station that uses its address asks
 /// for a neighbour's MAC far more often than that.
 pub(super) const CLAIM_TIME: Duration = Duration::from_secs(600);
+
+/// How long a port with too many claims makes no more, without being counted again.
+const REFUSED_FOR: Duration = Duration::from_secs(1);
 
 /// An address in use without a lease.
 #[derive(Clone, Copy, Debug)]
@@ -61,12 +68,25 @@ impl LeaseTable {
             entry.port = entry.port.filter(|&owner| owner != port);
         }
         self.ports.insert(port, mac);
+        let own = mac
+            .and_then(|mac| self.by_mac.get(&mac))
+            .into_iter()
+            .flatten();
+        for address in own {
+            if let Some(entry) = self.entries.get_mut(address)
+                && entry.state != State::Attached
+            {
+                let declared = entry.port.and_then(|owner| self.ports.get(&owner));
+                entry.port = entry.port.filter(|_| declared == Some(&mac));
+            }
+        }
     }
 
     /// A port ends: its leases stay remembered, and are open to their clients on any port.
     pub fn close_port(&mut self, port: PortId, now: Instant) {
         self.ports.remove(&port);
         self.claims.retain(|_, claim| claim.station.port != port);
+        self.refused.remove(&port);
         self.attached.retain(|_, attached| attached.port != port);
         self.reservations.forget_port(port);
         let of_port = self.entries.iter();
@@ -158,6 +178,7 @@ impl LeaseTable {
                 if own != Some(wanted) {
                     self.check_reservable(wanted, mac, now)?;
                 }
+                self.overrule(wanted, mac);
                 wanted
             }
             (None, Some(own)) => own,
@@ -183,20 +204,16 @@ impl LeaseTable {
             && entry.state.is_live(now)
         {
             let owner = self.owner(entry);
-            let may_own = owner == Some(port)
-                || (owner.is_none()
-                    && self.ports.contains_key(&port)
-                    && !self.is_declared_elsewhere(mac, port));
             let is_its = entry.key.mac == mac;
             let is_offered = matches!(entry.state, State::Offered { .. });
-            if is_its
-                && may_own
+            // Without an owner it is the claim that keeps the address from others.
+            let is_ownerless = is_its && owner.is_none();
+            if (is_its && owner == Some(port) || is_ownerless)
                 && let Some(entry) = self.entries.get_mut(&address)
             {
-                // One whose owner was not known, or gone, is there after all.
-                (entry.port, entry.seen) = (Some(port), now);
+                entry.seen = now;
             }
-            if is_its || !is_offered {
+            if !is_ownerless && (is_its || !is_offered) {
                 return Heard::Leased;
             }
         }
@@ -209,8 +226,14 @@ impl LeaseTable {
                 return Heard::Leased;
             }
         }
+        // A guest can send any number of these, and the count walks the table.
+        let refused_at = self.refused.get(&port);
+        if refused_at.is_some_and(|&at| now < at + REFUSED_FOR) {
+            return Heard::TooMany;
+        }
         let limit = CLAIMS_PER_PORT_MAX.min(self.share());
         if self.claims_of(port) >= limit || self.held_by(port, now) >= self.share() {
+            self.refused.insert(port, now);
             return Heard::TooMany;
         }
         let heard_at = now;
@@ -222,6 +245,27 @@ impl LeaseTable {
     pub(super) fn claims_of(&self, port: PortId) -> usize {
         let claims = self.claims.values();
         claims.filter(|claim| claim.station.port == port).count()
+    }
+
+    /// The port of the guest whose own address this is, for as long as both live.
+    pub fn attached_port(&self, address: Ipv4Addr) -> Option<PortId> {
+        let entry = self.entries.get(&address)?;
+        self.owner(entry).filter(|_| entry.state == State::Attached)
+    }
+
+    /// Drops the claim of an address that its user gave to a guest of this MAC.
+    pub(super) fn overrule(&mut self, address: Ipv4Addr, mac: Mac) {
+        let Some(claim) = self.claim_against(address, mac) else {
+            return;
+        };
+        self.claims.remove(&address);
+        if !std::mem::replace(&mut self.warned_of_claim, true) {
+            log::warn!(
+                "{address} is {mac}'s as its user says, and {} on port {} was heard to use it",
+                claim.station.mac,
+                claim.station.port
+            );
+        }
     }
 
     /// The claim that keeps `address` from a client of this MAC.

@@ -145,6 +145,7 @@ impl LeaseTable {
         now: Instant,
     ) -> Result<(), Refusal> {
         self.check_reservable(address, mac, now)?;
+        self.overrule(address, mac);
         // Its own by MAC already.
         if self.reservations.is_reserved(address) {
             return Ok(());
@@ -162,8 +163,8 @@ impl LeaseTable {
         Ok(())
     }
 
-    /// Whether a guest of `mac` can have `address` and nobody else: not reserved for others, not leased to
-    /// one whose port lives, and not used by a station without a lease.
+    /// Whether a guest of `mac` can have `address` and nobody else: not reserved for others, nor leased to
+    /// one whose port lives.
     pub(super) fn check_reservable(
         &self,
         address: Ipv4Addr,
@@ -182,7 +183,7 @@ impl LeaseTable {
             .entries
             .get(&address)
             .is_some_and(|entry| entry.state.is_live(now) && self.owner(entry).is_some());
-        if is_leased || self.claim_against(address, mac).is_some() {
+        if is_leased {
             return Err(Refusal::Taken);
         }
         Ok(())

@@ -657,7 +657,8 @@ fn an_offer_that_is_not_taken_costs_nobody_a_lease() {
     );
     assert_eq!(
         table.holder(second, at(102)),
-        Some((mac(2), Some(PortId(7))))
+        Some((mac(2), Some(PortId(2)))),
+        "ARP gives no port a lease"
     );
     assert_eq!(
         table.offer(&client(3), None, at(103)),
@@ -822,8 +823,77 @@ fn a_ports_address_is_its_first_clients_until_it_goes() {
     assert_eq!(gateway, Err(Refusal::NoGuest));
     hear(&mut table, address(15), 66, 4);
     let squatted = table.attach(mac(4), PortId(4), Some(address(15)), at(4));
-    assert_eq!(squatted, Err(Refusal::Taken));
+    assert_eq!(
+        squatted,
+        Ok(address(15)),
+        "nobody's word is against the user's"
+    );
+    hear(&mut table, address(16), 66, 4);
+    let kept = table.reserve_for_port(PortId(5), mac(5), address(16), at(4));
+    assert_eq!(kept, Ok(()));
     table.check_invariants();
+}
+
+/// What a hostile guest does while another one, or the whole network, starts anew.
+#[test]
+fn a_guest_that_starts_again_has_its_address_whatever_was_heard_meanwhile() {
+    for is_attached in [false, true] {
+        let thief = Client {
+            port: PortId(66),
+            ..client(1)
+        };
+        let mut before = table(2, 254);
+        before.open_port(PortId(1), Some(mac(1)));
+        let own = match is_attached {
+            true => before.attach(mac(1), PortId(1), None, at(0)).unwrap(),
+            false => before.lease(&client(1), at(0)).unwrap(),
+        };
+        let records = before.records(at(1), 1_000);
+        let mut restored = table(2, 254);
+        restored.restore(&records, at(0), 1_000);
+        before.close_port(PortId(1), at(1));
+        for mut table in [before, restored] {
+            table.open_port(PortId(66), Some(mac(66)));
+            for forged in [mac(1), mac(66)] {
+                let station = Station {
+                    mac: forged,
+                    port: PortId(66),
+                };
+                table.heard(own, station, at(2));
+            }
+            let own_mac = Client {
+                mac: mac(66),
+                ..thief
+            };
+            assert_ne!(table.offer(&own_mac, Some(own), at(2)), Ok(own));
+            let other = Client {
+                mac: mac(67),
+                ..thief
+            };
+            assert_eq!(table.hold(&other, own, at(2)), Err(Refusal::Taken));
+            let _ = table.lease(&thief, at(2));
+            table.open_port(PortId(3), Some(mac(1)));
+            let anew = Client {
+                port: PortId(3),
+                ..client(1)
+            };
+            let got = match is_attached {
+                true => table.attach(mac(1), PortId(3), Some(own), at(3)),
+                false => table.lease(&anew, at(3)),
+            };
+            assert_eq!(got, Ok(own));
+            assert_eq!(table.attached_port(own), is_attached.then_some(PortId(3)));
+            table.check_invariants();
+        }
+    }
+}
+
+#[test]
+fn a_lease_does_not_make_an_address_a_ports_own() {
+    let mut table = table(2, 254);
+    table.open_port(PortId(66), Some(mac(66)));
+    let leased = table.lease(&client(66), at(0)).unwrap();
+    assert_eq!(table.attached_port(leased), None);
 }
 
 #[test]

@@ -117,9 +117,8 @@ impl Lan {
         flags: &LanFlags,
         options: &NetworkOptions,
     ) -> Result<Self, Failure> {
-        let config = options.resolve(NAME_DEFAULT, None)?;
         let Some(client) = flags.connect()? else {
-            return Self::private(kind, config);
+            return Self::private(kind, options.resolve(NAME_DEFAULT, None)?);
         };
         if let Some(option) = options.first_given() {
             return Err(Failure::because(format!(

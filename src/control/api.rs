@@ -19,8 +19,8 @@ use crate::names::{GroupName, GuestName, NameError};
 use crate::nat::policy::parse::TEXT_LEN_MAX;
 use crate::network::{ForwardStatus, GuestAddress, PortOptions, Status};
 
-/// Version of the protocol. A client refuses another one.
-pub const PROTOCOL: u32 = 1;
+/// Version of the protocol. A client refuses another one. 1 had no [`Request::Stay`].
+pub const PROTOCOL: u32 = 2;
 /// Longest request, bytes: a policy, of which JSON writes line ends, tabs and quotes in two bytes, and as
 /// much again as the other requests need (names, a MAC).
 pub const REQUEST_BYTES_MAX: usize = 2 * TEXT_LEN_MAX + 4 * 1024;

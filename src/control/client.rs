@@ -393,11 +393,12 @@ impl Client {
         };
         if hello.lanlet != PROTOCOL {
             let reason = format!(
-                "lanlet {} speaks control protocol {}, this one ({}) speaks {PROTOCOL}: restart the \
-                 network with this version",
+                "lanlet {} speaks control protocol {}, this one ({}) speaks {PROTOCOL}: end the network with \
+                 'kill {}' and start it anew",
                 hello.version,
                 hello.lanlet,
-                env!("CARGO_PKG_VERSION")
+                env!("CARGO_PKG_VERSION"),
+                hello.pid
             );
             return Err(ControlError::Protocol {
                 name: self.name.clone(),

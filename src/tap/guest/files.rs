@@ -57,6 +57,8 @@ impl GuestFiles {
     /// # Errors
     /// What is not as it should be and what follows from it: worth a warning.
     pub(super) fn set(&self) -> Result<(), TapError> {
+        // Where the host's file is; usually in one of the directories that are covered.
+        let host_file = fs::canonicalize(RESOLV_CONF);
         let covered = cover_resolver_sockets();
         match self.make_etc() {
             Ok(()) => covered,
@@ -68,7 +70,8 @@ impl GuestFiles {
                          profile may forbid mounts in namespaces), {effect}"
                     ),
                 };
-                Err(match self.mount_resolv_conf() {
+                let host_file = host_file.and_then(|path| self.mount_resolv_conf(&path));
+                Err(match host_file {
                     Ok(()) => cause(
                         "so that names resolve only until the host replaces its resolv.conf"
                             .to_owned(),
@@ -127,12 +130,15 @@ impl GuestFiles {
         }
     }
 
-    /// Mounts the resolver's file over the host's.
-    fn mount_resolv_conf(&self) -> io::Result<()> {
-        // A mount must be on the file itself; the link usually points into /run.
-        let target = fs::canonicalize(RESOLV_CONF)?;
+    /// Puts the resolver's file where the host's is, `target`: a mount must be on the file itself, and the link
+    /// usually points into /run.
+    fn mount_resolv_conf(&self, target: &Path) -> io::Result<()> {
+        if !target.exists() {
+            // Its directory is covered, by a tmpfs of this guest's own.
+            return write(target, &self.resolv_conf);
+        }
         let source = self.write_temporary()?;
-        let mounted = mount_bind(&source, &target);
+        let mounted = mount_bind(&source, target);
         // The mount keeps the contents.
         let _ = fs::remove_file(&source);
         Ok(mounted?)
@@ -204,8 +210,7 @@ fn cover_resolver_sockets() -> Result<(), TapError> {
         if covered.contains(&directory) || !directory.is_dir() {
             continue;
         }
-        let flags =
-            MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC | MountFlags::RDONLY;
+        let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
         mount("tmpfs", &directory, "tmpfs", flags, c"mode=0755").map_err(|error| {
             TapError::GuestFile {
                 path: path.to_owned(),

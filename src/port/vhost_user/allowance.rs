@@ -8,11 +8,13 @@
 
 use std::collections::HashMap;
 use std::fs::File;
+use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use rustix::fs::inotify;
+use rustix::io::Errno;
 
 use crate::sys::memory_limit;
 use crate::sys::userfault::Allowance;
@@ -55,19 +57,30 @@ fn kept() -> MutexGuard<'static, Kept> {
     kept.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Makes sure that the kernel will say when files are gone, for as long as this process runs: a guest of the same
+/// user can use up the instances that the user may have (fs.inotify.max_user_instances) later on.
+///
+/// # Errors
+/// It gives no instance.
+pub fn prepare() -> io::Result<()> {
+    let mut kept = kept();
+    if kept.inotify.is_none() {
+        let flags = inotify::CreateFlags::NONBLOCK | inotify::CreateFlags::CLOEXEC;
+        kept.inotify = Some(inotify::init(flags)?);
+    }
+    Ok(())
+}
+
 /// Has `bytes` that were allocated in a file count until it is gone; for ever where the kernel does not say
-/// when that is.
+/// when that is, or [`prepare`] failed.
 pub fn count_until_gone(file: &File, allowance: &Arc<Allowance>, bytes: u64) {
     let mut kept = kept();
     let watch = |inotify: &OwnedFd| {
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
         inotify::add_watch(inotify, path, inotify::WatchFlags::DELETE_SELF)
     };
-    let watched = match &kept.inotify {
-        Some(inotify) => watch(inotify),
-        None => inotify::init(inotify::CreateFlags::NONBLOCK | inotify::CreateFlags::CLOEXEC)
-            .and_then(|inotify| watch(kept.inotify.insert(inotify))),
-    };
+    // Without one the port's opening has told why.
+    let watched = kept.inotify.as_ref().map_or(Err(Errno::MFILE), watch);
     match watched {
         Ok(file) => {
             let shares = kept.files.entry(file).or_default();

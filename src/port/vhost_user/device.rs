@@ -86,6 +86,12 @@ impl Device {
     /// # Errors
     /// The kernel gives no epoll or eventfd.
     pub fn new(name: String, counters: Arc<PortCounters>) -> io::Result<Self> {
+        if let Err(error) = allowance::prepare() {
+            log::warn!(
+                "{name}: without inotify ({error}) guest memory that lanlet allocates counts for ever, and further \
+                 vhost-user guests may get none: raise fs.inotify.max_user_instances, then attach the port anew"
+            );
+        }
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let again = super::eventfd()?;
         let device = Self {

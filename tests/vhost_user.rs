@@ -168,7 +168,7 @@ fn qemu_guests_by_shared_memory() {
     assert_eq!(standing.kind, "vhost-user");
     // Their guests' memory is theirs, but for what was received into pages that they had not touched, and the
     // tables that map it: 30 MB came in twice.
-    let allocated = status.totals["guest_memory_bytes"];
+    let allocated = status.gauges["guest_memory_bytes"];
     assert!((1 << 16..32 << 20).contains(&allocated), "{}", told());
     // Both transfers came as super-frames: with frames of 1,514 bytes they would be 40,000.
     assert!(standing.tx_frames < 20_000, "{}", told());

@@ -232,7 +232,7 @@ impl Shared {
             totals.insert(HOST_SOCKETS.to_owned(), sockets);
             gauges.insert(HOST_SOCKETS.to_owned(), sockets);
         }
-        totals.insert("guest_memory_bytes".to_owned(), allowance::used());
+        gauges.insert("guest_memory_bytes".to_owned(), allowance::used());
         let table = self.switch.counters();
         totals.extend(table.iter().map(|(name, count)| (name.to_owned(), count)));
         // Copied out: the helper is asked for the drops of a wire, and may take its time.

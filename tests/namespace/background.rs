@@ -320,7 +320,10 @@ fn guests_are_shown_with_their_addresses() {
             ("v6", "True"),
             ("ports", "[1,2]"),
             ("version", "True"),
-            ("gauges", "['host_sockets','leases','macs','ports']"),
+            (
+                "gauges",
+                "['guest_memory_bytes','host_sockets','leases','macs','ports']",
+            ),
             ("since", "True"),
             ("counted", "True"),
         ],

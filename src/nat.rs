@@ -243,7 +243,8 @@ pub trait Uplink {
     /// one. `Ok(None)`: none waits.
     ///
     /// # Errors
-    /// [`HostError::Exhausted`]: there is one, but no file is left for it.
+    /// [`HostError::Exhausted`]: there is one, but no file is left for it; [`HostError::Prohibited`]: many
+    /// that may not connect were refused.
     fn accept(
         &mut self,
         listener: SockId,

@@ -138,6 +138,8 @@ struct Socket {
     is_tcp: bool,
     /// It takes connections of unix sockets, of guests too where that is allowed.
     takes_unix: Option<AllowGuests>,
+    /// Its clients that were refused since its forward last rested for that.
+    refusals: usize,
     /// What it was registered with.
     token: u64,
     /// TTL, TOS and fragmentation as set on the socket. Guests rarely change theirs, so the options are
@@ -145,8 +147,8 @@ struct Socket {
     sends: Sends,
 }
 
-/// Refused clients of a unix socket at a time, at some 5 us each; its forward rests then. A legitimate client behind
-/// a full queue of them (4,096) waits some 3 s.
+/// Refused clients of a unix socket between two rests of its forward, however few come at a time, at some 5 us each.
+/// A legitimate client behind a full queue of them (4,096) waits some 3 s.
 const REFUSALS_MAX: usize = 128;
 
 /// Options of a datagram socket that every datagram has its own wish for.
@@ -450,6 +452,7 @@ impl HostUplink {
             family,
             is_tcp: false,
             takes_unix: None,
+            refusals: 0,
             token: token(owner),
             sends: Sends::default(),
         });
@@ -550,9 +553,9 @@ fn open(
 
 /// The next client in a listener's queue, past those of a unix socket that are refused.
 fn accept_admitted(
-    listener: &Socket,
+    listener: &mut Socket,
 ) -> Result<Option<(OwnedFd, Option<rustix::net::SocketAddrAny>)>, HostError> {
-    for _ in 0..REFUSALS_MAX {
+    while listener.refusals < REFUSALS_MAX {
         let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
         let (fd, peer) = match acceptfrom_with(&listener.fd, flags) {
             Ok(accepted) => accepted,
@@ -575,9 +578,13 @@ fn accept_admitted(
         };
         match admitted {
             Ok(()) => return Ok(Some((fd, peer))),
-            Err(refusal) => log::warn!("{refusal} at a forward from a unix socket"),
+            Err(refusal) => {
+                listener.refusals += 1;
+                log::warn!("{refusal} at a forward from a unix socket");
+            }
         }
     }
+    listener.refusals = 0;
     Err(HostError::Prohibited)
 }
 
@@ -698,7 +705,8 @@ impl Uplink for HostUplink {
         listener: SockId,
         owner: SockOwner,
     ) -> Result<Option<(SockId, Option<SocketAddr>)>, HostError> {
-        let listener = self.socket(listener).ok_or(NOT_OPEN)?;
+        let listener = self.sockets.get_mut(listener.0 as usize);
+        let listener = listener.and_then(Option::as_mut).ok_or(NOT_OPEN)?;
         // The client waits in the kernel's queue rather than be taken and dropped.
         let next = rustix::io::fcntl_dupfd_cloexec(&listener.fd, 0).map_err(host_error)?;
         if next.as_raw_fd() >= self.file_max {

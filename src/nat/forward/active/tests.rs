@@ -397,6 +397,22 @@ fn an_ipv6_guest_is_reached_from_the_gateways_ipv6_address() {
 }
 
 #[test]
+fn a_listener_rests_after_clients_that_may_not_connect() {
+    let mut lab = Lab::new();
+    lab.answer_arp(GUEST_MAC, GUEST);
+    let kinds = [ListenerKind::Unix(AllowGuests(false))];
+    let (id, sockets) = lab.add("unix:/x-192.168.122.2:80", &kinds);
+    lab.up.open_error = Some(HostError::Prohibited);
+    lab.up.knock(sockets[0], None);
+    lab.settle();
+    assert!(lab.up.poll_event().is_none(), "it does not spin");
+    lab.wait(REST / 2);
+    assert_eq!(lab.counters(id).opened, 0);
+    lab.wait(REST);
+    assert_eq!(lab.counters(id).opened, 1);
+}
+
+#[test]
 fn without_files_and_at_its_limit_a_listener_rests_and_comes_back() {
     let mut lab = Lab::new();
     lab.answer_arp(GUEST_MAC, GUEST);

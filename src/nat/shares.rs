@@ -11,7 +11,7 @@
 //! 5 microseconds, and happens at the limit only.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering::Relaxed};
 
 use crate::frame::{Instant, PortId};
 use crate::nat::forward::{FORWARDS_MAX, ForwardId};
@@ -64,6 +64,8 @@ pub struct Held {
     counts: Box<[AtomicU32]>,
     total: AtomicUsize,
     forwards: AtomicUsize,
+    /// A worker has asked the others for a file, and none has given one yet.
+    file_wanted: AtomicBool,
 }
 
 impl Default for Held {
@@ -72,6 +74,7 @@ impl Default for Held {
             counts: (0..HOLDERS_MAX).map(|_| AtomicU32::new(0)).collect(),
             total: AtomicUsize::new(0),
             forwards: AtomicUsize::new(0),
+            file_wanted: AtomicBool::new(false),
         }
     }
 }
@@ -107,6 +110,16 @@ impl Held {
         let counts = counts.map(|(index, count)| (count.load(Relaxed), index as u16));
         let (count, index) = counts.max().unwrap_or_default();
         (Holder(index), count as usize)
+    }
+
+    /// Notes that the other workers are asked for a file.
+    pub fn want_file(&self) {
+        self.file_wanted.store(true, Relaxed);
+    }
+
+    /// Whether a file is still wanted; who is told so gives one, and nobody else.
+    pub fn claim_file(&self) -> bool {
+        self.file_wanted.swap(false, Relaxed)
     }
 
     fn add(&self, holder: Holder) {

@@ -367,21 +367,48 @@ fn out_of_files_whoever_has_most_gives_way_whatever_the_protocol() {
     assert_eq!(lab.nat.flows(), (1, 9, 0));
 }
 
+/// `N` workers of one network, and what they share.
+fn workers<const N: usize>() -> ([Lab; N], Common) {
+    let common = Common::new(&lan(), Arc::default());
+    let labs = std::array::from_fn(|worker| {
+        let mut lab = Lab::new();
+        let config = NatConfig {
+            lan: lan(),
+            flows_max: 16,
+            host: Default::default(),
+            udp: Default::default(),
+        };
+        let common = common.for_worker(crate::frame::WorkerId(worker as u8));
+        lab.nat = Nat::with(config, common, NOW);
+        lab
+    });
+    (labs, common)
+}
+
+/// However many workers have flows of the guest with most, one of them gives a file.
+#[test]
+fn workers_give_one_file_for_each_that_is_lacking() {
+    let ([mut one, mut two, mut asks], _) = workers();
+    for n in 0..3 {
+        assert_eq!(one.connect(1, n, NOW), Ok(()));
+        assert_eq!(two.connect(1, 100 + n, NOW), Ok(()));
+    }
+    asks.up.open_max = 0;
+    for left in [5, 4] {
+        assert_eq!(asks.connect(2, 0, NOW), Err(DropReason::OutOfFiles));
+        let request = asks.nat.poll_give_way().unwrap();
+        for lab in [&mut one, &mut two] {
+            lab.nat
+                .handle_give_way(request, NOW, (&mut lab.up, &mut lab.out));
+        }
+        assert_eq!(one.nat.flows().0 + two.nat.flows().0, left);
+    }
+}
+
 /// What one worker has not, it asks the others for.
 #[test]
 fn workers_make_room_for_each_other() {
-    let common = Common::new(&lan(), Arc::default());
-    let config = NatConfig {
-        lan: lan(),
-        flows_max: 16,
-        host: Default::default(),
-        udp: Default::default(),
-    };
-    let mut labs = [Lab::new(), Lab::new()];
-    for (lab, worker) in labs.iter_mut().zip(0..) {
-        let common = common.for_worker(crate::frame::WorkerId(worker));
-        lab.nat = Nat::with(config.clone(), common, NOW);
-    }
+    let (mut labs, common) = workers();
     let [one, two] = &mut labs;
     for n in 0..12 {
         assert_eq!(one.connect(1, n, NOW), Ok(()));

@@ -84,7 +84,8 @@ pub enum Shortage {
     Files,
 }
 
-/// A request to the other workers: whoever has the longest idle flow of `holder` ends it.
+/// A request to the other workers: those that have flows of `holder` end the longest idle ones, as many in sum
+/// as are lacking.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct GiveWay {
     /// Who holds most.
@@ -262,7 +263,10 @@ impl TcpNat {
         (up, out): (&mut U, &mut O),
     ) {
         if shortage == Shortage::Files {
-            self.give_up(holder, now, (up, out));
+            // One file is enough: the first that has a flow gives it.
+            if self.shares.oldest(holder).is_some() && self.held().claim_file() {
+                self.give_up(holder, now, (up, out));
+            }
             return;
         }
         while self.is_overdrawn(holder) && self.give_up(holder, now, (&mut *up, &mut *out)) {}
@@ -311,6 +315,7 @@ impl TcpNat {
     ) -> bool {
         let given = self.give_up(holder, now, io);
         if !given {
+            self.held().want_file();
             self.ask(holder, Shortage::Files);
         }
         given

@@ -78,7 +78,7 @@ fn the_default_keeps_the_port() {
             four=$(ip -4 -o address show dev eth0 | awk '{sub("/.*", "", $4); print $4}')
             six=$(ip -6 -o address show dev eth0 scope global | awk '{sub("/.*", "", $4); print $4; exit}')
             for pair in "$four 198.51.100.2" "$six 2001:db8:1::2"; do
-                echo "@@LANLET $1=$(turnutils_natdiscovery -m -L ${pair% *} -l 5000 ${pair#* } |
+                echo "@@LANLET $1=$(turnutils_natdiscovery -m -L ${pair% *} -l 62000 ${pair#* } |
                     sed -n 's/.*UDP reflexive addr: //p' | sort -u | tr '\n' ,)"
             done
 END
@@ -89,9 +89,9 @@ import socket, time
 for family, any in (socket.AF_INET, '0.0.0.0'), (socket.AF_INET6, '::'):
     taken = socket.socket(family, socket.SOCK_DGRAM)
     family == socket.AF_INET6 and taken.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-    taken.bind((any, 5000)); globals()[any] = taken
+    taken.bind((any, 62000)); globals()[any] = taken
 time.sleep(60)" &
-            listening udp 5000
+            listening udp 62000
             lanlet exec --name default -- sh port.sh taken
             "#
         ),
@@ -108,7 +108,7 @@ time.sleep(60)" &
     );
     assert_eq!(
         markers.all("kept"),
-        ["198.51.100.1:5000,", "2001:db8:1::1:5000,"],
+        ["198.51.100.1:62000,", "2001:db8:1::1:62000,"],
         "{}",
         outcome.text()
     );
@@ -121,7 +121,7 @@ time.sleep(60)" &
             .strip_prefix(address)
             .and_then(|rest| rest.strip_suffix(','));
         assert!(
-            port.is_some_and(|p| p != "5000" && p.parse::<u16>().is_ok()),
+            port.is_some_and(|p| p != "62000" && p.parse::<u16>().is_ok()),
             "{}",
             outcome.text()
         );

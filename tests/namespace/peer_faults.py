@@ -1,6 +1,7 @@
 """The peers that misbehave, or come in crowds: as peer.py, whose functions they use."""
 
 import collections
+import errno
 import os
 import select
 import socket
@@ -199,15 +200,28 @@ def udp_error(host, port):
 
 
 def crowd_of_flows(host, port, count):
-    """Opens flows until `count` are open or refused, says how many of each, and uses those that are;
-    closes them when the file `close` is there, and stays."""
+    """Opens `count` flows at once, says how many are open and how many refused or unanswered when nothing has
+    come for five seconds, and uses those that are open; closes them when the file `close` is there, and stays."""
     peer.raise_file_limit()
-    flows, refused = [], collections.Counter()
+    flows, refused, waiting = [], collections.Counter(), select.poll()
+    begun = {}
     for _ in range(int(count)):
-        try:
-            flows.append(connect(host, int(port), 5.0))
-        except OSError as error:
-            refused[name(error)] += 1
+        flow = socket.socket(family(host), socket.SOCK_STREAM)
+        flow.setblocking(False)
+        flow.connect_ex((host, int(port)))
+        begun[flow.fileno()] = flow
+        waiting.register(flow, select.POLLOUT)
+    while events := waiting.poll(5000):
+        for number, _ in events:
+            waiting.unregister(number)
+            flow = begun.pop(number)
+            if error := flow.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                refused[errno.errorcode[error]] += 1
+            else:
+                flow.settimeout(5)
+                flows.append(flow)
+    refused["unanswered"] = len(begun)
+    begun.clear()
     right = 0
     for number, flow in enumerate(flows):
         try:

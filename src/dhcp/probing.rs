@@ -1,8 +1,8 @@
 //! Answers that wait until the LAN was asked whether somebody has the address (RFC 2131 3.1, 4.3.1).
 //!
-//! The question is an ARP probe (RFC 5227 2.1.1). Whoever answers is heard by the worker that its port is at
-//! home with, and [`DhcpServer::observe`] notes it in the lease table, which all workers share; when the wait is over
-//! the table says what came of it. An address in use is passed over from then on, and the client's next one
+//! The question is an ARP probe (RFC 5227 2.1.1). The worker of the answering port hears the answer, and
+//! [`DhcpServer::observe`] notes it in the lease table, which all workers share; when the wait is over the table says
+//! what came of it. An address in use is passed over from then on, and the client's next one
 //! is probed in turn.
 //!
 //! # Limits

@@ -24,10 +24,11 @@ use crate::wire::Packet;
 /// busy machine answers ARP within some ten milliseconds; clients repeat themselves after a second at the
 /// earliest (iPXE), and later answers still count for the next client.
 pub const PROBE_WAIT: Duration = Duration::from_millis(300);
-/// Answers that wait at most: as many guests boot at once.
-pub const PENDING_MAX: usize = 256;
-/// Answers that wait of one port's clients: a guest that hosts others.
-pub const PENDING_PER_PORT_MAX: usize = 16;
+/// Answers that wait at most: as many guests boot at once. A message looks at each, which takes 1 us.
+pub const PENDING_MAX: usize = 1024;
+/// Answers that wait of one port's clients: a guest that hosts others, or has a LAN of machines behind it.
+/// 160 clients a second get a new address that way.
+pub const PENDING_PER_PORT_MAX: usize = 48;
 /// Addresses that are tried for one client.
 const PROBES_MAX: u8 = 32;
 

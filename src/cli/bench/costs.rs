@@ -20,6 +20,7 @@ use super::resident::{Resident, busy_secs, children, highest};
 use super::way::{Ends, Way};
 use super::world::{OUTSIDE, SERVER, World};
 use crate::control::client::Client;
+use crate::dhcp::PENDING_PER_PORT_MAX;
 use crate::frame::Mac;
 use crate::network::{PortOptions, Status, VmmPort};
 use crate::offload::VNET_HEADER_LEN;
@@ -163,7 +164,10 @@ fn leases(network: &Network) -> Result<Vec<f64>, String> {
     };
     ask(0..1)?;
     let before = resident(network)?;
-    ask(1..LEASES + 1)?;
+    // Each address is probed first, and so many at a time.
+    for begin in (1..=LEASES).step_by(PENDING_PER_PORT_MAX) {
+        ask(begin..LEASES.min(begin + PENDING_PER_PORT_MAX - 1) + 1)?;
+    }
     Ok(vec![each(before, resident(network)?, LEASES)])
 }
 

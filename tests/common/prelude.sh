@@ -46,6 +46,21 @@ listening() {
     fail "nothing listens on $kind port $port"
 }
 
+# What the descriptors of a process are, a line "NUMBER PATH" each: fds_of PID. By pidfd_getfd(2), since the
+# files below /proc/PID/fd of a process that is not dumpable are closed to the root of a user namespace.
+fds_of() {
+    python3 -c '
+import ctypes, os, sys
+SYS_pidfd_getfd = 438
+process = os.pidfd_open(int(sys.argv[1]))
+for number in range(256):
+    fd = ctypes.CDLL(None).syscall(SYS_pidfd_getfd, process, number, 0)
+    if fd >= 0:
+        print(number, os.readlink(f"/proc/self/fd/{fd}"))
+        os.close(fd)
+' "$1"
+}
+
 # A network in the background, ready when this returns; its process is $NETWORK, its log up.log:
 # network [OPTION of lanlet up...]
 network() {

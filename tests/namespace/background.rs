@@ -17,10 +17,12 @@ fn a_detached_network_is_ready_when_the_command_returns() {
         lanlet exec -q -- true 2>quiet.err
         say quiet=$(wc -c <quiet.err)
         pid=$(status_of "s['pid']")
-        say cwd=$(readlink /proc/$pid/cwd) stdin=$(readlink /proc/$pid/fd/0)
-        say log="$(readlink /proc/$pid/fd/2)" mode=$(stat -c %a "$(readlink /proc/$pid/fd/2)")
+        fds_of $pid >fds
+        log=$(sed -n 's/^2 //p' fds)
+        say cwd=$(readlink /proc/$pid/cwd) stdin=$(sed -n 's/^0 //p' fds)
+        say log="$log" mode=$(stat -c %a "$log")
         say leader=$(($(ps -o sid= -p $pid) == pid)) terminal=$(ps -o tty= -p $pid)
-        say inherited=$(readlink /proc/$pid/fd/* | grep -c inherited)
+        say inherited=$(grep -c inherited fds)
         say summary=$(grep -c "'lanlet down' ends the network" up.out) stderr=$(wc -c <up.err)
         step typo lanlet exec --name defalt -- true 2>typo.err
         grep -q "'defalt' is not running (these are: default)" typo.err && say typo_told=yes
@@ -124,7 +126,8 @@ fn readiness_is_told_and_can_be_waited_for() {
         "$LAB/as-user" "$LANLET" up --lease-file none --ready-fd 8 >up.log 2>&1 8>ready &
         step wait lanlet wait --timeout 20s
         for _ in $(seq 200); do [ -s ready ] && break; sleep 0.05; done
-        say line=$(wc -c <ready) closed=$(readlink /proc/$(status_of "s['pid']")/fd/* | grep -c /ready)
+        fds_of $(status_of "s['pid']") >fds
+        say line=$(wc -c <ready) stderr=$(grep -c '^2 .*/up.log' fds) open=$(grep -c /ready fds)
         lanlet down
         wait
         step none lanlet wait --timeout 1s 2>none.err
@@ -162,7 +165,8 @@ while True:
         &[
             ("wait", "0"),
             ("line", "1"),
-            ("closed", "0"),
+            ("stderr", "1"),
+            ("open", "0"),
             ("none", "1"),
             ("named", "1"),
             ("told", "2"),

@@ -881,7 +881,7 @@ mod tests {
                 .collect();
             assert_eq!(lines.len(), 2, "{lines:?}");
             assert!(
-                lines[0].contains(r#""lanlet":1"#) && lines[1].contains("error"),
+                lines[0].contains(&format!(r#""lanlet":{PROTOCOL}"#)) && lines[1].contains("error"),
                 "{lines:?}"
             );
         }

@@ -322,8 +322,11 @@ impl World {
         let lab = lab();
         let text = format!("{}\n{scenario}\n", include_str!("prelude.sh"));
         let script = self.temp.file("scenario.sh", text);
-        let mut command = Command::new(lab.dir.join("as-user"));
+        // What who runs the tests ignores (nohup) lanlet would leave ignored.
+        let mut command = Command::new("env");
         command
+            .arg("--default-signal=HUP,INT,QUIT")
+            .arg(lab.dir.join("as-user"))
             .arg(lab.dir.join("world"))
             .args(&self.options)
             .args(["--", "bash"])

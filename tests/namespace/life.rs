@@ -435,7 +435,7 @@ fn a_guest_is_attached_again_where_its_address_is_refused() {
         kill -TERM $NETWORK
         wait $NETWORK
         network --subnet 10.8.0.0/24
-        wait_for guest.log 'again$'
+        wait_for guest.log 'start the command again$'
         say ports="$(status_of "len(s['ports'])")" told="$(grep -c 'means the guest to be 10.8.0.*it stays 10.9.0' guest.log)"
         kill $guest
         cat guest.log >&2

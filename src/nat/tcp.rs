@@ -63,7 +63,7 @@ use hashbrown::HashMap;
 use self::budget::Budget;
 use self::engine::{Phase, SmolEngine, TcpEngine};
 use self::flow::{Flow, FlowKey, IDLE_RELEASE, Rest, State};
-use self::limits::{PortLoad, RELEASE_MIN, unsent_max};
+use self::limits::{PortLoad, RELEASE_MIN, bound_unsent};
 use self::syn::{Peer, SavedSyn};
 use super::egress::{Egress, Protocol};
 use super::flow_table::{FlowTable, TimerWheel};
@@ -509,7 +509,6 @@ impl TcpNat {
             return Err(DropReason::Limit);
         };
         up.hand_over(host, SockOwner::Tcp(id));
-        up.tcp_bound_unsent(host, unsent_max(self.load(port).flows));
         self.keys.insert(key, id);
         self.shares.insert(id.slot, forward.into(), now);
         self.load(port).flows += 1;
@@ -579,9 +578,6 @@ impl TcpNat {
                     flow.state = State::Open(Box::new(engine));
                     flow.active_at = now;
                     flow.host_writable = true;
-                    let port = self.ports.get(usize::from(flow.port.0));
-                    let unsent = unsent_max(port.map_or(0, |load| load.flows));
-                    up.tcp_bound_unsent(flow.host, unsent);
                     if std::mem::take(&mut flow.is_probe) {
                         up.tcp_free_hops(flow.host);
                     }
@@ -663,6 +659,7 @@ impl TcpNat {
             }
             (rest, flow.poll_timeout(now))
         });
+        bound_unsent(flow, load.flows, up);
         let memory = flow.memory();
         if memory != flow.charged {
             self.memory.charge(holder, flow.charged, memory);

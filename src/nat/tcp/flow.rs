@@ -75,6 +75,10 @@ pub struct Flow {
     pub touched: bool,
     /// What of the receive and the send ring data has gone over since then, bytes.
     pub walked: (usize, usize),
+    /// Bytes that the host socket has taken; no more than fit are counted.
+    pub sent: u32,
+    /// What it takes was bounded, or needs no bound.
+    pub is_unsent_bounded: bool,
     /// Ring memory that the flow is charged for.
     pub charged: usize,
     /// Its windows are bounded for lack of memory.
@@ -133,6 +137,8 @@ impl Flow {
             dirty: false,
             touched: false,
             walked: (0, 0),
+            sent: 0,
+            is_unsent_bounded: false,
             charged: 0,
             is_short: false,
             is_probe: false,
@@ -167,6 +173,7 @@ impl Flow {
             engine.recv(|bytes| match up.tcp_send(self.host, bytes) {
                 Io::Done(sent) | Io::Drained(sent) => {
                     self.active_at = now;
+                    self.sent = self.sent.saturating_add(sent as u32);
                     sent
                 }
                 Io::Blocked => {

@@ -134,6 +134,8 @@ struct FakeTcp {
     local: Option<IpAddr>,
     /// How many hops its segments go, where that is limited.
     hops: Option<u8>,
+    /// What it may have unsent, where that is limited, bytes.
+    unsent_max: Option<u32>,
 }
 
 #[derive(Debug)]
@@ -483,6 +485,7 @@ impl FakeUplink {
             abort_on_close: false,
             watched: false,
             hops: None,
+            unsent_max: None,
             local: self.outbound,
         };
         self.open(owner, Kind::Tcp(Box::new(tcp)))
@@ -516,6 +519,11 @@ impl FakeUplink {
     /// How many hops a connection's segments go, where that is limited.
     pub fn hops(&mut self, socket: SockId) -> Option<u8> {
         self.tcp(socket).hops
+    }
+
+    /// What a connection may have unsent, where that is limited, bytes.
+    pub fn unsent_max(&mut self, socket: SockId) -> Option<u32> {
+        self.tcp(socket).unsent_max
     }
 
     /// Whether keep-alives were asked for.
@@ -611,8 +619,8 @@ impl Uplink for FakeUplink {
         }
     }
 
-    fn tcp_bound_unsent(&mut self, socket: SockId, _bytes: u32) {
-        self.tcp(socket);
+    fn tcp_bound_unsent(&mut self, socket: SockId, bytes: u32) {
+        self.tcp(socket).unsent_max = Some(bytes);
     }
 
     fn tcp_recv(&mut self, socket: SockId, buffer: &mut [u8]) -> Io {

@@ -1288,3 +1288,41 @@ fn ring_memory_is_bounded_and_windows_close_instead() {
         drop(lab);
     }
 }
+
+#[test]
+fn a_host_socket_is_bounded_once_it_has_sent_and_where_others_are() {
+    let mut lab = Lab::new();
+    let handles: Vec<_> = (0..40).map(|n| lab.connect(1_000 + n)).collect();
+    lab.settle();
+    let sockets = lab.up.open_sockets();
+    let hosts: Vec<_> = sockets.iter().map(|&(id, _)| id).collect();
+    assert_eq!(hosts.len(), 40);
+    for &handle in &handles[..20] {
+        let data = pattern(10_000, 1);
+        assert_eq!(lab.socket(handle).send_slice(&data), Ok(10_000));
+    }
+    lab.settle();
+    let bounds = |lab: &mut Lab| -> Vec<_> {
+        let all = hosts.iter().map(|&host| lab.up.unsent_max(host));
+        all.collect()
+    };
+    assert_eq!(bounds(&mut lab), [None; 40]);
+    let data = pattern(10_000, 2);
+    assert_eq!(lab.socket(handles[0]).send_slice(&data), Ok(10_000));
+    lab.settle();
+    let bounded = bounds(&mut lab).into_iter().flatten().collect::<Vec<_>>();
+    assert_eq!(
+        bounded,
+        [2 << 20],
+        "of 40 flows, and only the one that sent"
+    );
+
+    // Few flows have what the kernel gives them.
+    let mut lab = Lab::new();
+    let handle = lab.connect(1_000);
+    lab.settle();
+    let host = lab.host();
+    let data = pattern(50_000, 3);
+    assert_eq!(upload(&mut lab, handle, &data), data);
+    assert_eq!(lab.up.unsent_max(host), None);
+}

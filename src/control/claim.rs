@@ -103,11 +103,15 @@ impl Claim {
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        // Another process may have the name.
+        // Another process may have the name. The lock tells: its inode is ours as long as it is open, where the
+        // number of a socket's that was removed may be another file's by now.
+        if !self.has_lock() {
+            return;
+        }
         if self.has_socket() {
             let _ = std::fs::remove_file(&self.socket);
         }
-        if self.is_private && self.has_lock() {
+        if self.is_private {
             // While it is locked: see `lock`.
             let _ = std::fs::remove_file(self.dir.lock(&self.name));
         }

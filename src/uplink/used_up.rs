@@ -1,17 +1,18 @@
-//! Which destinations the host has no port left for, so that a guest's SYNs toward one cost no search each.
+//! Destinations that the host has no port left for, so that not every SYN toward one costs a search.
 //!
-//! The kernel's search through a range that is used up takes milliseconds, and the one outside it some 300
-//! system calls; a guest that closes its connections first uses both up with the TIME_WAITs that it
-//! leaves. What a search has found counts for [`MEMORY`].
+//! The kernel's search through a range that is used up takes long, and ours outside it tries 32 ports with a
+//! socket each. A guest that closes its connections first uses both up by the TIME_WAITs that it leaves.
+//! What a search has found counts for [`MEMORY`].
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-/// How long the outcome of a search counts: a guest repeats a SYN that was dropped after a second, and TIME_WAIT
-/// lasts a minute.
+/// How long the outcome of a search counts: a guest repeats a SYN that was dropped after a second, and
+/// TIME_WAIT lasts a minute.
 const MEMORY: Duration = Duration::from_secs(1);
-/// Destinations that are remembered. The kernel keeps 262,144 TIME_WAITs at most (net.ipv4.tcp_max_tw_buckets), which
-/// use up its default range toward nine. Beyond, the oldest is forgotten.
+/// Destinations that are remembered. The kernel keeps 262,144 TIME_WAITs at most
+/// (net.ipv4.tcp_max_tw_buckets), which use up its default range toward nine. Beyond, the oldest is
+/// forgotten.
 const DESTINATIONS_MAX: usize = 16;
 
 /// What a destination has used up.

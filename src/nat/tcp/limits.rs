@@ -61,7 +61,8 @@ pub(super) const RELEASE_MIN: usize = 16 * 1024;
 
 /// What a host socket takes that the network has not (TCP_NOTSENT_LOWAT), by the flows of its port. The kernel
 /// lets an unread connection have megabytes; what is in flight is not bounded by this, and of many flows none
-/// needs much: the worker is a wake-up away. In sum 500 MiB of 12,288 flows that nobody reads.
+/// needs much: the worker is a wake-up away. In sum 560 MiB of 12,288 flows that nobody reads, where the kernel's
+/// own bound is 4 MiB (net.ipv4.tcp_wmem).
 const UNSENT: [(usize, Option<u32>); 5] = [
     // With a bound of 2 MiB one stream up was at 0.9 of what it is without.
     (32, None),
